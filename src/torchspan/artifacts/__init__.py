@@ -1,0 +1,1 @@
+"""A Compiled on disk: a manifest that is checked first, then payloads."""

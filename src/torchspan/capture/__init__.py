@@ -1,0 +1,1 @@
+"""Program → Graph, and Program → graph, bytecode and guards."""

@@ -1,0 +1,1 @@
+"""The nouns that every other folder speaks in; imports nothing of torchspan and no private torch name."""

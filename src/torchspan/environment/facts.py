@@ -1,0 +1,86 @@
+"""Facts: what is true of this machine and this torch, as a value; tests give it by hand."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is here. Counts of devices are 0 where there are none; versions are None where a thing is missing."""
+
+    python: str = "3.11.0"
+    torch: str = "2.13.0"
+    triton: str | None = None
+    cxx: str | None = None
+    num_cuda: int = 0
+    num_xpu: int = 0
+    has_mps: bool = False
+    num_cores: int = 1
+    memory_bytes: int = 0
+    platform: str = "linux"
+
+    def has_device(self, kind: str, index: int | None = None) -> bool:
+        """Whether a device of this `kind` (``cuda``, ``mps``, ``xpu``, ``cpu``) and `index` is here.
+
+        >>> Facts(num_cuda=2).has_device("cuda", 1), Facts(num_cuda=2).has_device("cuda", 2), Facts().has_device("mps")
+        (True, False, False)
+        """
+        return (index or 0) < self.num_devices(kind)
+
+    def num_devices(self, kind: str) -> int:
+        """How many devices of this `kind` are here."""
+        return {"cpu": 1, "cuda": self.num_cuda, "xpu": self.num_xpu, "mps": int(self.has_mps)}.get(kind, 0)
+
+    def accelerator(self) -> str | None:
+        """The best accelerator that is here, or None.
+
+        >>> Facts(has_mps=True).accelerator(), Facts().accelerator()
+        ('mps', None)
+        """
+        return next((kind for kind in ("cuda", "xpu", "mps") if self.has_device(kind)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def gather() -> Facts:
+    """The Facts of this machine; asks torch for its devices, so torch is imported."""
+    import psutil
+    import torch
+
+    return Facts(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_installed("triton"),
+        cxx=_cxx_version(),
+        num_cuda=torch.cuda.device_count(),
+        num_xpu=torch.xpu.device_count(),
+        has_mps=torch.backends.mps.is_available(),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        platform=platform.system().lower(),
+    )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cxx_version() -> str | None:
+    """First line of what the C++ compiler that inductor would call says of itself."""
+    compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    return done.stdout.splitlines()[0] if done.stdout else compiler

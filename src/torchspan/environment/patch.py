@@ -1,0 +1,190 @@
+"""Patches: reversible changes to a module's names or to an import, applied when their target is first there.
+
+Three kinds, all of them data::
+
+    MissingModule    a module that this torch lacks; built when it is imported
+    MissingName      a name that a module lacks; built when it is first looked up
+    Replacement      a name that is there and must behave otherwise; put in place when its module is imported
+
+`Patches` applies a list of them and undoes it exactly: every object that was there is there again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torchspan.core.report import Report, user_site
+from torchspan.environment.imports import MissingModuleFinder, when_imported
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class MissingModule:
+    """The module `target`, which this torch lacks; `build` gives its names."""
+
+    owner: str
+    target: str
+    build: Callable[[], Mapping[str, object]]
+    reason: str
+    topic: str = "backport"
+
+
+@dataclass(frozen=True)
+class MissingName:
+    """`attribute` of the module `target`, which lacks it; `build` gives the object."""
+
+    owner: str
+    target: str
+    attribute: str
+    build: Callable[[], object]
+    reason: str
+    topic: str = "backport"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`attribute` (dotted for a class's member) of the module `target`; `build` makes the new object from the old one.
+
+    `build` may return the object it was given: then nothing is changed. A missing attribute is passed as None if `create`,
+    and left alone otherwise.
+    """
+
+    owner: str
+    target: str
+    attribute: str
+    build: Callable[[Any], object]
+    create: bool = False
+
+
+Patch = MissingModule | MissingName | Replacement
+
+
+class Patches:
+    """Applies patches, lazily, and undoes them; each use of what was missing is a Decision in `report`."""
+
+    def __init__(self, patches: Iterable[Patch], report: Report) -> None:
+        self._patches = tuple(patches)
+        self._report = report
+        self._undo: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+
+    def apply(self) -> None:
+        """Put every patch in force: now where its module is imported, later where it is not."""
+        missing: dict[str, MissingModule] = {}
+        names: dict[str, list[MissingName]] = {}
+        replacements: dict[str, list[Replacement]] = {}
+        for patch in self._patches:
+            if isinstance(patch, MissingModule):
+                missing[patch.target] = patch
+            elif isinstance(patch, MissingName):
+                names.setdefault(patch.target, []).append(patch)
+            else:
+                replacements.setdefault(patch.target, []).append(patch)
+        with self._lock:
+            self._offer_modules(missing)
+            for target, wanted in names.items():
+                self._on_import(target, lambda module, wanted=wanted: self._offer_names(module, wanted))
+            for target, changes in replacements.items():
+                self._on_import(target, lambda module, changes=changes: self._replace_all(module, changes))
+
+    def undo(self) -> None:
+        """Take every patch back, last first."""
+        with self._lock:
+            while self._undo:
+                self._undo.pop()()
+
+    def _on_import(self, target: str, callback: Callable[[ModuleType], None]) -> None:
+        self._undo.append(when_imported(target, callback))
+
+    def _used(self, patch: MissingModule | MissingName, subject: str) -> None:
+        self._report.decide(patch.topic, subject, f"torchspan's {patch.owner}", patch.reason, user_site())
+
+    # missing modules
+
+    def _offer_modules(self, missing: dict[str, MissingModule]) -> None:
+        if not missing:
+            return
+        finder = MissingModuleFinder({name: lambda m, p=patch: self._fill(m, p) for name, patch in missing.items()})  # type: ignore[misc]
+        sys.meta_path.append(finder)
+        self._undo.append(lambda: sys.meta_path.remove(finder))
+
+    def _fill(self, module: ModuleType, patch: MissingModule) -> None:
+        module.__doc__ = f"Provided by torchspan ({patch.owner}): {patch.reason}."
+        for name, value in patch.build().items():
+            setattr(module, name, value)
+        self._used(patch, patch.target)
+        self._undo.append(lambda: _forget_module(module))
+
+    # missing names: a module __getattr__, so that nothing is built before it is asked for
+
+    def _offer_names(self, module: ModuleType, wanted: list[MissingName]) -> None:
+        lacking = {patch.attribute: patch for patch in wanted if not hasattr(module, patch.attribute)}
+        if not lacking:
+            return
+        before = vars(module).get("__getattr__", _ABSENT)
+
+        def __getattr__(name: str) -> object:
+            patch = lacking.get(name)
+            if patch is None:
+                if before is not _ABSENT:
+                    return before(name)  # type: ignore[operator]
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return self._build_name(module, patch)
+
+        self._set(module, "__getattr__", __getattr__)
+
+    def _build_name(self, module: ModuleType, patch: MissingName) -> object:
+        with self._lock:
+            if patch.attribute not in vars(module):
+                self._set(module, patch.attribute, patch.build())
+                self._used(patch, f"{patch.target}.{patch.attribute}")
+        return vars(module)[patch.attribute]
+
+    # replacements
+
+    def _replace_all(self, module: ModuleType, changes: list[Replacement]) -> None:
+        with self._lock:
+            for patch in changes:
+                self._replace(module, patch)
+
+    def _replace(self, module: ModuleType, patch: Replacement) -> None:
+        *path, last = patch.attribute.split(".")
+        holder: Any = module
+        for part in path:
+            holder = getattr(holder, part, None)
+        if holder is None:
+            return
+        found = vars(holder).get(last, _ABSENT)
+        current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, last, None)
+        if current is None and not patch.create:
+            return
+        new = patch.build(current)
+        if new is not current:
+            self._set(holder, last, new)
+
+    def _set(self, holder: Any, name: str, value: object) -> None:
+        before = vars(holder).get(name, _ABSENT)
+        setattr(holder, name, value)
+
+        def restore() -> None:
+            if before is _ABSENT:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, before)
+
+        self._undo.append(restore)
+
+
+def _forget_module(module: ModuleType) -> None:
+    parent_name, _, last = module.__name__.rpartition(".")
+    if sys.modules.get(module.__name__) is module:
+        del sys.modules[module.__name__]
+    parent = sys.modules.get(parent_name)
+    if parent is not None and vars(parent).get(last) is module:
+        delattr(parent, last)

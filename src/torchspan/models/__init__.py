@@ -1,0 +1,1 @@
+"""Plain single-device models, readable on their own."""

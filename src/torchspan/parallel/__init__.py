@@ -1,0 +1,1 @@
+"""SimpleFSDP and tensor parallelism on DTensor."""

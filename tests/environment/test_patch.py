@@ -1,0 +1,114 @@
+"""The patch engine: lazy, reversible, and silent where nothing is missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from torchspan.core.report import Report
+from torchspan.environment.patch import MissingModule, MissingName, Patches, Replacement
+from torchspan.environment.scope import Environment, active_environment
+
+
+@pytest.fixture
+def target() -> Iterator[types.ModuleType]:
+    module = types.ModuleType("a_target")
+    module.__path__ = []  # type: ignore[attr-defined]
+    exec("def present(x):\n    return x + 1\nclass Thing:\n    def method(self):\n        return 'old'\n", vars(module))
+    sys.modules["a_target"] = module
+    yield module
+    del sys.modules["a_target"]
+
+
+def test_a_missing_name_is_built_when_it_is_first_looked_up_and_recorded_with_its_site(
+    target: types.ModuleType,
+) -> None:
+    built: list[int] = []
+    report = Report()
+    patches = Patches([MissingName("mine", "a_target", "absent", lambda: built.append(1) or "new", "because")], report)
+    patches.apply()
+    assert built == [] and report.decisions == ()
+    assert target.absent == "new" and target.absent == "new"
+    assert built == [1]
+    (decision,) = report.decisions
+    assert decision.subject == "a_target.absent" and decision.site is not None
+    assert decision.site.rpartition(":")[0] == __file__
+    with pytest.raises(AttributeError, match="module 'a_target' has no attribute 'other'"):
+        _ = target.other
+
+
+def test_undo_restores_the_identity_of_every_object(target: types.ModuleType) -> None:
+    before, method = dict(vars(target)), target.Thing.__dict__["method"]
+    patches = Patches(
+        [
+            MissingName("mine", "a_target", "absent", lambda: 1, ""),
+            MissingName("mine", "a_target", "present", lambda: 1, ""),
+            Replacement("mine", "a_target", "present", lambda old: lambda x: old(x) * 10),
+            Replacement("mine", "a_target", "Thing.method", lambda old: lambda self: "new"),
+            Replacement("mine", "a_target", "Thing.lacking", lambda old: 1),
+        ],
+        Report(),
+    )
+    patches.apply()
+    assert target.absent == 1 and target.present(1) == 20 and target.Thing().method() == "new"
+    assert not hasattr(target.Thing, "lacking")
+    patches.undo()
+    assert vars(target) == before
+    assert target.Thing.__dict__["method"] is method
+
+
+def test_a_missing_module_is_importable_until_it_is_undone(target: types.ModuleType) -> None:
+    report = Report()
+    patches = Patches([MissingModule("mine", "a_target.sub", lambda: {"value": 7}, "because")], report)
+    patches.apply()
+    from a_target.sub import value  # type: ignore[import-not-found]
+
+    assert value == 7 and [d.subject for d in report.decisions] == ["a_target.sub"]
+    patches.undo()
+    assert "a_target.sub" not in sys.modules and not hasattr(target, "sub")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("a_target.sub")
+
+
+def test_a_real_module_wins_over_a_backport_of_it() -> None:
+    patches = Patches([MissingModule("mine", "this", lambda: {"value": 7}, "")], Report())
+    patches.apply()
+    try:
+        import colorsys  # a module that is really there, and is not shadowed by the finder
+
+        assert not hasattr(colorsys, "value")
+        assert importlib.util.find_spec("colorsys").origin != "torchspan"  # type: ignore[union-attr]
+    finally:
+        patches.undo()
+
+
+def test_a_patch_waits_for_its_module_to_be_imported(run_python) -> None:
+    run_python(
+        """
+        import sys
+        from torchspan.core.report import Report
+        from torchspan.environment.patch import MissingName, Patches, Replacement
+        patches = Patches([MissingName("m", "colorsys", "absent", lambda: 5, ""),
+                           Replacement("m", "colorsys", "rgb_to_hsv", lambda old: "replaced")], Report())
+        patches.apply()
+        assert "colorsys" not in sys.modules
+        import colorsys
+        assert colorsys.absent == 5 and colorsys.rgb_to_hsv == "replaced"
+        patches.undo()
+        assert callable(colorsys.rgb_to_hsv) and not hasattr(colorsys, "absent")
+        """
+    )
+
+
+def test_an_environment_is_idempotent_and_a_context_manager(target: types.ModuleType) -> None:
+    environment = Environment([Replacement("mine", "a_target", "present", lambda old: "new")])
+    original = target.present
+    with environment, environment.activate():
+        assert target.present == "new" and active_environment() is environment
+    assert target.present is original and active_environment() is None
+    environment.deactivate()
+    assert target.present is original
