@@ -51,8 +51,11 @@ class Facts:
         return asdict(self)
 
 
-def gather() -> Facts:
-    """The Facts of this machine; asks torch for its devices, so torch is imported."""
+def gather(*, has_tools: bool = True) -> Facts:
+    """The Facts of this machine; asks torch for its devices, so torch is imported.
+
+    Without `has_tools` the C++ compiler is not asked for its version (it is a process to start) and `cxx` is None.
+    """
     import psutil
     import torch
 
@@ -60,7 +63,7 @@ def gather() -> Facts:
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_installed("triton"),
-        cxx=_cxx_version(),
+        cxx=_cxx_version() if has_tools else None,
         num_cuda=torch.cuda.device_count(),
         num_xpu=torch.xpu.device_count(),
         has_mps=torch.backends.mps.is_available(),

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -89,9 +90,9 @@ class Patches:
         with self._lock:
             self._offer_modules(missing)
             for target, wanted in names.items():
-                self._on_import(target, lambda module, wanted=wanted: self._offer_names(module, wanted))
+                self._on_import(target, partial(self._offer_names, wanted))
             for target, changes in replacements.items():
-                self._on_import(target, lambda module, changes=changes: self._replace_all(module, changes))
+                self._on_import(target, partial(self._replace_all, changes))
 
     def undo(self) -> None:
         """Take every patch back, last first."""
@@ -110,11 +111,11 @@ class Patches:
     def _offer_modules(self, missing: dict[str, MissingModule]) -> None:
         if not missing:
             return
-        finder = MissingModuleFinder({name: lambda m, p=patch: self._fill(m, p) for name, patch in missing.items()})  # type: ignore[misc]
+        finder = MissingModuleFinder({name: partial(self._fill, patch) for name, patch in missing.items()})
         sys.meta_path.append(finder)
         self._undo.append(lambda: sys.meta_path.remove(finder))
 
-    def _fill(self, module: ModuleType, patch: MissingModule) -> None:
+    def _fill(self, patch: MissingModule, module: ModuleType) -> None:
         module.__doc__ = f"Provided by torchspan ({patch.owner}): {patch.reason}."
         for name, value in patch.build().items():
             setattr(module, name, value)
@@ -123,7 +124,7 @@ class Patches:
 
     # missing names: a module __getattr__, so that nothing is built before it is asked for
 
-    def _offer_names(self, module: ModuleType, wanted: list[MissingName]) -> None:
+    def _offer_names(self, wanted: list[MissingName], module: ModuleType) -> None:
         lacking = {patch.attribute: patch for patch in wanted if not hasattr(module, patch.attribute)}
         if not lacking:
             return
@@ -133,7 +134,7 @@ class Patches:
             patch = lacking.get(name)
             if patch is None:
                 if before is not _ABSENT:
-                    return before(name)  # type: ignore[operator]
+                    return before(name)
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return self._build_name(module, patch)
 
@@ -148,7 +149,7 @@ class Patches:
 
     # replacements
 
-    def _replace_all(self, module: ModuleType, changes: list[Replacement]) -> None:
+    def _replace_all(self, changes: list[Replacement], module: ModuleType) -> None:
         with self._lock:
             for patch in changes:
                 self._replace(module, patch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from torchspan.core.report import Report, reporting
@@ -14,10 +14,16 @@ _active: list[Environment] = []
 
 
 class Environment:
-    """Patches that can be put in force and taken back; a context manager. Entering one that is in force changes nothing."""
+    """Patches that can be put in force and taken back; a context manager. Entering one that is in force changes nothing.
 
-    def __init__(self, patches: Iterable[Patch], report: Report | None = None) -> None:
+    `settings` are the environment variables that put the same patches in force in a child process.
+    """
+
+    def __init__(
+        self, patches: Iterable[Patch], report: Report | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
         self.report = report or Report()
+        self.settings = dict(settings or {})
         self._patches = Patches(patches, self.report)
         self._scope = ExitStack()
 

@@ -1,0 +1,88 @@
+"""Set everything up on a machine that has Python, and run the demo or the tests.
+
+    python3 dev.py demo     train examples/newer_cuda_gpt.py under torchspan
+    python3 dev.py test     run the tests (more arguments go to pytest)
+    python3 dev.py shell    print the command that activates the environment
+
+TORCH=2.8.0 in front takes another torch than the pinned default. Environments are kept in .envs/, one a torch version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_TORCH = "2.13.0"
+OLDEST, NEWEST_EXCLUDED = (3, 10), (3, 14)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    commands = {"demo": demo, "test": test, "shell": shell}
+    if not argv or argv[0] not in commands:
+        print(__doc__)
+        return 2
+    if not OLDEST <= sys.version_info[:2] < NEWEST_EXCLUDED:
+        print(f"dev.py: Python is {sys.version.split()[0]}; torchspan needs 3.10 to 3.13: run it with one of those", file=sys.stderr)
+        return 2
+    return commands[argv[0]](argv[1:])
+
+
+def demo(arguments: list[str]) -> int:
+    """Train the example, which was written for CUDA and a newer torch, on what is here."""
+    python = environment()
+    return subprocess.call([python, "-m", "torchspan", "run", "examples/newer_cuda_gpt.py", *arguments], cwd=ROOT)
+
+
+def test(arguments: list[str]) -> int:
+    """Run the tests."""
+    return subprocess.call([environment(), "-m", "pytest", *arguments], cwd=ROOT)
+
+
+def shell(arguments: list[str]) -> int:
+    """Print how to activate the environment."""
+    print(f"source {Path(environment()).parent / 'activate'}")
+    return 0
+
+
+def environment() -> str:
+    """The Python of the environment for $TORCH, made or brought up to date when pyproject.toml has changed."""
+    torch = os.environ.get("TORCH") or DEFAULT_TORCH
+    folder = ROOT / ".envs" / f"torch-{torch}"
+    python = str(folder / "bin" / "python")
+    stamp = folder / "installed"
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    uv = _uv()
+    print(f"dev.py: installing torch {torch} into {folder.relative_to(ROOT)}", file=sys.stderr)
+    _run(uv, "venv", "-q", "--clear", "--python", sys.executable, str(folder))
+    links = [part for place in os.environ.get("PIP_FIND_LINKS", "").split() for part in ("--find-links", place)]
+    _run(uv, "pip", "install", "-q", "--python", python, *links, f"torch=={torch}", "-e", ".[test]")
+    stamp.write_text(wanted)
+    return python
+
+
+def _uv() -> str:
+    """uv, which installs in seconds what pip installs in minutes; brought by pip into an environment of its own."""
+    tools = ROOT / ".envs" / "tools"
+    uv = tools / "bin" / "uv"
+    if not uv.exists():
+        venv.create(tools, with_pip=True, clear=True)
+        _run(str(tools / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "uv")
+    return str(uv)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(f"dev.py: '{' '.join(command)}' failed with exit code {done.returncode}; its message is above")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""The verbs: activate, deactivate, compile, precompile, load; they compose what the folders below provide, and decide nothing.
+
+What they call is imported when they are called: importing this module imports neither torch's compilers nor torch itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchspan.core.config import split_names
+from torchspan.core.errors import InputError, unknown_name
+from torchspan.core.report import Report
+
+if TYPE_CHECKING:
+    from torchspan.artifacts import Artifact
+    from torchspan.core.compiled import Compiled
+    from torchspan.environment.patch import Patch
+    from torchspan.environment.scope import Environment
+    from torchspan.strategies import Budget
+
+_lock = threading.RLock()
+_environment: Environment | None = None
+
+
+def activate(
+    device: str = "auto",
+    *,
+    backports: bool = True,
+    compile: Literal["off", "bounded"] = "off",
+    disable: Iterable[str] = (),
+) -> Environment:
+    """Make torch look like what programs for other torches and other devices expect; a context manager undoes it.
+
+    Args:
+        device: ``auto`` gives the device that was asked for where it is here, else the best accelerator, else the CPU;
+            a device such as ``cpu`` gives that one; ``off`` leaves devices alone.
+        backports: whether names that this torch lacks are provided.
+        compile: ``bounded`` makes ``torch.compile`` compile in a child process within a budget while the program runs eagerly.
+        disable: names of backports and device rules to leave out.
+
+    Returns:
+        The Environment; its ``report`` lists every use of a backport and every redirection. Calling this again with the same
+        arguments returns the one that is in force; with others, replaces it.
+
+    Raises:
+        InputError: an unknown device, or a name in `disable` that nothing answers to.
+
+    >>> with activate() as environment:
+    ...     environment.is_active
+    True
+    """
+    global _environment
+    settings = {
+        "TORCHSPAN": "1",
+        "TORCHSPAN_DEVICE": device,
+        "TORCHSPAN_BACKPORTS": str(int(backports)),
+        "TORCHSPAN_COMPILE": compile,
+        "TORCHSPAN_DISABLE": ",".join(sorted(disable)),
+    }
+    with _lock:
+        if _environment is not None and _environment.is_active:
+            if _environment.settings == settings:
+                return _environment
+            _environment.deactivate()
+        report = Report()
+        patches = _patches(device, backports, compile, frozenset(disable), report)
+        from torchspan.environment.scope import Environment
+
+        _environment = Environment(patches, report, settings).activate()
+        return _environment
+
+
+def deactivate() -> None:
+    """Put torch back as it was before `activate`: every object that was replaced is there again."""
+    with _lock:
+        if _environment is not None:
+            _environment.deactivate()
+
+
+def autoload() -> None:
+    """Activate as the variables ``TORCHSPAN_DEVICE``, ``_BACKPORTS``, ``_COMPILE`` and ``_DISABLE`` say.
+
+    torch calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
+    """
+    mode = os.environ.get("TORCHSPAN_COMPILE", "off")
+    if mode not in ("off", "bounded"):
+        raise InputError(f"TORCHSPAN_COMPILE is {mode!r}; expected 'off' or 'bounded'")
+    activate(
+        os.environ.get("TORCHSPAN_DEVICE", "auto"),
+        backports=os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0",
+        compile="bounded" if mode == "bounded" else "off",
+        disable=split_names(os.environ.get("TORCHSPAN_DISABLE")),
+    )
+
+
+def _patches(device: str, backports: bool, compile: str, disable: frozenset[str], report: Report) -> list[Patch]:
+    from torchspan.backports._base import REGISTRY, all_backports
+
+    patches: list[Patch] = []
+    known = set(REGISTRY.names())
+    if device != "off":
+        from torchspan.devices._base import REGISTRY as RULES
+        from torchspan.devices._base import device_patches
+        from torchspan.environment.facts import gather
+
+        known |= set(RULES.names())
+        patches += device_patches(gather(has_tools=False), device, report)
+    for name in disable - known:
+        raise unknown_name("backport or device rule", name, known, "'torchspan doctor' lists them")
+    if backports:
+        patches += [patch for backport in all_backports() for patch in backport.patches()]
+    patches = [patch for patch in patches if patch.owner not in disable]
+    if compile == "bounded":
+        from torchspan.strategies import torch_compile_patch
+
+        patches.append(torch_compile_patch())
+    return patches
