@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 2
     if not OLDEST <= sys.version_info[:2] < NEWEST_EXCLUDED:
-        print(f"dev.py: Python is {sys.version.split()[0]}; torchspan needs 3.10 to 3.13: run it with one of those", file=sys.stderr)
+        found = sys.version.split()[0]
+        print(f"dev.py: this Python is {found}; torchspan needs 3.10 to 3.13: run it with one of those", file=sys.stderr)
         return 2
     return commands[argv[0]](argv[1:])
 

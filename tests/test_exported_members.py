@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+
 import torchspan
 
 
@@ -20,10 +22,6 @@ def test_all_is_what_dir_shows() -> None:
     assert public - modules == set(torchspan.__all__) - {"__version__"}
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    try:
-        torchspan.compil  # noqa: B018
-    except AttributeError as error:
-        assert "compil" in str(error) and "did you mean 'compile'" in str(error)
-    else:
-        raise AssertionError("no AttributeError")
+def test_an_unknown_name_is_an_attribute_error_that_says_what_was_meant() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'compil'; did you mean 'compile'"):
+        _ = torchspan.compil

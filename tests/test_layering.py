@@ -19,7 +19,14 @@ LEVELS = [
     {"train", "cli", "__main__", "__init__", "auto"},
 ]
 PRIVATE_ALLOWED = {"backports", "capture", "passes", "strategies", "artifacts"}
-PRIVATE = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch._guards", "torch._subclasses", "torch._higher_order_ops")
+PRIVATE = (
+    "torch._dynamo",
+    "torch._functorch",
+    "torch._inductor",
+    "torch._guards",
+    "torch._subclasses",
+    "torch._higher_order_ops",
+)
 
 
 def level_of(module: str) -> int:

@@ -32,7 +32,7 @@ _PUBLIC = {
     "precompile": "torchspan.api",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the names are those of the table)
+__all__ = ["__version__", *_PUBLIC]
 __all__.sort()
 
 

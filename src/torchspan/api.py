@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 from torchspan.core.config import split_names
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report
 
 if TYPE_CHECKING:
-    from torchspan.artifacts import Artifact
-    from torchspan.core.compiled import Compiled
     from torchspan.environment.patch import Patch
     from torchspan.environment.scope import Environment
-    from torchspan.strategies import Budget
 
 _lock = threading.RLock()
 _environment: Environment | None = None

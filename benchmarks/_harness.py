@@ -1,0 +1,97 @@
+"""What every benchmark shares: both sides timed in turn in one run, medians, one JSON file with machine, versions and date."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `ours` over `theirs`, both in `unit`, medians of runs taken in turn; `goal` is a bound on the ratio."""
+
+    name: str
+    ours: float
+    theirs: float
+    unit: str = "s"
+    goal: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Ours over theirs."""
+        return self.ours / self.theirs
+
+
+def arguments(description: str, **defaults: Any) -> argparse.Namespace:
+    """``--out`` and one option for each default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser.parse_args()
+
+
+def in_turn(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """Medians of `repeats` measurements of each side, taken in turn so that a busy machine hits both."""
+    pairs = [(ours(), theirs()) for _ in range(repeats)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def fresh_process(code: str, env: dict[str, str] | None = None) -> float:
+    """What `code`, run in a fresh Python process, prints as its last line, as a number."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")} | (env or {})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
+    if done.returncode:
+        sys.exit(f"the measured program failed:\n{done.stderr}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def write(name: str, rows: list[Row], out: Path | None) -> None:
+    """Draw the rows, and write them to `out` with what they were measured on."""
+    table = Table(title=name, box=None, title_justify="left")
+    for column in ("comparison", "torchspan", "other side", "ratio", "goal", "note"):
+        table.add_column(column)
+    for row in rows:
+        goal = "-" if row.goal is None else f"≤ {row.goal:g}"
+        table.add_row(
+            row.name, f"{row.ours:.4g} {row.unit}", f"{row.theirs:.4g} {row.unit}", f"{row.ratio:.3f}", goal, row.note
+        )
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps({"benchmark": name, **_machine(), "rows": [_plain(row) for row in rows]}, indent=1) + "\n")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"ratio": row.ratio}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} CUDA devices",
+    }

@@ -1,0 +1,370 @@
+"""The command line: doctor, run, precompile, train, passes. It draws a Report, or prints JSON."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+import torchspan
+from torchspan.core.config import format_bytes
+from torchspan.core.errors import InputError, TorchspanError, unknown_name
+from torchspan.core.report import Attempt, Decision, Report
+
+_TOPICS = {
+    "backport": "backported: this torch lacks it",
+    "device": "redirected: this machine lacks it",
+    "compile": "compiled",
+    "precompile": "precompiled",
+    "capture": "captured",
+    "pass": "transformed",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A user's mistake is one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        options = _parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except TorchspanError as error:
+        print(f"torchspan: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing more can be said
+        return 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that says what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; '{self.prog} --help' shows what can be given", file=sys.stderr)
+        sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise unknown_name(
+                action.dest.removesuffix("_name"), str(value), action.choices, f"'{self.prog} --help' lists them"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="torchspan", description="One PyTorch program, on any PyTorch, any device, any scale.")
+    parser.add_argument("--version", action="version", version=f"torchspan {torchspan.__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log each decision when it is made")
+    commands = parser.add_subparsers(dest="command_name", metavar="command", required=True, parser_class=_Parser)
+
+    doctor = commands.add_parser("doctor", help="what is here, and what torchspan provides for it")
+    doctor.add_argument("name", nargs="?", help="explain one backport")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+
+    run = commands.add_parser(
+        "run", help="run an unmodified program", usage="torchspan run [options] (script.py | -m module) ..."
+    )
+    run.add_argument("--device", default="auto", help="auto, off, or the device that every request is given (default: auto)")
+    run.add_argument(
+        "--compile", choices=("bounded", "off"), default="bounded", help="what torch.compile does (default: bounded)"
+    )
+    run.add_argument("--budget-seconds", type=float, help="seconds that one compile may take")
+    run.add_argument("--budget-memory", help="memory that one compile may take, such as 4GiB")
+    run.add_argument("--disable", default="", help="backports and device rules to leave out, separated by commas")
+    run.add_argument("--report", type=Path, help="also write the report to this JSON file")
+    run.add_argument("--quiet", action="store_true", help="print no report at the end")
+    run.add_argument("-m", dest="module", action="store_true", help="what follows is the name of a module")
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="program", help="the program and its arguments")
+    run.set_defaults(command=_run)
+
+    precompile = commands.add_parser("precompile", help="compile a model into an artifact that loads without compiling")
+    precompile.add_argument("model", help="module:factory, a function without arguments that gives the model")
+    precompile.add_argument("--inputs", required=True, help="example inputs, such as 'float32[4,10],int64[4]'")
+    precompile.add_argument("--compiler", choices=("inductor", "regional_inductor"), default="inductor")
+    precompile.add_argument("-o", "--output", type=Path, required=True, help="the artifact to write, such as model.tspan")
+    precompile.set_defaults(command=_precompile)
+
+    commands.add_parser("train", help="train a model as a graph: 'torchspan train --help'", add_help=False)
+
+    passes = commands.add_parser("passes", help="the passes over a graph, and their options")
+    passes.add_argument("--json", action="store_true", help="print JSON")
+    passes.set_defaults(command=_passes)
+    return parser
+
+
+# doctor
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from torchspan.backports._base import REGISTRY, all_backports, status
+    from torchspan.environment.facts import gather
+
+    if options.name is not None:
+        backport = REGISTRY.get(options.name).BACKPORT
+        state, reason = status(backport)
+        facts_of = {
+            "name": backport.name,
+            "provides": backport.summary,
+            "here": f"{state}: {reason}",
+            "since": f"torch {backport.since}",
+            "upstream": backport.upstream,
+            "differs": backport.differs,
+        }
+        _emit(options.json, facts_of, lambda console: console.print(_pairs(facts_of)))
+        return 0
+    facts = gather()
+    rows = [(b, *status(b)) for b in all_backports()]
+    values = {
+        "facts": facts.to_dict(),
+        "backports": [{"name": b.name, "target": b.target, "state": state, "reason": why} for b, state, why in rows],
+    }
+
+    def draw(console: Console) -> None:
+        here = facts.to_dict() | {"memory_bytes": format_bytes(facts.memory_bytes)}
+        here["accelerator"] = facts.accelerator() or "none: requests for one are redirected to the CPU"
+        console.print(_pairs({name.removesuffix("_bytes"): "not found" if v is None else str(v) for name, v in here.items()}))
+        table = _table("backport", "provides", "here", "why")
+        for backport, state, why in rows:
+            table.add_row(backport.name, backport.summary, state, why)
+        console.print(table)
+
+    _emit(options.json, values, draw)
+    return 0
+
+
+# run
+
+
+def _run(options: argparse.Namespace) -> int:
+    from torchspan.api import autoload, deactivate
+    from torchspan.core.report import current_report
+
+    if not options.program:
+        raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
+    target, *arguments = options.program
+    _check_program(target, options.module)
+    _check_budget(options)
+    os.environ |= {  # children that the program starts are activated by these, as this process is
+        "TORCHSPAN": "1",
+        "TORCHSPAN_DEVICE": options.device,
+        "TORCHSPAN_COMPILE": options.compile,
+        "TORCHSPAN_DISABLE": options.disable,
+    }
+    autoload()
+    report = current_report() or Report()
+    try:
+        return _run_program(target, options.module, arguments)
+    finally:
+        deactivate()
+        if options.report:
+            options.report.write_text(json.dumps(report.to_dict(), indent=1))
+        if not options.quiet:
+            draw_report(report, Console(stderr=True))
+
+
+def _check_program(target: str, is_module: bool) -> None:
+    if is_module:
+        sys.path.insert(0, os.getcwd())
+        try:
+            found = importlib.util.find_spec(target)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise InputError(f"no module {target!r} to run; expected the dotted name of one that 'python -m' would find")
+        return
+    if not Path(target).is_file():
+        folder = Path(target).parent
+        near = difflib.get_close_matches(
+            Path(target).name, [p.name for p in folder.glob("*.py")] if folder.is_dir() else [], n=1
+        )
+        hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
+        raise InputError(f"no file {target!r} to run{hint}")
+
+
+def _check_budget(options: argparse.Namespace) -> None:
+    from torchspan.strategies import Budget
+
+    given = {"seconds": options.budget_seconds, "memory": options.budget_memory}
+    Budget(**{name: value for name, value in given.items() if value is not None})
+    if options.budget_seconds is not None:
+        os.environ["TORCHSPAN_BUDGET_SECONDS"] = str(options.budget_seconds)
+    if options.budget_memory is not None:
+        os.environ["TORCHSPAN_BUDGET_MEMORY"] = options.budget_memory
+
+
+def _run_program(target: str, is_module: bool, arguments: list[str]) -> int:
+    """Run the program as ``python target`` would; its exit code, and its own traceback when it fails."""
+    sys.argv = [target, *arguments]
+    try:
+        if is_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(target).resolve().parent))
+            runpy.run_path(target, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:  # noqa: BLE001 (whatever the program raises is shown as Python would show it)
+        traceback.print_exception(type(error), error, _without_ours(error.__traceback__))
+        return 1
+    return 0
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback that begins in the user's program."""
+    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        trace = trace.tb_next
+    return trace
+
+
+# precompile, train, passes
+
+
+def _precompile(options: argparse.Namespace) -> int:
+    from torchspan.api import precompile
+    from torchspan.artifacts import parse_inputs
+
+    inputs = parse_inputs(options.inputs)
+    model = _load_model(options.model)
+    if not options.output.parent.is_dir():
+        raise InputError(f"no folder {str(options.output.parent)!r} to write {options.output.name!r} into; make it first")
+    report = Report()
+    artifact = precompile(model, inputs, compiler=options.compiler, report=report)
+    artifact.save(options.output)
+    console = Console()
+    draw_report(report, console)
+    console.print(f"wrote {options.output} ({format_bytes(options.output.stat().st_size)})", highlight=False)
+    return 0
+
+
+def _load_model(spec: str) -> Any:
+    module_name, colon, factory_name = spec.partition(":")
+    if not colon:
+        raise InputError(f"{spec!r} names no model; expected module:factory, such as mypackage.models:build")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as cause:
+        if cause.name and module_name.startswith(cause.name):
+            raise InputError(f"no module {module_name!r}; expected one that 'import {module_name}' finds from here") from cause
+        raise
+    if not hasattr(module, factory_name):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise unknown_name("factory", factory_name, public, f"module {module_name!r} has: {', '.join(public[:10])}")
+    return getattr(module, factory_name)()
+
+
+def _train(arguments: list[str]) -> int:
+    from torchspan.train import main as train_main
+
+    report = Report()
+    code = train_main(arguments, report)
+    if int(os.environ.get("RANK", "0")) == 0:
+        draw_report(report, Console(stderr=True))
+    return code
+
+
+def _passes(options: argparse.Namespace) -> int:
+    from torchspan.passes import describe_passes
+
+    rows = describe_passes()
+
+    def draw(console: Console) -> None:
+        table = _table("pass", "what it does", "options")
+        for row in rows:
+            table.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "none")
+        console.print(table)
+
+    _emit(options.json, rows, draw)
+    return 0
+
+
+# drawing
+
+
+def draw_report(report: Report, console: Console) -> None:
+    """One screen: what was decided, grouped by topic, what was tried, and what was measured."""
+    if not (report.decisions or report.attempts or report.figures):
+        console.print("torchspan: nothing was changed", style="dim")
+        return
+    console.rule("[bold]torchspan", align="left")
+    topics = dict.fromkeys([*_TOPICS, *(decision.topic for decision in report.decisions)])
+    for topic in topics:
+        _draw_decisions(console, topic, [d for d in report.decisions if d.topic == topic])
+    _draw_attempts(console, report.attempts)
+    for name, value in report.figures.items():
+        label, _, unit = name.rpartition("_")
+        console.print(f"{label.replace('_', ' ')}: {value:.3g} {unit}", highlight=False)
+
+
+def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision]) -> None:
+    if not decisions:
+        return
+    table = _table(_TOPICS.get(topic, topic), "given", "times", "where", "why")
+    for decision in decisions:
+        table.add_row(decision.subject, decision.choice, str(decision.count), _short_site(decision.site), decision.reason)
+    console.print(table)
+
+
+def _draw_attempts(console: Console, attempts: Sequence[Attempt]) -> None:
+    if not attempts:
+        return
+    table = _table("compile attempt", "strategy", "backend", "outcome", "seconds", "peak memory", "cause")
+    for attempt in attempts:
+        peak = format_bytes(attempt.peak_bytes) if attempt.peak_bytes else "-"
+        cause = " ".join(filter(None, (attempt.cause, attempt.where and f"at {attempt.where}")))
+        table.add_row(
+            attempt.region, attempt.strategy, attempt.backend, attempt.outcome, f"{attempt.seconds:.1f}", peak, cause or "-"
+        )
+    console.print(table)
+
+
+def _short_site(site: str | None) -> str:
+    if site is None:
+        return "-"
+    path, _, line = site.rpartition(":")
+    return f"{os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else Path(path).name}:{line}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column in ("times", "seconds", "peak memory") else "left")
+    return table
+
+
+def _pairs(values: dict[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), value)
+    return table
+
+
+def _emit(as_json: bool, values: Any, draw: Callable[[Console], None]) -> None:
+    if as_json:
+        print(json.dumps(values, indent=1))
+    else:
+        draw(Console())
