@@ -62,9 +62,8 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            raise unknown_name(
-                action.dest.removesuffix("_name"), str(value), action.choices, f"'{self.prog} --help' lists them"
-            )
+            kind = action.option_strings[0] if action.option_strings else action.dest.removesuffix("_name")
+            raise unknown_name(kind, str(value), action.choices, f"'{self.prog} --help' lists what there is")
 
 
 def _parser() -> argparse.ArgumentParser:
