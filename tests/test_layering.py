@@ -16,7 +16,9 @@ LEVELS = [
     {"artifacts"},
     {"strategies"},
     {"api", "simulate"},
-    {"train", "cli", "__main__", "__init__", "auto"},
+    {"train"},
+    {"cli"},
+    {"__main__", "__init__"},
 ]
 PRIVATE_ALLOWED = {"backports", "capture", "passes", "strategies", "artifacts"}
 PRIVATE = (
