@@ -20,30 +20,25 @@ def losses(output: str) -> list[str]:
 
 def written_for_cpu(text: str) -> str:
     """The same program, ported to the CPU by hand."""
-    replacements = [
-        ("torch.cuda.manual_seed_all(1337)\n", ""),
-        ("torch.backends.cuda.matmul.allow_tf32 = True\n", ""),
-        ("torch.backends.cudnn.benchmark = True\n", ""),
-        ("GPT().cuda()", "GPT()"),
-        (", pin_memory=True", ""),
-        ("copies = torch.cuda.Stream()\n", ""),
-        ("begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)\n", ""),
-        (" on {torch.cuda.get_device_name(0)}", ""),
-        ("begin.record()\n", ""),
-        (
-            "    with torch.cuda.stream(copies):\n        inputs, targets = inputs.to(device, non_blocking=True), targets.cuda(non_blocking=True)\n",
-            "",
-        ),
-        ("    torch.cuda.current_stream().wait_stream(copies)\n", ""),
-        ("        torch.cuda.synchronize()\n", ""),
-        ("end.record()\n", ""),
-        ("torch.cuda.synchronize()\n", ""),
-        (
-            'print(f"{begin.elapsed_time(end) / args.steps:.1f} ms a step, {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most")\n',
-            "",
-        ),
-        ('"cuda"', '"cpu"'),
+    dropped = [
+        "torch.cuda.manual_seed_all(1337)\n",
+        "torch.backends.cuda.matmul.allow_tf32 = True\n",
+        "torch.backends.cudnn.benchmark = True\n",
+        ", pin_memory=True",
+        "copies = torch.cuda.Stream()\n",
+        "begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)\n",
+        " on {torch.cuda.get_device_name(0)}",
+        "begin.record()\n",
+        "    with torch.cuda.stream(copies):\n",
+        "        inputs, targets = inputs.to(device, non_blocking=True), targets.cuda(non_blocking=True)\n",
+        "    torch.cuda.current_stream().wait_stream(copies)\n",
+        "        torch.cuda.synchronize()\n",
+        "end.record()\n",
+        "torch.cuda.synchronize()\n",
+        'print(f"{begin.elapsed_time(end) / args.steps:.1f} ms a step, '
+        '{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most")\n',
     ]
+    replacements = [*((old, "") for old in dropped), ("GPT().cuda()", "GPT()"), ('"cuda"', '"cpu"')]
     for old, new in replacements:
         assert old in text, old
         text = text.replace(old, new)

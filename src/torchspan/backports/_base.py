@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
 
 from torchspan.core.registry import Registry
+from torchspan.core.report import current_report, user_site
 from torchspan.environment.patch import MissingModule, MissingName, Patch, Replacement
 
 REGISTRY = Registry("torchspan.backports", "backport")
+
+Standing = Literal["native", "backported", "not possible here"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a backport changes elsewhere in torch, so that its names work: `attribute` of the module `target`.
+
+    `build` makes the new object from the old one; an attribute or module that this torch lacks is left alone.
+    """
+
+    target: str
+    attribute: str
+    build: Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,11 @@ class Backport:
 
     `since` is the first torch release that has it, `upstream` a link to the change that brought it, `differs` what is not as
     upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the module itself is what is
-    missing. `replaces` are changes to what is there (such as a function that lacks an argument).
+    missing. `replaces` are changes to what is there in `target` (such as a function that lacks an argument), `also` changes
+    elsewhere that the rest needs, made when the module in question is imported.
+
+    `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does where
+    `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None.
     """
 
     name: str
@@ -28,7 +52,10 @@ class Backport:
     differs: str = "nothing known"
     names: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     is_module: bool = False
-    replaces: Mapping[str, Callable[[object], object]] = field(default_factory=dict)
+    replaces: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
+    also: Sequence[Change] = ()
+    lacks: Callable[[ModuleType | None], bool] | None = None
+    impossible: Callable[[], str | None] = lambda: None
 
     @property
     def reason(self) -> str:
@@ -40,13 +67,67 @@ class Backport:
         if self.is_module:
             yield MissingModule(self.name, self.target, self._build_module, self.reason)
         else:
-            for attribute, build in self.names.items():
-                yield MissingName(self.name, self.target, attribute, build, self.reason)
+            for attribute in self.names:
+                yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
         for attribute, rebuild in self.replaces.items():
-            yield Replacement(self.name, self.target, attribute, rebuild)
+            yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
+        for change in self.also:
+            yield Replacement(self.name, change.target, change.attribute, self._where_lacking(change.build))
+
+    def record_use(self, subject: str) -> None:
+        """Record that a changed function did what torch's own could not; for what no look-up of a name shows."""
+        report = current_report()
+        if report is not None:
+            report.decide("backport", subject, f"torchspan's {self.name}", self.reason, user_site())
+
+    def _where_lacking(self, build: Callable[[Any], object]) -> Callable[[Any], object]:
+        return lambda old: build(old) if is_lacking(self) else old
 
     def _build_module(self) -> Mapping[str, object]:
-        return {name: build() for name, build in self.names.items()}
+        return {name: self._build_name(name) for name in self.names}
+
+    def _build_name(self, attribute: str) -> object:
+        built = self.names[attribute]()
+        _built[self.name, attribute] = built
+        return built
+
+
+_built: dict[tuple[str, str], object] = {}  # what stands in a torch module and is ours, by backport and attribute
+
+
+def is_lacking(backport: Backport) -> bool:
+    """Whether this torch itself lacks what `backport` provides; says the same while it is in force."""
+    module = _native_module(backport.target)
+    if backport.lacks is not None:
+        return backport.lacks(module)
+    if module is None:
+        return True
+    there = vars(module)
+    return not any(name in there and there[name] is not _built.get((backport.name, name)) for name in backport.names)
+
+
+def _native_module(name: str) -> ModuleType | None:
+    """The module `name` of torch itself, imported; None where torch has none, even if ours stands in its place."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return None
+    return None if spec is None or spec.origin == "torchspan" else importlib.import_module(name)
+
+
+def status(backport: Backport) -> tuple[Standing, str]:
+    """How this torch stands to `backport`, and why; activates nothing.
+
+    ``native``: torch has it; ``backported``: ours takes its place once activated; ``not possible here``: neither.
+    """
+    import torch
+
+    if not is_lacking(backport):
+        return "native", f"torch {torch.__version__} has it (since {backport.since})"
+    reason = backport.impossible()
+    if reason is not None:
+        return "not possible here", reason
+    return "backported", f"torch {torch.__version__} lacks it; {backport.reason}"
 
 
 def all_backports() -> list[Backport]:
