@@ -1,0 +1,156 @@
+"""``torch.fx.traceback.annotate`` and ``annotate_fn``: metadata for the nodes that are traced inside a block."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.fx.traceback as fx_traceback
+from torch.fx import GraphModule, Node
+
+from torchspan.backports import _torch
+from torchspan.backports._base import Backport, Change
+
+_GRADIENT_SUM = "Gradient addition node due to multiple use of tensor around:"  # how AOTAutograd marks such a node
+
+
+@contextmanager
+def annotate(annotation_dict: dict[str, Any]) -> Iterator[None]:
+    """Give every node that is traced inside the block the entries of `annotation_dict` in ``node.meta["custom"]``.
+
+    Blocks nest: entries are merged, the inner one wins, and the outer one's are there again after it. Nodes of the backward
+    get the annotations of the forward nodes that they belong to. Without a trace the block does nothing.
+    """
+    has_outer = "custom" in fx_traceback.current_meta
+    outer = fx_traceback.current_meta.get("custom", {})
+    fx_traceback.current_meta["custom"] = {**outer, **annotation_dict}
+    try:
+        yield
+    finally:
+        # looked up again: a trace inside may have put another dict in its place
+        if has_outer:
+            fx_traceback.current_meta["custom"] = outer
+        else:
+            fx_traceback.current_meta.pop("custom", None)
+
+
+def annotate_fn(annotation_dict: dict[str, Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that runs a function inside ``annotate(annotation_dict)``."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with annotate(annotation_dict):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+for _public in (annotate, annotate_fn):
+    _public.__module__ = "torch.fx.traceback"  # where it is found, by pickle and by dynamo's guards
+
+
+# dynamo: the block is entered while dynamo traces, so that the nodes which it creates are annotated
+
+
+def _with_annotate(classes: dict[Any, None]) -> dict[Any, None]:
+    """The context managers that dynamo handles itself, with annotate."""
+    return {**classes, annotate: None, annotate.__wrapped__: None}  # type: ignore[attr-defined]
+
+
+def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's handling of a call of a context-manager class, with annotate."""
+
+    @functools.wraps(call_function)
+    def handle(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value is not annotate and self.value is not annotate.__wrapped__:  # type: ignore[attr-defined]
+            return call_function(self, tx, args, kwargs)
+        (annotation,) = [*args, *kwargs.values()]
+        return _annotate_variable()(annotation.as_python_constant(), source=self.source)
+
+    return handle
+
+
+@functools.cache
+def _annotate_variable() -> type:
+    """The class of what ``annotate(…)`` is while dynamo traces."""
+
+    class AnnotateVariable(_torch.context_manager_variables().ContextWrappingVariable):  # type: ignore[name-defined,misc]
+        def enter(self, tx: Any, *args: Any) -> Any:
+            stack = ExitStack()
+            stack.enter_context(annotate(self.target_values))
+            stack.enter_context(fx_traceback.preserve_node_meta())  # without it no tracer copies metadata
+            self.set_cleanup_hook(tx, stack.close)
+            return _torch.constant_variable(None)
+
+        def module_name(self) -> str:
+            return "torch.fx.traceback"
+
+        def fn_name(self) -> str:
+            return "annotate"
+
+        def reconstruct_type(self, codegen: Any) -> None:
+            _torch.unsupported_by_dynamo(
+                "torch.fx.traceback.annotate escaped from compiled region",
+                str(self),
+                "Dynamo doesn't support graph break on torch.fx.traceback.annotate.",
+            )
+
+    return AnnotateVariable
+
+
+# AOTAutograd: a backward node gets the annotations of the forward node that has its sequence number
+
+
+def _copying_to_backward(create_graph: Callable[..., GraphModule]) -> Callable[..., GraphModule]:
+    """AOTAutograd's trace of a joint graph, with annotations copied before dead nodes go (they may be the ones annotated)."""
+
+    @functools.wraps(create_graph)
+    def create(*args: Any, **kwargs: Any) -> GraphModule:
+        graph = create_graph(*args, **kwargs)
+        _copy_to_backward(graph)
+        return graph
+
+    return create
+
+
+def _copy_to_backward(joint: GraphModule) -> None:
+    nodes = [node for part in joint.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
+    forward: dict[int, Node] = {}
+    for node in nodes:
+        if "seq_nr" in node.meta and not _is_backward(node):
+            forward.setdefault(node.meta["seq_nr"], node)  # later ones of that number made no autograd node
+    for node in nodes:
+        source = forward.get(node.meta.get("seq_nr", -1))
+        if source is None or "custom" not in source.meta or not _is_backward(node):
+            continue
+        if _GRADIENT_SUM not in (node.stack_trace or ""):
+            node.meta["custom"] = {**node.meta.get("custom", {}), **copy.deepcopy(source.meta["custom"])}
+
+
+def _is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+_CONTEXT_MANAGERS = "torch._dynamo.variables.torch"
+
+BACKPORT = Backport(
+    name="annotate",
+    summary="metadata for the nodes traced inside a block: torch.fx.traceback.annotate and annotate_fn",
+    target="torch.fx.traceback",
+    since="2.10.0",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/fx/traceback.py",
+    differs="views that functionalization replays carry the annotation of the node that asks for them, not of the first view",
+    names={"annotate": lambda: annotate, "annotate_fn": lambda: annotate_fn},
+    also=(
+        Change(_CONTEXT_MANAGERS, "supported_ctx_manager_classes", _with_annotate),
+        Change(_CONTEXT_MANAGERS, "TorchCtxManagerClassVariable.call_function", _variable_for_annotate),
+        Change("torch._functorch._aot_autograd.dispatch_and_compile_graph", "_create_graph", _copying_to_backward),
+        Change("torch._functorch._aot_autograd.graph_capture", "_create_graph", _copying_to_backward),
+    ),
+)
