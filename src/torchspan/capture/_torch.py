@@ -1,0 +1,116 @@
+"""The private names of torch that capture needs, imported when they are called for; a new torch breaks here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def follow_backward(loss: Tensor) -> None:
+    """Make nodes that the backward of `loss` traces carry the sequence number of the autograd node that ran them."""
+    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
+
+    setup_stacktrace_preservation_hooks([loss.grad_fn])  # type: ignore[list-item]
+
+
+@contextmanager
+def kernels_kept_whole() -> Iterator[None]:
+    """While this is open, make_fx records operators as eager calls them, also those that could be decomposed.
+
+    ``silu_backward`` has kernels of its own and also a composite implementation. Autograd calls the kernel; make_fx of torch before
+    2.10 traced the composite, whose rounding differs (1e-9): with it, a captured step is not bitwise eager's. Newer ones ask
+    ``autograd_would_have_decomposed`` first, and nothing is done here.
+    """
+    from torch._C import DispatchKey
+    from torch.fx.experimental import proxy_tensor
+
+    if hasattr(proxy_tensor, "autograd_would_have_decomposed"):
+        yield
+        return
+    key = DispatchKey.CompositeImplicitAutograd
+    kept = [operator for operator in _with_kernel_and_composite() if key not in operator.py_kernels]
+    for operator in kept:
+        operator.py_kernels[key] = lambda *args, **kwargs: NotImplemented
+    try:
+        yield
+    finally:
+        for operator in kept:
+            del operator.py_kernels[key]
+
+
+@cache
+def _with_kernel_and_composite() -> tuple[Any, ...]:
+    """Operators that have a CPU, a Meta and a composite kernel: torch 2.8 and 2.13 have exactly ``silu_backward``."""
+
+    def has_all(name: str) -> bool:
+        keys = ("CompositeImplicitAutograd", "CPU", "Meta")
+        return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and "." not in name)
+    return tuple(getattr(torch.ops.aten, name.removeprefix("aten::")).default for name in names if has_all(name))
+
+# dynamo: one frame traced, without running it
+
+
+def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
+    """What dynamo makes of a `frame`: its ``GuardedCode`` (bytecode and guard manager), or None where it found no tensor work.
+
+    Nothing of the frame is run. `backend` gets the graph and its example inputs, `keep_guards` every guard with its value. Shapes
+    are static unless marked; module hooks are guarded on.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import convert_frame_assert
+    from torch._dynamo.hooks import Hooks
+
+    settings = {
+        "assume_static_by_default": True,
+        "automatic_dynamic_shapes": False,
+        "specialize_float": True,
+        "specialize_int": True,
+        "guard_nn_modules": True,
+        "skip_nnmodule_hook_guards": False,
+        "inline_inbuilt_nn_modules": True,
+    }
+    with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
+        done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
+    return getattr(done, "guarded_code", done) or None
+
+
+def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...]]:
+    """Inside a dynamo backend: the tracing context, the code objects traced so far, and the Python objects that will be changed."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import TracingContext
+
+    context = TracingContext.get()
+    effects = InstructionTranslator.current_tx().output.side_effects
+    changed = [describe for item in effects.id_to_variable.values() if (describe := _outside_change(effects, item))]
+    if effects.tensor_hooks:
+        changed.append("a hook on a tensor")
+    return context, tuple(context.traced_code), tuple(changed)
+
+
+def _outside_change(effects: Any, item: Any) -> str | None:
+    """What of a variable that the program was given, if anything, is changed by running it; None for what it made itself."""
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    if item.source is None or isinstance(item.mutation_type, (AttributeMutationNew, ValueMutationNew)):
+        return None
+    return source_name(item.source) if effects.is_modified(item) else None
+
+
+def source_name(source: Any) -> str:
+    """A dynamo source as a Python expression over ``L`` (locals) and ``G`` (globals); a method before torch 2.10."""
+    return source.name() if callable(source.name) else source.name
+
+
+def dynamo_errors() -> tuple[type[Exception], ...]:
+    """What dynamo raises when it cannot trace a program."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return TorchDynamoException, GuardOnDataDependentSymNode

@@ -1,0 +1,106 @@
+"""Capture a training step, forward, loss and backward, as one Graph, with make_fx: works on every supported torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchspan.core.errors import CaptureError, InputError
+from torchspan.core.graph import Graph, InputSpec, OutputSpec
+from torchspan.core.program import Program
+from torchspan.capture._origins import copy_origins_to_backward, stamped_as_backward, stamped_with_module_paths
+from torchspan.capture._state import Slot, local, slots
+
+SUMMARY = "forward, loss and backward as autograd runs them, traced by make_fx"
+
+
+def capture(program: Program) -> Graph:
+    """The training step of a module whose forward gives a scalar loss.
+
+    The Graph takes the module's parameters and buffers (of a DTensor: this rank's part), then the inputs, and gives the loss and
+    the gradient of each parameter that has one, in the parameters' order. It is traced on fake tensors: nothing is computed.
+
+    >>> class Loss(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.ones(3))
+    ...     def forward(self, x):
+    ...         return (self.weight * x).sum()
+    >>> graph = capture(Program(Loss(), (torch.ones(3),)))
+    >>> [f"{spec.kind} {spec.name}" for spec in (*graph.inputs, *graph.outputs)]
+    ['parameter weight', 'input 0', 'loss loss', 'gradient weight']
+    """
+    module = check_program(program)
+    state = slots(module)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    with_gradient: list[str] = []
+
+    def step(*flat: Tensor) -> list[Tensor]:
+        held = _held(state, flat)
+        loss = _loss(module, held, flat[len(state) :])
+        leaves = {slot.spec.name: held[slot.spec.name] for slot in state if slot.requires_grad}
+        gradients = _gradients(loss, leaves)
+        with_gradient[:] = gradients
+        by_name = {slot.spec.name: slot for slot in state}
+        return [loss.detach(), *(by_name[name].local_gradient(gradient) for name, gradient in gradients.items())]
+
+    flat = [local(tensors[slot.spec.name]) for slot in state] + list(program.args)
+    with stamped_with_module_paths(module):
+        traced = _trace(step, flat, program.name)
+    copy_origins_to_backward(traced)
+    graph = Graph(
+        module=traced,
+        inputs=(*(slot.spec for slot in state), *(InputSpec("input", str(i)) for i in range(len(program.args)))),
+        outputs=(OutputSpec("loss", "loss"), *(OutputSpec("gradient", name) for name in with_gradient)),
+        kind="train_step",
+    )
+    graph.verify()
+    return graph
+
+
+def check_program(program: Program) -> nn.Module:
+    """The module of a program that a training step can be captured of; else InputError."""
+    if not isinstance(program.target, nn.Module):
+        raise InputError(f"a training step is captured of a module that returns its loss, not of {program.name}")
+    if program.kwargs:
+        raise InputError(f"a training step takes its inputs by position; found keywords: {', '.join(program.kwargs)}")
+    for index, value in enumerate(program.args):
+        if not isinstance(value, Tensor):
+            raise InputError(f"input {index} of a training step is a {type(value).__name__}; expected a tensor")
+    return program.target
+
+
+def check_loss(loss: object, name: str) -> Tensor:
+    """`loss` itself if it is a scalar that has a gradient; else CaptureError."""
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise CaptureError(f"{name} returned {found}; a training step needs a scalar loss that requires a gradient")
+    return loss
+
+
+def _held(state: list[Slot], flat: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What the module holds during the trace: leaves of autograd, as its parameters are."""
+    return {slot.spec.name: slot.wrap(t).detach().requires_grad_(slot.requires_grad) for slot, t in zip(state, flat)}
+
+
+def _loss(module: nn.Module, held: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    return check_loss(torch.func.functional_call(module, held, inputs), type(module).__name__)
+
+
+def _gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    from torchspan.capture import _torch
+
+    _torch.follow_backward(loss)
+    with stamped_as_backward(), torch.autograd.set_multithreading_enabled(False):
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, found) if gradient is not None}
+
+
+def _trace(step: object, flat: list[Tensor], name: str) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    from torchspan.capture import _torch
+
+    with _torch.kernels_kept_whole(), preserve_node_meta(), torch.enable_grad():
+        return make_fx(step, tracing_mode="fake")(*flat)  # type: ignore[arg-type]
