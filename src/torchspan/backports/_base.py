@@ -40,8 +40,8 @@ class Backport:
     missing. `replaces` are changes to what is there in `target` (such as a function that lacks an argument), `also` changes
     elsewhere that the rest needs, made when the module in question is imported.
 
-    `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does where
-    `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None.
+    `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
+    where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None.
     """
 
     name: str

@@ -1,9 +1,13 @@
-"""torch's private names that backports use, each imported when it is asked for: importing this imports no part of torch's compiler."""
+"""torch's private names that backports use, each imported when it is asked for: importing this imports no compiler."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 def context_manager_variables() -> ModuleType:
@@ -17,7 +21,7 @@ def unsupported_by_dynamo(what: str, context: str, explanation: str) -> None:
     """Raise dynamo's own error for code that it cannot trace."""
     from torch._dynamo import exc
 
-    exc.unimplemented_v2(gb_type=what, context=context, explanation=explanation, hints=[])
+    getattr(exc, "unimplemented_v2", exc.unimplemented)(gb_type=what, context=context, explanation=explanation, hints=[])
 
 
 def constant_variable(value: Any) -> Any:
@@ -25,3 +29,35 @@ def constant_variable(value: Any) -> Any:
     from torch._dynamo.variables import ConstantVariable
 
     return ConstantVariable.create(value)
+
+
+def has_inductor_option(name: str) -> bool:
+    """Whether inductor's configuration has an entry of this name."""
+    import torch._inductor.config as config
+
+    return hasattr(config, name)
+
+
+def inductor_options(options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Inductor's configuration with these entries, inside the block."""
+    import torch._inductor.config as config
+
+    return config.patch(dict(options))
+
+
+def compile_part(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a part of a graph with inductor, for inputs of these (fake) values; shapes stay as dynamic as they are.
+
+    Inside a compile of torch's, the part shares its shape environment; outside, one is taken from the inputs.
+    """
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import standalone_compile
+
+    fake_mode = detect_fake_mode(inputs)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())  # the graph around it has its backward already
+        if TracingContext.try_get() is None and fake_mode is not None:
+            stack.enter_context(tracing(TracingContext(fake_mode)))
+        if TracingContext.try_get() is None:
+            return standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs")
+        return standalone_compile(module, list(inputs), dynamic_shapes="from_tracing_context")

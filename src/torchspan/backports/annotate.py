@@ -70,7 +70,7 @@ def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., A
     def handle(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.value is not annotate and self.value is not annotate.__wrapped__:  # type: ignore[attr-defined]
             return call_function(self, tx, args, kwargs)
-        (annotation,) = [*args, *kwargs.values()]
+        annotation = next(iter([*args, *kwargs.values()]))
         return _annotate_variable()(annotation.as_python_constant(), source=self.source)
 
     return handle
@@ -80,7 +80,7 @@ def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., A
 def _annotate_variable() -> type:
     """The class of what ``annotate(…)`` is while dynamo traces."""
 
-    class AnnotateVariable(_torch.context_manager_variables().ContextWrappingVariable):  # type: ignore[name-defined,misc]
+    class AnnotateVariable(_torch.context_manager_variables().ContextWrappingVariable):  # type: ignore[misc]
         def enter(self, tx: Any, *args: Any) -> Any:
             stack = ExitStack()
             stack.enter_context(annotate(self.target_values))
