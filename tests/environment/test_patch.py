@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from torchspan.core.report import Report
-from torchspan.environment.patch import MissingModule, MissingName, Patches, Replacement
+from torchspan.environment.patch import MissingModule, MissingName, Patches, Redefinition, Replacement
 from torchspan.environment.scope import Environment, active_environment
 
 
@@ -112,3 +114,26 @@ def test_an_environment_is_idempotent_and_a_context_manager(target: types.Module
     assert target.present is original and active_environment() is None
     environment.deactivate()
     assert target.present is original
+
+
+def test_names_bound_before_follow_a_replacement_and_come_back(target: types.ModuleType) -> None:
+    original = target.present
+    program = {"__builtins__": __builtins__, "__name__": "program", "present": original, "partial": partial(original, 1)}
+    exec("def later(x, function=present, *, other=present):\n    return function(x) + other(x)", program)
+    patches = Patches([Replacement("mine", "a_target", "present", lambda old: lambda x: old(x) * 10, follow=True)], Report())
+    patches.apply()
+    assert program["present"](1) == 20 and program["partial"]() == 20 and program["later"](1) == 40
+    patches.undo()
+    assert program["present"] is original and program["partial"].func is original
+    assert program["later"].__defaults__ == (original,) and program["later"].__kwdefaults__ == {"other": original}
+
+
+def test_a_redefined_function_stays_the_object_that_it_was(target: types.ModuleType) -> None:
+    original, code = target.present, target.present.__code__
+    bound = target.present
+    patches = Patches([Redefinition("mine", "a_target", "present", lambda old: lambda x, times=10: old(x) * times)], Report())
+    patches.apply()
+    assert target.present is original and bound(1) == 20 and bound(x=1, times=3) == 6
+    assert str(inspect.signature(bound)) == "(x)"
+    patches.undo()
+    assert bound(1) == 2 and bound.__code__ is code and vars(bound) == {} and bound.__kwdefaults__ is None

@@ -58,6 +58,23 @@ class Attempt:
     where: str | None = None
 
 
+class Tally:
+    """How often a Decision was made, for a place where calling `Report.decide` each time would cost too much.
+
+    >>> report = Report()
+    >>> tally = report.tally("device", "cuda", "cpu", "no CUDA device here")
+    >>> tally.count += 3
+    >>> report.decisions[0].count
+    3
+    """
+
+    __slots__ = ("count", "decision")
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.count = 0
+
+
 class Report:
     """All Decisions and Attempts, in order; thread-safe. Entries are passed on to `parent`, when there is one.
 
@@ -71,14 +88,16 @@ class Report:
     def __init__(self, parent: Report | None = None) -> None:
         self._parent = parent
         self._lock = threading.Lock()
-        self._entries: dict[Any, Decision | Attempt] = {}
+        self._entries: dict[Any, Decision | Tally | Attempt] = {}
         self._figures: dict[str, float] = {}
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """Every Decision, in the order of its first occurrence."""
         with self._lock:
-            return tuple(entry for entry in self._entries.values() if isinstance(entry, Decision))
+            entries = tuple(self._entries.values())
+        counted = (replace(e.decision, count=e.count) if isinstance(e, Tally) else e for e in entries)
+        return tuple(entry for entry in counted if isinstance(entry, Decision) and entry.count)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -105,6 +124,24 @@ class Report:
             log.info("%s: %s → %s (%s)%s", topic, subject, choice, reason, f" at {site}" if site else "")
         if self._parent is not None:
             self._parent.decide(topic, subject, choice, reason, site)
+
+    def tally(self, topic: str, subject: str, choice: str, reason: str, site: str | None = None) -> Tally:
+        """A count of the same choice at the same site, for its maker to add to."""
+        key = (topic, subject, choice, reason, site, "tally")
+        with self._lock:
+            known = self._entries.get(key)
+            if isinstance(known, Tally):
+                return known
+        tally = Tally(Decision(topic, subject, choice, reason, site))
+        self._share(key, tally)
+        log.info("%s: %s → %s (%s)%s", topic, subject, choice, reason, f" at {site}" if site else "")
+        return tally
+
+    def _share(self, key: object, tally: Tally) -> None:
+        with self._lock:
+            self._entries[key] = tally
+        if self._parent is not None:
+            self._parent._share(key, tally)
 
     def attempt(self, attempt: Attempt) -> None:
         """Record one try."""

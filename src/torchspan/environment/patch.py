@@ -1,26 +1,29 @@
 """Patches: reversible changes to a module's names or to an import, applied when their target is first there.
 
-Three kinds, all of them data::
+Four kinds, all of them data::
 
     MissingModule    a module that this torch lacks; built when it is imported
     MissingName      a name that a module lacks; built when it is first looked up
     Replacement      a name that is there and must behave otherwise; put in place when its module is imported
+    Redefinition     the same for a Python function that stays the object it was
 
 `Patches` applies a list of them and undoes it exactly: every object that was there is there again.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torchspan.core.report import Report, user_site
 from torchspan.environment.imports import MissingModuleFinder, when_imported
+from torchspan.environment.rebind import rebind
 
 _ABSENT = object()
 
@@ -53,7 +56,7 @@ class Replacement:
     """`attribute` (dotted for a class's member) of the module `target`; `build` makes the new object from the old one.
 
     `build` may return the object it was given: then nothing is changed. A missing attribute is passed as None if `create`,
-    and left alone otherwise.
+    and left alone otherwise. With `follow`, names that the program bound to the old object before are changed too.
     """
 
     owner: str
@@ -61,9 +64,24 @@ class Replacement:
     attribute: str
     build: Callable[[Any], object]
     create: bool = False
+    follow: bool = False
 
 
-Patch = MissingModule | MissingName | Replacement
+@dataclass(frozen=True)
+class Redefinition:
+    """The Python function `attribute` of the module `target` behaves as what `build` makes of it, and stays the object it was.
+
+    So names that were bound to it before follow, and tables that know it by identity still do. `build` is given a copy that
+    behaves as before. What is not a plain function (a builtin, a closure) is replaced; a missing one is left alone.
+    """
+
+    owner: str
+    target: str
+    attribute: str
+    build: Callable[[Any], Callable[..., Any]]
+
+
+Patch = MissingModule | MissingName | Replacement | Redefinition
 
 
 class Patches:
@@ -74,12 +92,13 @@ class Patches:
         self._report = report
         self._undo: list[Callable[[], None]] = []
         self._lock = threading.RLock()
+        self._followed: dict[str, list[tuple[object, object]]] = {}
 
     def apply(self) -> None:
         """Put every patch in force: now where its module is imported, later where it is not."""
         missing: dict[str, MissingModule] = {}
         names: dict[str, list[MissingName]] = {}
-        replacements: dict[str, list[Replacement]] = {}
+        replacements: dict[str, list[Replacement | Redefinition]] = {}
         for patch in self._patches:
             if isinstance(patch, MissingModule):
                 missing[patch.target] = patch
@@ -93,6 +112,7 @@ class Patches:
                 self._on_import(target, partial(self._offer_names, wanted))
             for target, changes in replacements.items():
                 self._on_import(target, partial(self._replace_all, changes))
+            self._follow_names()
 
     def undo(self) -> None:
         """Take every patch back, last first."""
@@ -149,25 +169,36 @@ class Patches:
 
     # replacements
 
-    def _replace_all(self, changes: list[Replacement], module: ModuleType) -> None:
+    def _replace_all(self, changes: list[Replacement | Redefinition], module: ModuleType) -> None:
         with self._lock:
             for patch in changes:
-                self._replace(module, patch)
+                *path, last = patch.attribute.split(".")
+                holder: Any = module
+                for part in path:
+                    holder = getattr(holder, part, None)
+                if holder is not None:
+                    self._replace(holder, last, patch)
 
-    def _replace(self, module: ModuleType, patch: Replacement) -> None:
-        *path, last = patch.attribute.split(".")
-        holder: Any = module
-        for part in path:
-            holder = getattr(holder, part, None)
-        if holder is None:
+    def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
+        found = vars(holder).get(name, _ABSENT)
+        current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
+        if isinstance(patch, Redefinition) and type(current) is FunctionType and not current.__closure__:
+            self._undo.append(_redefine(current, patch.build))
             return
-        found = vars(holder).get(last, _ABSENT)
-        current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, last, None)
-        if current is None and not patch.create:
+        if current is None and not (isinstance(patch, Replacement) and patch.create):
             return
         new = patch.build(current)
         if new is not current:
-            self._set(holder, last, new)
+            self._set(holder, name, new)
+            if isinstance(patch, Replacement) and patch.follow:
+                self._followed.setdefault(patch.target.partition(".")[0], []).append((current, new))
+
+    def _follow_names(self) -> None:
+        """Rebind what was bound before; while a package is still being imported, nobody can have."""
+        for package, pairs in self._followed.items():
+            if not getattr(getattr(sys.modules.get(package), "__spec__", None), "_initializing", False):
+                self._undo += rebind(pairs, package)
+        self._followed.clear()
 
     def _set(self, holder: Any, name: str, value: object) -> None:
         before = vars(holder).get(name, _ABSENT)
@@ -180,6 +211,32 @@ class Patches:
                 setattr(holder, name, before)
 
         self._undo.append(restore)
+
+
+def _forward(*args: Any, __torchspan: Any = None, **kwargs: Any) -> Any:
+    return __torchspan(*args, **kwargs)
+
+
+def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]) -> Callable[[], None]:
+    """Give `function` the body that calls what `build` makes of a copy of it; returns what gives it its own back."""
+    code, defaults, named, names = function.__code__, function.__defaults__, function.__kwdefaults__, dict(vars(function))
+    copy = FunctionType(code, function.__globals__, function.__name__, defaults)
+    copy.__kwdefaults__ = dict(named or {})
+    signature = inspect.signature(function)
+    new = build(copy)
+    function.__kwdefaults__ = {**(named or {}), "__torchspan": new}  # before the code that needs it: other threads may call
+    function.__code__ = _forward.__code__.replace(co_name=code.co_name)
+    function.__defaults__ = None
+    vars(function)["__signature__"] = signature
+
+    def restore() -> None:
+        function.__defaults__ = defaults
+        function.__code__ = code
+        function.__kwdefaults__ = named
+        vars(function).clear()
+        vars(function).update(names)
+
+    return restore
 
 
 def _forget_module(module: ModuleType) -> None:
