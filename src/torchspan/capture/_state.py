@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchspan.core.errors import CaptureError
+from torchspan.core.errors import CaptureError, InputError
 from torchspan.core.graph import Graph, InputSpec
+from torchspan.core.program import Program
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,26 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined, no-any-return]
 
 
+def check_program(program: Program) -> nn.Module:
+    """The module of a program that a training step can be captured of; else InputError."""
+    if not isinstance(program.target, nn.Module):
+        raise InputError(f"a training step is captured of a module that returns its loss, not of {program.name}")
+    if program.kwargs:
+        raise InputError(f"a training step takes its inputs by position; found keywords: {', '.join(program.kwargs)}")
+    for index, value in enumerate(program.args):
+        if not isinstance(value, Tensor):
+            raise InputError(f"input {index} of a training step is a {type(value).__name__}; expected a tensor")
+    return program.target
+
+
+def check_loss(loss: object, name: str) -> Tensor:
+    """`loss` itself if it is a scalar that has a gradient; else CaptureError."""
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise CaptureError(f"{name} returned {found}; a training step needs a scalar loss that requires a gradient")
+    return loss
+
+
 class BoundGraph:
     """A Graph with the module whose parameters it takes: a training step as one call.
 
@@ -90,14 +111,21 @@ class BoundGraph:
         state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self._state = [state[spec.name] for spec in graph.inputs if spec.kind in ("parameter", "buffer")]
         self._kinds = [spec.kind for spec in graph.inputs]
-        self._gradients = [(state[spec.name], _layout(state[spec.name])) for spec in graph.outputs if spec.kind == "gradient"]
+        self._outputs = [spec.kind for spec in graph.outputs]
+        self._targets = [state.get(spec.name) for spec in graph.outputs]
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
-        loss, *gradients = self.graph.module(*self._arguments(inputs))
-        for (parameter, layout), gradient in zip(self._gradients, gradients):
-            parameter.grad = gradient if layout is None else layout.wrap(gradient)
-        assert isinstance(loss, Tensor)
+        results = self.graph.module(*self._arguments(inputs))
+        for kind, target, result in zip(self._outputs, self._targets, results):
+            if kind == "gradient":
+                assert target is not None
+                layout = _layout(target)
+                target.grad = result if layout is None else layout.wrap(result)
+            elif kind == "mutation":
+                assert target is not None
+                local(target).copy_(result)
+        loss: Tensor = results[self._outputs.index("loss")]
         return loss
 
     def _arguments(self, inputs: Sequence[Tensor]) -> list[Tensor]:

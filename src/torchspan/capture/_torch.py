@@ -74,7 +74,6 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
         "specialize_int": True,
         "guard_nn_modules": True,
         "skip_nnmodule_hook_guards": False,
-        "inline_inbuilt_nn_modules": True,
     }
     with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
         done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
@@ -114,3 +113,29 @@ def dynamo_errors() -> tuple[type[Exception], ...]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return TorchDynamoException, GuardOnDataDependentSymNode
+
+
+def joint_export() -> Any:
+    """``aot_export_joint_with_descriptors``, or None where torch lacks it.
+
+    2.9 has the function, without what annotates its nodes (``torch.fx.traceback.annotate``, 2.10): counted as lacking.
+    """
+    from torch._functorch import aot_autograd
+
+    if not hasattr(torch.fx.traceback, "annotate"):
+        return None
+    return getattr(aot_autograd, "aot_export_joint_with_descriptors", None)
+
+
+def joint_gradient_placements(joint: Any) -> list[Any] | None:
+    """The placements of each gradient of a joint graph in the order of its inputs, None for plain tensors; None if unknown."""
+    meta = getattr(getattr(joint, "_aot_graph_capture", None), "maybe_subclass_meta", None)
+    gradients = getattr(meta, "grad_input_metas", None)
+    return None if gradients is None else [_placements(gradient) for gradient in gradients]
+
+
+def _placements(creation: Any) -> Any:
+    """The placements in how torch makes a DTensor again: a spec up to 2.12, the placements themselves since."""
+    context = getattr(creation, "meta", None)
+    first = context[0] if isinstance(context, tuple) and context else None
+    return getattr(first, "placements", first)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchspan.core.errors import CaptureError, InputError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.program import Program
+from torchspan.capture._clean import clean
 from torchspan.capture._origins import copy_origins_to_backward, stamped_as_backward, stamped_with_module_paths
-from torchspan.capture._state import Slot, local, slots
+from torchspan.capture._state import Slot, check_loss, check_program, local, slots
 
 SUMMARY = "forward, loss and backward as autograd runs them, traced by make_fx"
 
 
-def capture(program: Program) -> Graph:
+def capture_train_step(program: Program) -> Graph:
     """The training step of a module whose forward gives a scalar loss.
 
     The Graph takes the module's parameters and buffers (of a DTensor: this rank's part), then the inputs, and gives the loss and
@@ -26,7 +26,7 @@ def capture(program: Program) -> Graph:
     ...         self.weight = torch.nn.Parameter(torch.ones(3))
     ...     def forward(self, x):
     ...         return (self.weight * x).sum()
-    >>> graph = capture(Program(Loss(), (torch.ones(3),)))
+    >>> graph = capture_train_step(Program(Loss(), (torch.ones(3),)))
     >>> [f"{spec.kind} {spec.name}" for spec in (*graph.inputs, *graph.outputs)]
     ['parameter weight', 'input 0', 'loss loss', 'gradient weight']
     """
@@ -48,6 +48,7 @@ def capture(program: Program) -> Graph:
     with stamped_with_module_paths(module):
         traced = _trace(step, flat, program.name)
     copy_origins_to_backward(traced)
+    clean(traced)
     graph = Graph(
         module=traced,
         inputs=(*(slot.spec for slot in state), *(InputSpec("input", str(i)) for i in range(len(program.args)))),
@@ -56,26 +57,6 @@ def capture(program: Program) -> Graph:
     )
     graph.verify()
     return graph
-
-
-def check_program(program: Program) -> nn.Module:
-    """The module of a program that a training step can be captured of; else InputError."""
-    if not isinstance(program.target, nn.Module):
-        raise InputError(f"a training step is captured of a module that returns its loss, not of {program.name}")
-    if program.kwargs:
-        raise InputError(f"a training step takes its inputs by position; found keywords: {', '.join(program.kwargs)}")
-    for index, value in enumerate(program.args):
-        if not isinstance(value, Tensor):
-            raise InputError(f"input {index} of a training step is a {type(value).__name__}; expected a tensor")
-    return program.target
-
-
-def check_loss(loss: object, name: str) -> Tensor:
-    """`loss` itself if it is a scalar that has a gradient; else CaptureError."""
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise CaptureError(f"{name} returned {found}; a training step needs a scalar loss that requires a gradient")
-    return loss
 
 
 def _held(state: list[Slot], flat: tuple[Tensor, ...]) -> dict[str, Tensor]:
