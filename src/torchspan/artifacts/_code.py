@@ -1,0 +1,124 @@
+"""Digests of Python code: the same in every process, other when what the code does may be other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+
+
+class Seen:
+    """The code objects that digests have covered."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, CodeType] = {}
+
+    def add(self, code: CodeType) -> None:
+        """Mark a code object, and those inside it."""
+        self._codes[id(code)] = code
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                self.add(constant)
+
+    def __contains__(self, code: CodeType) -> bool:
+        return id(code) in self._codes
+
+
+def is_torch_code(code: CodeType) -> bool:
+    """Whether code is torch's own: an artifact is held to one torch, which covers it."""
+    return code.co_filename.startswith((_TORCH_ROOT, "<"))
+
+
+def digest_function(function: Any, seen: Seen | None = None) -> str:
+    """A digest of what a function does: its code, defaults, and the functions that it closes over; not where it is written.
+
+    >>> def one(x): return x + 1
+    >>> def two(x): return x + 1
+    >>> def three(x): return x + 2
+    >>> digest_function(one) == digest_function(two), digest_function(one) == digest_function(three)
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for part in _parts(function, seen or Seen(), set()):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def digest_class(cls: type, seen: Seen | None = None) -> str | None:
+    """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them."""
+    seen = seen or Seen()
+    parts = []
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins", "abc", "collections", "typing"):
+            continue
+        for name, member in sorted(vars(base).items()):
+            if callable(member) or isinstance(member, (staticmethod, classmethod, property, partial)):
+                if not isinstance(member, type):
+                    parts.append(f"{name} {digest_function(member, seen)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def _parts(value: Any, seen: Seen, visited: set[int]) -> Iterator[str]:
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, CodeType):
+        seen.add(value)
+        yield from _code_parts(value)
+    elif isinstance(value, FunctionType):
+        yield from _parts(value.__code__, seen, visited)
+        for default in (*(value.__defaults__ or ()), *sorted((value.__kwdefaults__ or {}).items())):
+            yield _stable(default)
+        for cell in value.__closure__ or ():
+            yield from _cell_parts(cell, seen, visited)
+    elif isinstance(value, (staticmethod, classmethod, MethodType)):
+        yield from _parts(value.__func__, seen, visited)
+    elif isinstance(value, property):
+        for function in (value.fget, value.fset, value.fdel):
+            yield from _parts(function, seen, visited)
+    elif isinstance(value, partial):
+        yield _stable(value.args) + _stable(tuple(sorted(value.keywords)))
+        yield from _parts(value.func, seen, visited)
+    else:
+        wrapped = getattr(value, "__wrapped__", None)
+        yield type(value).__qualname__
+        if wrapped is not None:
+            yield from _parts(wrapped, seen, visited)
+
+
+def _cell_parts(cell: Any, seen: Seen, visited: set[int]) -> Iterator[str]:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # not filled yet
+        return
+    if callable(content) and not isinstance(content, type):
+        yield from _parts(content, seen, visited)
+
+
+def _code_parts(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr((code.co_argcount, code.co_kwonlyargcount, code.co_names, code.co_freevars, code.co_flags))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_parts(constant)
+        else:
+            yield _stable(constant)
+
+
+def _stable(value: Any) -> str:
+    """A text that is the same in every process: no addresses, no order of a set."""
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}{sorted(map(_stable, value))}"
+    if isinstance(value, tuple):
+        return f"({','.join(map(_stable, value))})"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)) or value is Ellipsis:
+        return repr(value)
+    return type(value).__qualname__

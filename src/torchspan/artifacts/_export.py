@@ -1,0 +1,214 @@
+"""From a capture to one entry of an artifact: its plan, its guards, and its native libraries."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchspan.artifacts import _torch
+from torchspan.artifacts._portable import portable_guards, result_of
+from torchspan.artifacts._program import write_program
+from torchspan.artifacts._runtime import KEPT
+from torchspan.artifacts._torch import Lowered
+from torchspan.artifacts._values import parse_path
+from torchspan.capture.dynamo import Guards
+from torchspan.core.errors import InputError, UnsupportedError
+from torchspan.core.regions import cut_regions, list_regions
+from torchspan.core.report import Report
+
+_WHOLE = "torchspan_whole"
+_REGIONAL = "compile_with_inductor"
+COMPILERS = ("inductor", "regional_inductor", "eager")
+
+# fallback_random: random numbers are those of eager, for the same seed. dynamic_threads: a library asks how many threads there
+# are when it runs; with a number compiled in, it would write past its buffers on a machine with more.
+_OPTIONS = {"fallback_random": True, "cpp.dynamic_threads": True}
+
+
+def compiler_name(compiler: str | Callable[..., Any] | None) -> str:
+    """Which of `COMPILERS` is meant: a name, None (inductor), or the function ``regional_inductor``.
+
+    Raises:
+        InputError: an unknown name.
+        UnsupportedError: another function: what it returns lives in this process only.
+    """
+    if compiler is None:
+        return "inductor"
+    if isinstance(compiler, str):
+        if compiler not in COMPILERS:
+            raise InputError(f"no compiler {compiler!r} for an artifact; expected one of {', '.join(COMPILERS)}")
+        return compiler
+    if getattr(compiler, "__name__", "") == "regional_inductor":
+        return "regional_inductor"
+    raise UnsupportedError(
+        f"an artifact cannot hold what {compiler!r} returns; expected one of {', '.join(COMPILERS)} (Precompile.aot_autograd takes any)"
+    )
+
+
+@dataclass
+class Parts:
+    """What one entry consists of: its line in the manifest, and its payloads by name."""
+
+    program: dict[str, Any]
+    payloads: dict[str, bytes] = field(default_factory=dict)
+
+
+def export_entry(prefix: str, module: GraphModule, guards: Guards, compiler: str, report: Report) -> Parts:
+    """Lower a capture to operators, compile what `compiler` compiles, and write everything down.
+
+    Raises:
+        UnsupportedError: the program needs what an artifact cannot hold; names it.
+    """
+    frame = guards.frame
+    _refuse_inputs(module, frame.inputs)
+    paths = [parse_path(source, frame.scope) for source in frame.sources]
+    guarded = portable_guards(guards, paths)
+    result = result_of(guards, guards.program.state())
+    with torch.set_grad_enabled(frame.grad_mode):
+        lowered = _torch.lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
+    plan = {**_plan(lowered), "result": result}
+    parts = Parts({"plan": f"{prefix}/plan.json", "guards": f"{prefix}/guards.json", "libraries": [], "constants": None})
+    constants: dict[str, torch.Tensor] = {}
+    for name, graph in (("forward", lowered.forward), ("backward", lowered.backward)):
+        plan[name] = None if graph is None else _write_graph(prefix, name, graph, compiler, parts, constants)
+    if constants:
+        parts.program["constants"] = f"{prefix}/constants.safetensors"
+        parts.payloads[parts.program["constants"]] = _write_tensors(constants)
+    parts.payloads[parts.program["plan"]] = json.dumps(plan).encode()
+    parts.payloads[parts.program["guards"]] = json.dumps(guarded).encode()
+    num_libraries = len(parts.program["libraries"])
+    report.decide("precompile", guards.program.name, compiler, f"{num_libraries} native libraries, {len(guarded['always'])} guards")
+    return parts
+
+
+def _refuse_inputs(module: GraphModule, inputs: tuple[Any, ...]) -> None:
+    for node, value in zip((node for node in module.graph.nodes if node.op == "placeholder"), inputs):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise UnsupportedError(
+                f"an artifact's graphs take plain tensors of static shape; {node.name} is a {type(value).__name__}: "
+                "leave dimensions unmarked, and take tensor subclasses apart"
+            )
+        if value.device.type != "cpu" or value.layout is not torch.strided:
+            raise UnsupportedError(f"artifacts are for dense tensors on a CPU so far; {node.name} is {value.layout} on {value.device}")
+
+
+# the plan: what happens around the graphs
+
+
+def _plan(lowered: Lowered) -> dict[str, Any]:
+    placeholders = [node for node in lowered.forward.graph.nodes if node.op == "placeholder"]
+    values = _output_nodes(lowered.forward)
+    num_mutated, num_results = len(lowered.mutated), len(lowered.outputs) + lowered.num_bases
+    results = values[num_mutated : num_mutated + num_results]
+    saved = values[num_mutated + num_results :]
+    outputs = []
+    for index, output in enumerate(lowered.outputs):
+        spec: dict[str, Any] = {"kind": output.kind, "grad": output.requires_grad}
+        if output.kind not in KEPT:
+            base = _base_of(output.kind, output.base, placeholders, results, len(lowered.outputs))
+            spec |= {"base": output.base, **_placed(results[index], base)}
+        outputs.append(spec)
+    plan: dict[str, Any] = {"mutated": list(lowered.mutated), "outputs": outputs, "num_bases": lowered.num_bases}
+    return {**plan, **_backward_plan(lowered, [node.name for node in saved])}
+
+
+def _output_nodes(module: GraphModule) -> list[Any]:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    return list(output.args[0])
+
+
+def _base_of(kind: str, base: int | None, placeholders: list[Node], results: list[Any], num_outputs: int) -> Node:
+    assert base is not None, f"an output that is {kind} has no base"
+    if kind in ("is_input", "alias_of_input"):
+        return placeholders[base]
+    if kind == "alias_of_intermediate_base_is_user_output":
+        return results[base]
+    if kind in ("alias_of_intermediate", "alias_of_intermediate_save_as_output"):
+        return results[num_outputs + base]
+    raise UnsupportedError(f"an artifact cannot hold an output that is {kind}")
+
+
+def _placed(node: Any, base: Node) -> dict[str, Any]:
+    """Where in its base a view lies."""
+    value, whole = node.meta["val"], base.meta["val"]
+    if value.dtype != whole.dtype or value.is_conj() or value.is_neg():
+        raise UnsupportedError(
+            f"an artifact cannot hold an output that is a view of another type ({value.dtype} of {whole.dtype}); return a copy of it"
+        )
+    return {"shape": list(value.shape), "stride": list(value.stride()), "offset": value.storage_offset() - whole.storage_offset()}
+
+
+def _backward_plan(lowered: Lowered, saved: list[str]) -> dict[str, Any]:
+    """Which saved values and which gradients the backward takes, in its order."""
+    if lowered.backward is None:
+        return {"tangents": [], "backward_inputs": []}
+    differentiable = [i for i, output in enumerate(lowered.outputs) if output.kind in KEPT and output.requires_grad]
+    differentiable += range(len(lowered.outputs), len(lowered.outputs) + lowered.num_bases)
+    placeholders = [node for node in lowered.backward.graph.nodes if node.op == "placeholder"]
+    tangents = [node for node in placeholders if node.name not in saved]
+    num_gradients = len(_output_nodes(lowered.backward))
+    num_inputs = sum(node.op == "placeholder" for node in lowered.forward.graph.nodes)
+    if len(tangents) != len(differentiable) or num_gradients != num_inputs:
+        raise UnsupportedError(
+            f"an artifact cannot hold this backward: it takes {len(tangents)} gradients for {len(differentiable)} outputs and gives "
+            f"{num_gradients} for {num_inputs} inputs"
+        )
+    order = [["saved", saved.index(node.name)] if node.name in saved else ["tangent", tangents.index(node)] for node in placeholders]
+    return {
+        "tangents": [_tangent(node, result) for node, result in zip(tangents, differentiable)],
+        "backward_inputs": order,
+    }
+
+
+def _tangent(node: Node, result: int) -> dict[str, Any]:
+    value = node.meta["val"]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"result": result, "shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype}
+
+
+# the graphs
+
+
+def _write_graph(
+    prefix: str, name: str, graph: GraphModule, compiler: str, parts: Parts, constants: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """One graph as JSON, its compiled parts as libraries among the payloads."""
+    key = {"inductor": _WHOLE, "regional_inductor": _REGIONAL, "eager": None}[compiler]
+    cut = graph if key is None else cut_regions(_marked(graph) if key == _WHOLE else graph, key)
+    libraries: dict[str, str] = {}
+    for region in list_regions(cut):
+        library = f"{prefix}/{name}.{region.target}.so"
+        compiled, described = _torch.compile_library(region.module, {**_OPTIONS, **_annotated_options(region.annotation)})
+        libraries[region.target] = library
+        parts.payloads[library] = compiled
+        if described is not None:
+            parts.payloads[library.removesuffix(".so") + ".json"] = described
+    parts.program["libraries"] += list(libraries.values())
+    written, held = write_program(cut, libraries)
+    constants.update({f"{name}/{attribute}": tensor.detach().contiguous() for attribute, tensor in held.items()})
+    return written
+
+
+def _marked(graph: GraphModule) -> GraphModule:
+    """A copy whose every operator is marked as part of one region."""
+    copied = GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in copied.graph.nodes:
+        if node.op.startswith("call_"):
+            node.meta["custom"] = {_WHOLE: "whole"}
+    return copied
+
+
+def _annotated_options(annotation: Any) -> Mapping[str, Any]:
+    return annotation.get("inductor_configs", {}) if isinstance(annotation, dict) else {}
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.clone() for name, tensor in tensors.items()})

@@ -1,0 +1,362 @@
+"""Guards of an artifact: checked at every call, without dynamo; and the graph's inputs, gathered on the same walk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch.utils import _device
+
+from torchspan.artifacts._code import digest_class, digest_function
+from torchspan.artifacts._values import STEPS, Path, decode, decode_path, name_of, show_path
+from torchspan.core.errors import IntegrityError
+
+Check = Callable[[Any], "str | None"]
+
+
+class Failed(Exception):
+    """A guard does not hold; carries what to say. Never leaves this folder."""
+
+
+# one check: from what an artifact says to a function that gives None, or what was expected and found
+
+
+def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """What a tensor guard compares, as JSON."""
+    return {
+        "type": name_of(type(tensor)),
+        "dtype": str(tensor.dtype),
+        "device": str(tensor.device),
+        "layout": str(tensor.layout),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()) if tensor.layout is torch.strided else [],
+        "requires_grad": tensor.requires_grad,
+        "flags": [tensor.is_conj(), tensor.is_neg()],
+    }
+
+
+def _tensor(expected: Any) -> Check:
+    shape, stride = torch.Size(expected["shape"]), tuple(expected["stride"])
+    dtype = decode({"dtype": expected["dtype"].removeprefix("torch.")})
+    device, wants_grad, type_name = torch.device(expected["device"]), expected["requires_grad"], expected["type"]
+    plain = expected["layout"] == "torch.strided" and expected["flags"] == [False, False]
+    kinds: set[type] = set()
+
+    def check(value: Any) -> str | None:
+        kind = type(value)
+        if kind not in kinds:
+            if name_of(kind) != type_name:
+                return f"expected a {type_name.partition(':')[2]}, found a {kind.__qualname__}"
+            kinds.add(kind)
+        if value.dtype is dtype and value.shape == shape and value.requires_grad is wants_grad and value.device == device:
+            if plain and value.layout is torch.strided and value.stride() == stride and not value.is_conj() and not value.is_neg():
+                return None
+        found = describe_tensor(value)
+        differ = [f"{key} {found[key]} (expected {expected[key]})" for key in expected if found[key] != expected[key]]
+        return f"has {', '.join(differ)}" if differ else None
+
+    return check
+
+
+def _constant(expected: Any) -> Check:
+    wanted = decode(expected)
+    kind, is_nan = type(wanted), wanted != wanted
+
+    def check(value: Any) -> str | None:
+        if type(value) is kind and (value == wanted or (is_nan and value != value)):
+            return None
+        return f"is {value!r:.80}, expected {wanted!r:.80}"
+
+    return check
+
+
+def _type(expected: Any) -> Check:
+    name, digest = expected
+    known: dict[type, Any] = {}
+
+    def check(value: Any) -> str | None:
+        kind = type(value)
+        if kind in known:
+            changed = known[kind] is not getattr(kind, "forward", None)
+            return f"its class {kind.__qualname__} got another forward" if changed else None
+        if name_of(kind) != name:
+            return f"is a {name_of(kind)}, expected a {name}"
+        if digest is not None and digest_class(kind) != digest:
+            return f"the code of its class {name} is not what it was when the artifact was made"
+        known[kind] = getattr(kind, "forward", None)
+        return None
+
+    return check
+
+
+def _function(expected: Any) -> Check:
+    known: list[Any] = []
+
+    def check(value: Any) -> str | None:
+        code = getattr(value, "__code__", value)
+        if any(code is seen for seen in known):
+            return None
+        if digest_function(value) != expected:
+            return f"the code of {name_of(value)} is not what it was when the artifact was made"
+        known.append(code)
+        return None
+
+    return check
+
+
+def _named(expected: Any) -> Check:
+    known: list[Any] = []
+
+    def check(value: Any) -> str | None:
+        if any(value is seen for seen in known):
+            return None
+        if identity_of(value) != expected:
+            return f"is {identity_of(value)}, expected {expected}"
+        known.append(value)
+        return None
+
+    return check
+
+
+def identity_of(value: Any) -> list[str]:
+    """What names an object that exists once in every process: a module, class, builtin or operator.
+
+    >>> identity_of(torch.nn.functional), identity_of(len)
+    (['module', 'torch.nn.functional'], ['builtin_function_or_method', 'builtins:len'])
+    """
+    kind = type(value).__qualname__
+    if kind == "module":
+        return [kind, str(value.__name__)]
+    return [kind, str(value) if kind in ("OpOverload", "OpOverloadPacket") else name_of(value)]
+
+
+def _length(expected: Any) -> Check:
+    def check(value: Any) -> str | None:
+        return None if len(value) == expected else f"has length {len(value)}, expected {expected}"
+
+    return check
+
+
+def _keys(expected: Any) -> Check:
+    wanted = decode(expected)
+
+    def check(value: Any) -> str | None:
+        return None if list(value) == wanted else f"has the keys {list(value)!r:.120}, expected {wanted!r:.120}"
+
+    return check
+
+
+def _contains(expected: Any) -> Check:
+    key, wanted = decode(expected[0]), expected[1]
+
+    def check(value: Any) -> str | None:
+        return None if (key in value) is wanted else f"{'lacks' if wanted else 'has'} {key!r}"
+
+    return check
+
+
+def _own_attribute(expected: Any) -> Check:
+    def check(value: Any) -> str | None:
+        return f"has an attribute {expected!r} of its own" if expected in vars(value) else None
+
+    return check
+
+
+def _has_attribute(expected: Any) -> Check:
+    name, wanted = expected
+
+    def check(value: Any) -> str | None:
+        return None if hasattr(value, name) is wanted else f"{'lacks' if wanted else 'has'} the attribute {name!r}"
+
+    return check
+
+
+def _not_none(_: Any) -> Check:
+    return lambda value: "is None" if value is None else None
+
+
+def _file(expected: Any) -> Check:
+    def check(value: Any) -> str | None:
+        if hashlib.sha256(FilePath(value).read_bytes()).hexdigest() == expected:
+            return None
+        return f"({value}) is not the source that the artifact was made from"
+
+    return check
+
+
+CHECKS: Mapping[str, Callable[[Any], Check]] = {
+    "tensor": _tensor,
+    "constant": _constant,
+    "type": _type,
+    "function": _function,
+    "named": _named,
+    "length": _length,
+    "keys": _keys,
+    "contains": _contains,
+    "own_attribute": _own_attribute,
+    "has_attribute": _has_attribute,
+    "not_none": _not_none,
+    "file": _file,
+}
+
+
+# the ambient state: what a program may depend on without being given it
+
+
+def ambient_state() -> dict[str, Any]:
+    """What torch is set to here and now, as JSON; guards compare each entry.
+
+    >>> ambient_state()["grad_mode"], ambient_state()["default_dtype"]
+    (True, 'torch.float32')
+    """
+    module = torch.nn.modules.module
+    return {
+        "grad_mode": torch.is_grad_enabled(),
+        "inference_mode": torch.is_inference_mode_enabled(),
+        "autocast": _autocast_state(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "default_device": str(_device.CURRENT_DEVICE),
+        "deterministic": [torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()],
+        "torch_function": torch._C._is_torch_function_enabled(),
+        "torch_function_modes": _mode_stack(),
+        "dispatch_modes": torch._C._len_torch_dispatch_stack(),
+        "functorch": torch._C._functorch.peek_interpreter_stack() is not None,
+        "global_module_hooks": sum(len(getattr(module, name)) for name in _GLOBAL_HOOKS if hasattr(module, name)),
+    }
+
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_parameter_registration_hooks",
+)
+
+
+def _autocast_state() -> dict[str, str]:
+    kinds = ("cpu", "cuda")
+    return {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def _mode_stack() -> list[str]:
+    count = torch._C._len_torch_function_stack()
+    return [name_of(type(torch._C._get_function_stack_at(index))) for index in range(count)]
+
+
+# the walk
+
+
+@dataclass
+class _Place:
+    """One object on the way: what is checked of it, as which input it is wanted, and what lies behind it."""
+
+    path: Path
+    checks: list[Check] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    behind: dict[Any, tuple[Callable[[Any], Any], _Place]] = field(default_factory=dict)
+
+
+class Checker:
+    """Checks the guards of one entry of an artifact, and gathers the inputs of its graph from the model and the arguments.
+
+    `guards` are objects with the keys ``at`` (a path), ``check``, ``expected``; `same` are groups of paths that lead to one
+    object; `ambient` is the state that torch must be in; `inputs` are the paths of the graph's inputs. All distinct input tensors
+    must be distinct objects; with `unshared`, those must also not share memory with any other.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[Mapping[str, Any]],
+        same: Sequence[Sequence[Any]],
+        ambient: Mapping[str, Any],
+        inputs: Sequence[Any],
+        unshared: Sequence[int] = (),
+    ) -> None:
+        self._root = _Place(())
+        self._ambient = dict(ambient)
+        self._unshared = tuple(unshared)
+        self._num_inputs = len(inputs)
+        self._same: list[list[str]] = [[str(decode_path(path)) for path in group] for group in same]
+        for group in same:
+            for path in map(decode_path, group):
+                self._place(path).names.append(str(path))
+        for guard in guards:
+            if guard.get("check") not in CHECKS:
+                raise IntegrityError(f"an artifact holds a guard of the unknown kind {guard.get('check')!r}")
+            self._place(decode_path(guard["at"])).checks.append(CHECKS[guard["check"]](guard["expected"]))
+        for index, steps in enumerate(inputs):
+            self._place(decode_path(steps)).inputs.append(index)
+
+    def _place(self, path: Path) -> _Place:
+        place = self._root
+        for index, (kind, key) in enumerate(path):
+            name = (kind, repr(key))
+            if name not in place.behind:
+                place.behind[name] = (STEPS[kind](key), _Place(path[: index + 1]))
+            place = place.behind[name][1]
+        return place
+
+    def check(self, target: Any) -> None:
+        """Raise Failed unless the guards that stand on `target` and on modules hold."""
+        _walk(self._root, {"target": target}, [], {})
+
+    def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The graph's inputs, in order.
+
+        Raises:
+            Failed: a guard does not hold; says which, what was expected and what was found.
+        """
+        state = ambient_state()
+        if state != self._ambient:
+            self._refuse_state(state)
+        inputs: list[Any] = [None] * self._num_inputs
+        named: dict[str, Any] = {}
+        _walk(self._root, {"target": target, "args": args, "kwargs": kwargs}, inputs, named)
+        for group in self._same:
+            if any(named[name] is not named[group[0]] for name in group[1:]):
+                raise Failed(f"{' and '.join(group)} are one object no more")
+        self._refuse_aliases(inputs)
+        return inputs
+
+    def _refuse_state(self, state: Mapping[str, Any]) -> None:
+        for name, expected in self._ambient.items():
+            if state.get(name) != expected:
+                raise Failed(f"{name} is {state.get(name)}, expected {expected}")
+
+    def _refuse_aliases(self, inputs: list[Any]) -> None:
+        if len({id(tensor) for tensor in inputs}) != len(inputs):
+            raise Failed("two inputs are one tensor; they were two when the artifact was made")
+        if not self._unshared:
+            return
+        memory = [_memory_of(tensor) for tensor in inputs]
+        for index in self._unshared:
+            if memory[index] and memory.count(memory[index]) > 1:
+                raise Failed(f"input {index}, which is changed in place, shares its memory with another input")
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _walk(place: _Place, value: Any, inputs: list[Any], named: dict[str, Any]) -> None:
+    for check in place.checks:
+        said = check(value)
+        if said is not None:
+            raise Failed(f"{show_path(place.path)} {said}")
+    for index in place.inputs:
+        inputs[index] = value
+    for name in place.names:
+        named[name] = value
+    for step, behind in place.behind.values():
+        try:
+            found = step(value)
+        except (AttributeError, LookupError, TypeError) as cause:
+            raise Failed(f"{show_path(behind.path)} is not there ({type(cause).__name__}: {cause})") from None
+        _walk(behind, found, inputs, named)
+

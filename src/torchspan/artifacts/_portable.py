@@ -1,0 +1,245 @@
+"""dynamo's guards in a form that outlives the process: each as where, what, and what was expected."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from torchspan.artifacts._code import Seen, digest_class, digest_function, is_torch_code
+from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of
+from torchspan.artifacts._values import Path, encode, encode_path, follow, name_of, parse_path
+from torchspan.capture.dynamo import Frame, Guard, Guards
+from torchspan.core.errors import UnsupportedError
+from torchspan.core.program import Program
+
+# What dynamo keeps as guards on torch's state is held by `ambient_state`; shapes are static, so there is nothing in the last.
+_AMBIENT = {
+    "GRAD_MODE",
+    "DETERMINISTIC_ALGORITHMS",
+    "GLOBAL_STATE",
+    "TORCH_FUNCTION_STATE",
+    "DEFAULT_DEVICE",
+    "AUTOGRAD_SAVED_TENSORS_HOOKS",
+    "FUNCTORCH_STACK_MATCH",
+    "DUAL_LEVEL",
+    "SHAPE_ENV",
+}
+# The artifact is held to one torch: what dynamo looks up in its own modules cannot differ, and they are not imported at load.
+_PINNED = ("torch._dynamo", "torch._functorch", "torch._higher_order_ops", "torch._inductor", "torch._guards")
+
+Portable = tuple[str, Any]
+
+
+def _constant(guard: Guard) -> Portable:
+    return "constant", encode(guard.value)
+
+
+def _type(guard: Guard, seen: Seen) -> Portable:
+    return "type", [name_of(type(guard.value)), digest_class(type(guard.value), seen)]
+
+
+def _identity(guard: Guard, seen: Seen) -> Portable:
+    value = guard.value
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return _constant(guard)
+    if isinstance(value, (FunctionType, MethodType, CodeType)):
+        return "function", digest_function(value, seen)
+    if isinstance(value, type):
+        digest_class(value, seen)
+        return "named", identity_of(value)
+    if type(value).__qualname__ in ("module", "builtin_function_or_method", "OpOverload", "OpOverloadPacket", "method_descriptor"):
+        return "named", identity_of(value)
+    return _constant(guard)  # an enum or another constant; anything else is refused there
+
+
+def _key(guard: Guard) -> Any:
+    return next((guard.arguments[name] for name in ("key", "item", "0") if name in guard.arguments), None)
+
+
+_CONVERTERS: Mapping[str, Callable[[Guard, Seen], Portable]] = {
+    "TENSOR_MATCH": lambda guard, _: ("tensor", describe_tensor(guard.value)),
+    "TYPE_MATCH": _type,
+    "SEQUENCE_LENGTH": lambda guard, _: ("length", len(guard.value)),
+    "EMPTY_NN_MODULE_HOOKS_DICT": lambda guard, _: ("length", 0),
+    "NOT_PRESENT_IN_GENERIC_DICT": lambda guard, _: ("own_attribute", guard.arguments["attr"]),
+    "HASATTR": lambda guard, _: ("has_attribute", [guard.arguments["attr"], hasattr(guard.value, guard.arguments["attr"])]),
+    "NOT_NONE": lambda guard, _: ("not_none", True),
+    "WEAKREF_ALIVE": lambda guard, _: ("not_none", True),
+    **dict.fromkeys(
+        ("DICT_KEYS_MATCH", "DICT_KEYS", "DICT_CONST_KEYS", "MAPPING_KEYS_CHECK"),
+        lambda guard, _: ("keys", encode(list(guard.value))),
+    ),
+    **dict.fromkeys(
+        ("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"),
+        lambda guard, _: ("contains", [encode(_key(guard)), _key(guard) in guard.value]),
+    ),
+    **dict.fromkeys(
+        ("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "FLOAT_IS_NAN", "COMPLEX_IS_NAN"),
+        lambda guard, seen: _identity(guard, seen),
+    ),
+    **dict.fromkeys(
+        ("ID_MATCH", "MODULE_MATCH", "PYMODULE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "CODE_MATCH"),
+        _identity,
+    ),
+}
+
+
+def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
+    """What a `Checker` needs, as JSON: the guards of a capture, in every grad mode that it may be called in.
+
+    Raises:
+        UnsupportedError: a guard that a fresh process could not check; names it.
+    """
+    seen = Seen()
+    found: dict[str, dict[str, Any]] = {}
+    same: list[list[Any]] = []
+    for frame in guards.frames:
+        for guard in frame.guards:
+            if guard.kind in _AMBIENT:
+                continue
+            at = parse_path(guard.source, frame.scope)
+            if at[0][0] == "module" and at[0][1].startswith(_PINNED):
+                continue
+            if guard.kind == "DUPLICATE_INPUT":
+                same.append([encode_path(at), encode_path(parse_path(guard.arguments["source_b"], frame.scope))])
+                continue
+            check, expected = _convert(guard, seen)
+            entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
+            found.setdefault(json.dumps([entry["at"], check, expected]), entry)
+        _cover_traced(frame, guards.program, seen, found)
+    ambient = ambient_state()
+    _refuse_modes(ambient)
+    if len(guards.frames) > 1:
+        del ambient["grad_mode"]  # the program does the same in both
+    else:
+        ambient["grad_mode"] = guards.frame.grad_mode
+    once, always = _split(list(found.values()))
+    return {"always": always, "at_load": once, "same": same, "ambient": ambient, "inputs": [encode_path(path) for path in paths]}
+
+
+def _convert(guard: Guard, seen: Seen) -> Portable:
+    converter = _CONVERTERS.get(guard.kind)
+    if converter is None:
+        raise UnsupportedError(f"an artifact cannot check the guard {guard.kind} on {guard.source}; compile it with torch.compile")
+    try:
+        return converter(guard, seen)
+    except UnsupportedError as cause:
+        raise UnsupportedError(
+            f"an artifact cannot check the guard {guard.kind} on {guard.source} in another process: {cause}"
+        ) from cause
+
+
+def _refuse_modes(ambient: Mapping[str, Any]) -> None:
+    modes = [*ambient["torch_function_modes"], *(["a TorchDispatchMode"] if ambient["dispatch_modes"] else [])]
+    foreign = [mode for mode in modes if not mode.startswith(("torchspan.", "torch.utils._device:"))]
+    if foreign or ambient["functorch"]:
+        raise UnsupportedError(
+            f"an artifact cannot be made inside {', '.join(foreign) or 'a functorch transform'}: make it outside, without the mode"
+        )
+
+
+def _split(guards: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Guards on torch's own functions and modules, checked once at load, and all others, checked at every call."""
+    once = [guard for guard in guards if guard["check"] == "file" or _is_in_torch(guard["at"])]
+    return once, [guard for guard in guards if guard not in once]
+
+
+def _is_in_torch(at: list[list[Any]]) -> bool:
+    return at[0][0] == "module" and str(at[0][1]).partition(".")[0] == "torch"
+
+
+# code that was inlined, and that no guard reaches
+
+
+def _cover_traced(frame: Frame, program: Program, seen: Seen, found: dict[str, dict[str, Any]]) -> None:
+    """Add a check of the source file of each function that was inlined and that no other guard covers."""
+    target = program.target
+    if isinstance(target, torch.nn.Module):
+        for module in target.modules():
+            digest_class(type(module), seen)
+    else:
+        digest_function(target, seen)
+    for code in frame.traced:
+        if is_torch_code(code) or code in seen or _is_call(code):
+            continue
+        name, digest = _source_of(code)
+        entry = {"at": [["module", name], ["attr", "__file__"]], "check": "file", "expected": digest, "kind": "INLINED"}
+        found.setdefault(f"file {name}", entry)
+
+
+def _is_call(code: CodeType) -> bool:
+    """Whether this is the function that a capture calls the program through."""
+    return code.co_filename.endswith(("/capture/dynamo.py", "\\capture\\dynamo.py")) and code.co_name == "_call"
+
+
+def _source_of(code: CodeType) -> tuple[str, str]:
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__file__", None) == code.co_filename:
+            digest = hashlib.sha256(FilePath(code.co_filename).read_bytes()).hexdigest()
+            return "__main__" if name == "__mp_main__" else name, digest
+    raise UnsupportedError(
+        f"an artifact cannot tell in another process whether {code.co_name} ({code.co_filename}:{code.co_firstlineno}) is the same "
+        "code; define it in a module or in the model's class"
+    )
+
+
+def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
+    """How the program's result is made of the graph's outputs and its inputs, as JSON.
+
+    The captured bytecode runs once, with a stand-in for the graph, and what it gives is looked at.
+
+    Raises:
+        UnsupportedError: the program changes Python objects, or gives something that an artifact cannot make again.
+    """
+    frame = guards.frame
+    if frame.changes:
+        raise UnsupportedError(
+            f"an artifact cannot hold {guards.program.name}: its forward changes {', '.join(frame.changes)}; return the new value instead"
+        )
+    output = next(node for node in reversed(frame.module.graph.nodes) if node.op == "output")
+    marks = tuple(torch.empty(0) for _ in output.args[0])
+    result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
+    known = {id(mark): {"output": index} for index, mark in enumerate(marks)}
+    values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
+    for source in frame.sources:
+        path = parse_path(source, frame.scope)
+        known.setdefault(id(follow(path, values)), {"path": encode_path(path)})
+    for name in ("args", "kwargs"):
+        _remember(values[name], (("local", name),), known)
+    return _structure(result, known, guards.program.name)
+
+
+def _remember(value: Any, path: Path, known: dict[int, Any]) -> None:
+    if isinstance(value, (list, tuple, dict)):
+        if value and len(path) > 1:
+            known.setdefault(id(value), {"path": encode_path(path)})
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _remember(item, (*path, ("item", key)), known)
+    elif isinstance(value, torch.Tensor):
+        known.setdefault(id(value), {"path": encode_path(path)})
+
+
+def _structure(value: Any, known: Mapping[int, Any], name: str) -> Any:
+    if id(value) in known:
+        return known[id(value)]
+    kind = type(value)
+    if kind in (tuple, list):
+        return {kind.__name__: [_structure(item, known, name) for item in value]}
+    if kind is dict or name_of(kind) == "collections:OrderedDict":
+        return {kind.__name__: [[encode(key), _structure(item, known, name)] for key, item in value.items()]}
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return {"call": name_of(kind), "args": [_structure(item, known, name) for item in value], "kwargs": []}
+    if isinstance(value, dict) and hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__dataclass_fields__"):
+        fields = [(field, getattr(value, field)) for field in kind.__dataclass_fields__]
+        kwargs = [[field, _structure(item, known, name)] for field, item in fields if item is not None]
+        return {"call": name_of(kind), "args": [], "kwargs": kwargs}
+    if isinstance(value, torch.Tensor):
+        raise UnsupportedError(f"an artifact cannot hold {name}: it returns a tensor that is neither computed nor one of its inputs")
+    return {"constant": encode(value)}

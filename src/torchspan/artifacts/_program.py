@@ -1,0 +1,188 @@
+"""A graph of operators and native libraries as JSON, and what runs it: no code is generated, nothing is unpickled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchspan.artifacts._values import decode, encode
+from torchspan.core.errors import IntegrityError, UnsupportedError
+
+# Whose operators a file may name. aten::from_file reads files, and is no computation.
+_NAMESPACES = ("aten", "prims", "_c10d_functional", "quantized", "torchvision")
+_FORBIDDEN = ("aten.from_file",)
+
+Library = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+# writing
+
+
+def write_program(module: GraphModule, libraries: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A graph as JSON, and the constant tensors that it holds.
+
+    `libraries` says for the submodules that were compiled by which name their library goes.
+
+    Raises:
+        UnsupportedError: a node that is neither an operator nor a compiled region; names it.
+    """
+    numbers: dict[Node, int] = {}
+    steps: list[dict[str, Any]] = []
+    constants: dict[str, torch.Tensor] = {}
+    outputs: list[Any] = []
+    num_inputs = sum(node.op == "placeholder" for node in module.graph.nodes)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            values = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+            outputs = [_write(value, numbers) for value in values]
+            break
+        numbers[node] = len(numbers)
+        if node.op != "placeholder":
+            step = _write_node(node, numbers, libraries)
+            if "tensor" in step:
+                constants[step["tensor"]] = _attribute(module, step["tensor"])
+            steps.append(step)
+    return {"inputs": num_inputs, "steps": steps, "outputs": outputs}, constants
+
+
+def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str, str]) -> dict[str, Any]:
+    arguments = {
+        "args": [_write(value, numbers) for value in node.args],
+        "kwargs": {name: _write(value, numbers) for name, value in node.kwargs.items()},
+    }
+    if node.op == "call_module" and node.target in libraries:
+        return {"library": libraries[str(node.target)], **arguments}
+    if node.op == "call_function" and node.target is operator.getitem:
+        return {"item": node.args[1], "args": arguments["args"][:1], "kwargs": {}}
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        find_operator(str(node.target))
+        return {"operator": str(node.target), **arguments}
+    if node.op == "get_attr" and isinstance(_attribute(node.graph.owning_module, str(node.target)), torch.Tensor):
+        return {"tensor": str(node.target), "args": [], "kwargs": {}}
+    raise UnsupportedError(
+        f"an artifact cannot hold the step {node.name} ({node.op} {node.target}) outside of a compiled part; compile the whole "
+        "program, or annotate the part that it is in"
+    )
+
+
+def _write(value: Any, numbers: Mapping[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return {"step": numbers[value]}
+    if isinstance(value, (list, tuple)):
+        return [_write(item, numbers) for item in value]
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise UnsupportedError(f"an artifact's shapes are static; {value} is not: leave its dimension unmarked")
+    return encode(value)
+
+
+def _attribute(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+# running
+
+
+@dataclass(frozen=True)
+class _Reference:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    free: tuple[int, ...]
+
+
+class Runner:
+    """Runs a program that `write_program` wrote.
+
+    >>> graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: (x + 1, x.sum()))(torch.ones(2))
+    >>> program, constants = write_program(graph, {})
+    >>> Runner(program, {}, constants)([torch.ones(2)])
+    [tensor([2., 2.]), tensor(2.)]
+    """
+
+    def __init__(self, program: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]) -> None:
+        self._num_inputs = int(program["inputs"])
+        self._outputs = [_read(value) for value in program["outputs"]]
+        last: dict[int, int] = {}
+        read = [(_read(step["args"]), {name: _read(value) for name, value in step["kwargs"].items()}) for step in program["steps"]]
+        for number, (args, kwargs) in enumerate(read, start=self._num_inputs):
+            for index in _references([args, list(kwargs.values())]):
+                if index >= number:
+                    raise IntegrityError(f"an artifact's step {number} uses step {index}, which runs later")
+                last[index] = number
+        kept = set(_references(self._outputs))
+        self._steps: list[_Step] = []
+        for number, (step, (args, kwargs)) in enumerate(zip(program["steps"], read), start=self._num_inputs):
+            free = tuple(index for index, user in last.items() if user == number and index not in kept and index >= self._num_inputs)
+            self._steps.append(_Step(_function(step, libraries, constants), tuple(args), kwargs, free))
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs, for `inputs` in order."""
+        values = list(inputs)
+        assert len(values) == self._num_inputs, f"{len(values)} inputs for a program of {self._num_inputs}"
+        for step in self._steps:
+            values.append(step.run(*_fill(step.args, values), **{name: _fill(value, values) for name, value in step.kwargs.items()}))
+            for index in step.free:
+                values[index] = None
+        return [_fill(value, values) for value in self._outputs]
+
+
+def _function(step: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+    if "operator" in step:
+        return find_operator(step["operator"])
+    if "item" in step:
+        return operator.itemgetter(int(step["item"]))
+    if "tensor" in step:
+        tensor = constants[step["tensor"]]
+        return lambda: tensor
+    library = libraries[step["library"]]
+    return lambda *inputs: library(list(inputs))
+
+
+def find_operator(name: str) -> Any:
+    """The operator of a dotted name such as ``aten.add.Tensor``, from the namespaces that an artifact may name.
+
+    Raises:
+        UnsupportedError: another namespace, or an operator that this torch lacks.
+    """
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] not in _NAMESPACES or ".".join(parts[:2]) in _FORBIDDEN:
+        raise UnsupportedError(f"an artifact may not name the operator {name}: it is of none of {', '.join(_NAMESPACES)}")
+    packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+    found = getattr(packet, parts[2], None)
+    if found is None:
+        raise UnsupportedError(f"this torch has no operator {name}; rebuild the artifact with this torch")
+    return found
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    if isinstance(value, dict) and "step" in value:
+        return _Reference(int(value["step"]))
+    return decode(value)
+
+
+def _references(value: Any) -> list[int]:
+    if isinstance(value, _Reference):
+        return [value.index]
+    return [index for item in value for index in _references(item)] if isinstance(value, list) else []
+
+
+def _fill(value: Any, values: list[Any]) -> Any:
+    if isinstance(value, _Reference):
+        return values[value.index]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fill(item, values) for item in value)
+    return value

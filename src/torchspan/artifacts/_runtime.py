@@ -1,0 +1,183 @@
+"""Running an entry of an artifact: forward and backward inside one autograd function, and what has to happen around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchspan.artifacts._guards import Checker
+from torchspan.artifacts._program import Runner
+from torchspan.artifacts._values import Path, decode, decode_path, find_name, follow
+from torchspan.core.errors import IntegrityError
+
+KEPT = ("non_alias", "unsafe_view_alias", "custom_function_view")
+
+
+class Entry:
+    """One compiled form of a program: for one set of shapes and settings, which its `checker` holds.
+
+    `plan` is what `torchspan.artifacts.precompile` writes: which inputs are changed, how outputs are made, what the backward takes.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], checker: Checker, forward: Runner, backward: Runner | None) -> None:
+        self.checker = checker
+        self._forward = forward
+        self._backward = backward
+        self._mutated = tuple(plan["mutated"])
+        self._outputs = tuple(plan["outputs"])
+        self._num_results = len(self._outputs) + int(plan["num_bases"])
+        self._kept = [i for i in range(self._num_results) if i >= len(self._outputs) or self._outputs[i]["kind"] in KEPT]
+        self._without_grad = [place for place, i in enumerate(self._kept) if i < len(self._outputs) and not self._outputs[i]["grad"]]
+        self._tangents = [_Tangent(spec, self._kept.index(spec["result"])) for spec in plan["tangents"]]
+        self._backward_inputs = tuple((str(kind), int(index)) for kind, index in plan["backward_inputs"])
+        self._result = _builder(plan["result"])
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The program's result.
+
+        Raises:
+            Failed: a guard does not hold.
+        """
+        inputs = self.checker.gather(target, args, kwargs)
+        if self._backward is not None and torch.is_grad_enabled():
+            kept = _Differentiable.apply(self, *inputs)
+        else:
+            with torch.no_grad():
+                kept = self.run_forward(inputs)[0]
+        outputs = self._all_outputs(kept, inputs)
+        return self._result(outputs, {"target": target, "args": args, "kwargs": kwargs})
+
+    def run_forward(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What the program computes, and what its backward needs; inputs that it changes are changed."""
+        with torch._C._DisableAutocast():
+            values = self._forward(inputs)
+        changes = values[: len(self._mutated)]
+        results = values[len(changes) : len(changes) + self._num_results]
+        saved = values[len(changes) + self._num_results :]
+        if changes:
+            memory = {inputs[index].untyped_storage().data_ptr() for index in self._mutated}
+            saved = [value.clone() if value.untyped_storage().data_ptr() in memory else value for value in saved]
+            for index, value in zip(self._mutated, changes):
+                inputs[index].copy_(value)
+        return [results[i] for i in self._kept], saved
+
+    def without_grad(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Those of what the program computes through which no gradients flow."""
+        return [kept[place] for place in self._without_grad]
+
+    def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of the inputs, None where there is none."""
+        assert self._backward is not None, "a program without a backward has been asked for gradients"
+        tangents = [tangent.of(gradients) for tangent in self._tangents]
+        given = {"saved": saved, "tangent": tangents}
+        with torch._C._DisableAutocast():
+            return self._backward([given[kind][index] for kind, index in self._backward_inputs])
+
+    def _all_outputs(self, kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The program's outputs: what was computed, and views of it or of inputs, made as views again."""
+        results: dict[int, Tensor] = dict(zip(self._kept, kept))
+        for index, spec in enumerate(self._outputs):
+            if index in results:
+                continue
+            kind, base = spec["kind"], spec["base"]
+            if kind == "is_input":
+                results[index] = inputs[base]
+            elif kind == "alias_of_input":
+                results[index] = _view(inputs[base], spec)
+            elif kind == "alias_of_intermediate_base_is_user_output":
+                results[index] = _view(results[base], spec)
+            else:
+                results[index] = _view(results[base + len(self._outputs)], spec)
+        return [results[index] for index in range(len(self._outputs))]
+
+
+def _view(base: Tensor, spec: Mapping[str, Any]) -> Tensor:
+    source = base if spec["grad"] else base.detach()
+    return source.as_strided(spec["shape"], spec["stride"], base.storage_offset() + spec["offset"])
+
+
+class _Tangent:
+    """The gradient of one output, as the backward was compiled to take it."""
+
+    def __init__(self, spec: Mapping[str, Any], place: int) -> None:
+        self._place = place
+        self._shape = torch.Size(spec["shape"])
+        self._stride = tuple(spec["stride"])
+        self._dtype = decode({"dtype": spec["dtype"]})
+
+    def of(self, gradients: Sequence[Tensor]) -> Tensor:
+        gradient = gradients[self._place]
+        if gradient.stride() == self._stride and gradient.dtype is self._dtype:
+            return gradient
+        like = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=gradient.device)
+        return like.copy_(gradient)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An entry as one step of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, entry: Entry, *inputs: Tensor) -> tuple[Tensor, ...]:
+        kept, saved = entry.run_forward(inputs)
+        ctx.entry = entry
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*entry.without_grad(kept))
+        return tuple(kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.entry.run_backward(ctx.saved_tensors, gradients))
+
+
+# the program's result, made of outputs and inputs
+
+
+Builder = Callable[[Sequence[Tensor], Mapping[str, Any]], Any]
+
+
+def _builder(structure: Any) -> Builder:
+    """A function that makes the result that `structure` describes."""
+    if not isinstance(structure, dict):
+        raise IntegrityError(f"an artifact's result is described by {structure!r:.80}")
+    if "output" in structure:
+        index = int(structure["output"])
+        return lambda outputs, values: outputs[index]
+    if "path" in structure:
+        path: Path = decode_path(structure["path"])
+        return lambda outputs, values: follow(path, values)
+    if "constant" in structure:
+        constant = structure["constant"]
+        return lambda outputs, values: decode(constant)
+    if "call" in structure:
+        return _calling(find_name(structure["call"]), structure)
+    return _container(structure)
+
+
+def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Builder:
+    args = [_builder(item) for item in structure["args"]]
+    kwargs = [(str(name), _builder(item)) for name, item in structure["kwargs"]]
+    if not isinstance(function, type):
+        raise IntegrityError(f"an artifact's result is made by {structure['call']}, which is no class")
+    return lambda outputs, values: function(
+        *(build(outputs, values) for build in args), **{name: build(outputs, values) for name, build in kwargs}
+    )
+
+
+def _container(structure: Mapping[str, Any]) -> Builder:
+    from collections import OrderedDict
+
+    ((kind, items),) = structure.items()
+    if kind in ("tuple", "list"):
+        parts = [_builder(item) for item in items]
+        make = tuple if kind == "tuple" else list
+        return lambda outputs, values: make(build(outputs, values) for build in parts)
+    if kind in ("dict", "OrderedDict"):
+        pairs = [(decode(key), _builder(item)) for key, item in items]
+        mapping = dict if kind == "dict" else OrderedDict
+        return lambda outputs, values: mapping((key, build(outputs, values)) for key, build in pairs)
+    raise IntegrityError(f"an artifact's result is a {kind!r}, which nothing makes")

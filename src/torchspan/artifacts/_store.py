@@ -1,0 +1,135 @@
+"""The file of an artifact: a stored zip of a manifest and payloads; written whole or not at all, read with every digest held."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchspan.artifacts._manifest import read_manifest
+from torchspan.core.errors import ArtifactError, InputError, IntegrityError
+
+MANIFEST = "manifest.json"
+_MANIFEST_LIMIT = 64 * 1024**2
+_TIME = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
+
+
+def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes]) -> None:
+    """Write an artifact: into a file beside `path`, flushed to the disk, then renamed to it.
+
+    Raises:
+        InputError: there is no folder to write into.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for member, data in {MANIFEST: manifest, **payloads}.items():
+                    archive.writestr(zipfile.ZipInfo(member, _TIME), data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last: a folder is flushed like a file."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Store:
+    """An artifact's file, open for reading; a context manager. Opening reads and verifies the manifest, and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except FileNotFoundError:
+            raise InputError(f"no artifact {str(path)!r}; 'torchspan precompile' makes one") from None
+        except IsADirectoryError:
+            raise InputError(f"{str(path)!r} is a folder; an artifact is one file, such as model.tspan") from None
+        except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as cause:
+            raise IntegrityError(f"{path} is no artifact, or not all of one ({cause}); make it again") from cause
+        try:
+            self.manifest = self._read_manifest()
+        except BaseException:
+            self._archive.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._archive.close()
+
+    def _read_manifest(self) -> dict[str, Any]:
+        members = self._archive.infolist()
+        names = [member.filename for member in members]
+        if not members or names[0] != MANIFEST or len(set(names)) != len(names):
+            raise IntegrityError(f"{self.path} is no artifact: its members are {names[:5]}; expected {MANIFEST} first, each once")
+        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+            raise IntegrityError(f"{self.path} has compressed or encrypted members; an artifact has neither")
+        if members[0].file_size > _MANIFEST_LIMIT:
+            raise IntegrityError(f"{self.path} has a manifest of {members[0].file_size} bytes; at most {_MANIFEST_LIMIT} are read")
+        manifest = read_manifest(self._read(members[0]))
+        listed = {payload["name"]: payload["size"] for payload in manifest["payloads"]}
+        if names[1:] != list(listed) or any(member.file_size != listed[member.filename] for member in members[1:]):
+            raise IntegrityError(f"{self.path} does not hold the payloads that its manifest lists; make it again")
+        return manifest
+
+    def payloads(self) -> dict[str, bytes]:
+        """Every payload by name, once all digests hold.
+
+        Raises:
+            IntegrityError: a payload is not what was written; names it.
+        """
+        found = {}
+        for listed in self.manifest["payloads"]:
+            data = self._read(self._archive.getinfo(listed["name"]))
+            if hashlib.sha256(data).hexdigest() != listed["sha256"]:
+                raise IntegrityError(f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); make it again")
+            found[listed["name"]] = data
+        return found
+
+    def _read(self, member: zipfile.ZipInfo) -> bytes:
+        try:
+            return self._archive.read(member)
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, struct.error, zlib.error) as cause:
+            raise IntegrityError(f"{self.path}: {member.filename!r} cannot be read ({cause}); make the artifact again") from cause
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an artifact's manifest says, without opening anything else in it: entries by name, payloads, programs.
+
+    Raises:
+        InputError: there is no such file.
+        ArtifactError: it is no artifact.
+    """
+    with Store(Path(path)) as store:
+        manifest = store.manifest
+    return {
+        "path": str(path),
+        "entries": {name: entry["value"] for name, entry in manifest["entries"].items()},
+        "digests": {name: entry["digest"] for name, entry in manifest["entries"].items()},
+        "payloads": manifest["payloads"],
+        "programs": manifest["programs"],
+    }
+
+
+__all__ = ["MANIFEST", "ArtifactError", "Store", "describe", "write_artifact"]

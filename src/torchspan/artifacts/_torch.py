@@ -1,0 +1,173 @@
+"""The private names of torch that artifacts need, imported when they are called for; a new torch breaks here."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchspan.core.errors import UnsupportedError
+
+# compiling in this process, by AOTAutograd
+
+
+def compile_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, compiler: Callable[..., Any] | None) -> Any:
+    """A callable of the graph's inputs: forward and backward by AOTAutograd, each compiled by `compiler` (None: inductor)."""
+    with _compiling(context):
+        if compiler is None:
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(copy_of(module), list(inputs))
+        from torch._dynamo.backends.common import aot_autograd
+
+        return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(copy_of(module), list(inputs))
+
+
+def copy_of(module: GraphModule) -> GraphModule:
+    """A copy whose graph a compiler may change; what the nodes refer to is shared."""
+    copied = GraphModule(module, copy.deepcopy(module.graph))
+    copied.meta.update(module.meta)
+    return copied
+
+
+@contextmanager
+def _compiling(context: Any) -> Iterator[None]:
+    """What a compiler expects around it: the tracing context of the capture, and node metadata carried through traces."""
+    from torch._guards import tracing
+    from torch.fx.traceback import preserve_node_meta
+
+    with tracing(context), preserve_node_meta(), warnings.catch_warnings():
+        # 2.13 deep-copies a pytree spec through a check that it deprecated itself
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        yield
+
+
+# exporting: the graphs of AOTAutograd, and what its runtime would have to do around them
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the program: how AOTAutograd sees it, of which base, and whether gradients flow to it."""
+
+    kind: str
+    base: int | None
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Operator graphs of a program: `forward`, and `backward` when it trains, with what has to happen around them.
+
+    The forward gives new values for the inputs at `mutated`, then `outputs`, then `num_bases` tensors of which outputs are views,
+    then what the backward needs.
+    """
+
+    forward: GraphModule
+    backward: GraphModule | None
+    mutated: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    num_bases: int
+
+
+def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, decompose: bool) -> Lowered:
+    """The operator graphs that AOTAutograd makes of a graph, as inductor would get them if `decompose`.
+
+    Raises:
+        UnsupportedError: the program needs something at run time that is not carried; names it.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+
+    seen: dict[str, Any] = {}
+
+    def partition(joint: GraphModule, joint_inputs: Any, **settings: Any) -> tuple[GraphModule, GraphModule]:
+        seen["forward"], seen["backward"] = min_cut_rematerialization_partition(joint, joint_inputs, **settings)
+        return seen["forward"], seen["backward"]
+
+    def keep(graph: GraphModule, _: Any) -> Any:
+        from torch._guards import TracingContext
+
+        seen.setdefault("forward", graph)
+        seen.setdefault("metadata", TracingContext.get().fw_metadata)
+        return graph.forward
+
+    with _compiling(context), config.patch(fallback_random=True):
+        aot_module_simplified(
+            copy_of(module),
+            list(inputs),
+            fw_compiler=keep,
+            bw_compiler=keep,
+            inference_compiler=keep,
+            partition_fn=partition,
+            decompositions=select_decomp_table() if decompose else None,
+        )
+    metadata = seen["metadata"]
+    _refuse_uncarried(metadata, seen["forward"], len(inputs))
+    outputs = tuple(Output(info.output_type.name, info.base_idx, bool(info.requires_grad)) for info in metadata.output_info)
+    mutated = tuple(metadata.mutated_inp_runtime_indices)
+    return Lowered(seen["forward"], seen.get("backward"), mutated, outputs, metadata.num_intermediate_bases)
+
+
+def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> None:
+    """Raise for whatever AOTAutograd's own runtime does around the graphs and an artifact does not."""
+    num_placeholders = sum(node.op == "placeholder" for node in forward.graph.nodes)
+    changed = [metadata.input_info[index] for index in metadata.mutated_inp_runtime_indices]
+    reasons = {
+        "it orders side effects by tokens": bool(metadata.tokens),
+        "its random numbers are made functional (torch._functorch.config.functionalize_rng_ops)": metadata.is_rng_op_functionalized,
+        "two of its inputs share memory and one is changed in place": num_placeholders != num_inputs,
+        "it changes the shape or strides of an input in place": any(info.mutates_metadata for info in changed),
+        "it changes an input that gradients flow to in place": any(
+            info.requires_grad and not info.mutations_under_no_grad_or_inference_mode for info in changed
+        ),
+        "it takes or gives a tensor subclass": any(
+            hasattr(meta, "attrs") for meta in (*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta)
+        ),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UnsupportedError(f"an artifact cannot hold this program: {reason}; compile it with torch.compile")
+
+
+# compiling a graph into a native library
+
+
+def compile_library(module: GraphModule, options: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
+    """A shared library that computes an operator graph, and the description of operators that it calls by name, if any.
+
+    Everything that the graph takes is an input; nothing of the values of weights goes into it.
+    """
+    import torch._inductor
+    from torch._inductor import config
+
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = tuple(_example(node.meta["val"]) for node in placeholders)
+    known = {name: value for name, value in options.items() if _has_setting(config, name)}
+    with TemporaryDirectory(prefix="torchspan-") as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        wanted = str(Path(folder) / "library.so")
+        made = torch._inductor.aot_compile(copy_of(module), inputs, options={**known, "aot_inductor.output_path": wanted})
+        library = Path(str(made))
+        described = library.with_suffix(".json")
+        return library.read_bytes(), described.read_bytes() if described.exists() else None
+
+
+def _has_setting(config: Any, name: str) -> bool:
+    return name in config.get_config_copy()
+
+
+def _example(value: Any) -> torch.Tensor:
+    """A real tensor of the shape, strides, dtype and device that a fake one has."""
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError(f"an artifact's graphs take tensors, not {type(value).__name__} ({value})")
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).zero_()

@@ -1,0 +1,267 @@
+"""Values as JSON and back, without pickle: constants, and where an object is found from (paths)."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import enum
+import math
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from torchspan.core.errors import IntegrityError, UnsupportedError
+
+_TORCH_KINDS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
+
+def encode(value: Any) -> Any:
+    """A constant as JSON: plain values as they are, others as an object with one key, which is its kind.
+
+    >>> encode((1, torch.float32, float("inf"), None))
+    {'tuple': [1, {'dtype': 'float32'}, {'float': 'inf'}, None]}
+
+    Raises:
+        UnsupportedError: a value that JSON and this list of kinds do not cover.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind is list:
+        return [encode(item) for item in value]
+    return _encode_object(value, kind)
+
+
+def _encode_object(value: Any, kind: type) -> Any:
+    for name, torch_kind in _TORCH_KINDS.items():
+        if kind is torch_kind:
+            return {name: str(value).removeprefix("torch.")}
+    if kind in (tuple, set, frozenset, torch.Size):
+        items = [encode(item) for item in value]
+        return {kind.__name__: sorted(items, key=repr) if kind in (set, frozenset) else items}
+    if kind is dict:
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if kind is complex:
+        return {"complex": [value.real, value.imag]}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind is torch.device:
+        return {"device": str(value)}
+    if kind in (slice, range):
+        return {kind.__name__: [encode(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, enum.Enum):
+        return {"enum": [name_of(kind), value.name]}
+    if isinstance(value, type):
+        return {"type": name_of(value)}
+    if value is Ellipsis:
+        return {"ellipsis": 0}
+    raise UnsupportedError(f"a value of type {name_of(kind)} cannot be written into an artifact: {value!r:.80}")
+
+
+def decode(value: Any) -> Any:
+    """The constant that `encode` wrote.
+
+    >>> decode(encode((1, torch.float32, slice(0, None))))
+    (1, torch.float32, slice(0, None, None))
+    """
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1:
+        raise IntegrityError(f"an artifact's value has {len(value)} kinds: {sorted(value)}")
+    ((kind, content),) = value.items()
+    if kind not in _DECODERS:
+        raise IntegrityError(f"an artifact holds a value of the unknown kind {kind!r}; it was made by another torchspan")
+    return _DECODERS[kind](content)
+
+
+def _torch_constant(kind: type) -> Callable[[str], Any]:
+    def find(name: str) -> Any:
+        found = getattr(torch, name, None)
+        if not isinstance(found, kind):
+            raise IntegrityError(f"an artifact names {name!r} as a {kind.__name__}; torch has none of that name")
+        return found
+
+    return find
+
+
+_DECODERS: Mapping[str, Callable[[Any], Any]] = {
+    **{name: _torch_constant(kind) for name, kind in _TORCH_KINDS.items()},
+    "float": float,
+    "tuple": lambda items: tuple(decode(items)),
+    "set": lambda items: set(decode(items)),
+    "frozenset": lambda items: frozenset(decode(items)),
+    "Size": lambda items: torch.Size(decode(items)),
+    "dict": lambda items: {decode(key): decode(item) for key, item in items},
+    "complex": lambda parts: complex(*parts),
+    "bytes": bytes.fromhex,
+    "device": torch.device,
+    "slice": lambda parts: slice(*decode(parts)),
+    "range": lambda parts: range(*decode(parts)),
+    "enum": lambda names: getattr(find_name(names[0]), names[1]),
+    "type": lambda name: find_name(name),
+    "ellipsis": lambda _: Ellipsis,
+}
+
+
+def name_of(thing: Any) -> str:
+    """``module:qualified name`` of a class or function; the main module is ``__main__`` in a spawned child, too.
+
+    >>> name_of(torch.nn.Linear)
+    'torch.nn.modules.linear:Linear'
+    """
+    module = getattr(thing, "__module__", None) or ""
+    qualname = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None) or type(thing).__qualname__
+    return f"{'__main__' if module == '__mp_main__' else module}:{qualname}"
+
+
+def find_name(name: str) -> Any:
+    """What `name_of` named, among the modules that are imported already: nothing is imported because a file says so.
+
+    Raises:
+        LookupError: there is nothing of that name.
+    """
+    module_name, _, qualname = name.partition(":")
+    found: Any = loaded_module(module_name)
+    for part in qualname.split("."):
+        if part == "<locals>" or not hasattr(found, part):
+            raise LookupError(f"{name} cannot be found: {module_name} has no {qualname}")
+        found = getattr(found, part)
+    return found
+
+
+def loaded_module(name: str) -> ModuleType:
+    """A module that is imported already.
+
+    Raises:
+        LookupError: it is not.
+    """
+    module = sys.modules.get("__mp_main__" if name == "__main__" and "__mp_main__" in sys.modules else name)
+    if module is None:
+        raise LookupError(f"module {name} is not imported here; import what the model needs before the artifact is loaded")
+    return module
+
+
+# paths: where an object is found from
+
+
+Path = tuple[tuple[str, Any], ...]
+
+
+def parse_path(source: str, scope: Mapping[str, Any] | None = None) -> Path:
+    """The steps to an object from dynamo's expression for it; ``G`` names are looked up in `scope`, where modules stand.
+
+    >>> parse_path("L['target']._modules['fc'].bias")
+    (('local', 'target'), ('attr', '_modules'), ('item', 'fc'), ('attr', 'bias'))
+
+    Raises:
+        UnsupportedError: an expression that is not a path of attributes and items.
+    """
+    return _steps(ast.parse(source, mode="eval").body, source, scope or {})
+
+
+def _steps(node: ast.expr, source: str, scope: Mapping[str, Any]) -> Path:
+    if isinstance(node, ast.Attribute):
+        return (*_steps(node.value, source, scope), ("attr", node.attr))
+    if isinstance(node, ast.Subscript):
+        key = _constant(node.slice, source)
+        if isinstance(node.value, ast.Name) and node.value.id in ("L", "G"):
+            return (("local", key),) if node.value.id == "L" else (_global(key, source, scope),)
+        return (*_steps(node.value, source, scope), ("item", key))
+    if isinstance(node, ast.Call) and not node.keywords:
+        return _call_steps(ast.unparse(node.func), node.args, source, scope)
+    raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
+
+
+def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping[str, Any]) -> Path:
+    if function in ("type", "list", "dict.keys", "dict", "list(dict.keys)") and len(args) == 1:
+        step = {"dict.keys": "keys"}.get(function, function)
+        inner = _steps(args[0], source, scope)
+        return inner if step == "dict" else (*inner, (step, None))
+    if function in ("dict.__getitem__", "list.__getitem__", "tuple.__getitem__") and len(args) == 2:
+        return (*_steps(args[0], source, scope), ("item", _constant(args[1], source)))
+    if function == "object.__getattribute__" and len(args) == 2:
+        return (*_steps(args[0], source, scope), ("attr", _constant(args[1], source)))
+    raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
+
+
+def _constant(node: ast.expr, source: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise UnsupportedError(f"a guard stands on {source}, whose key is not a constant") from None
+
+
+def _global(name: str, source: str, scope: Mapping[str, Any]) -> tuple[str, Any]:
+    value = scope.get(name)
+    if isinstance(value, ModuleType):
+        return ("module", "__main__" if value.__name__ == "__mp_main__" else value.__name__)
+    if value is vars(builtins):
+        return ("builtins", None)
+    raise UnsupportedError(f"a guard stands on {source}, which dynamo keeps for this process only")
+
+
+def encode_path(path: Path) -> list[list[Any]]:
+    """A path as JSON."""
+    return [[kind, encode(key)] for kind, key in path]
+
+
+def decode_path(steps: list[list[Any]]) -> Path:
+    """The path that `encode_path` wrote."""
+    path = tuple((str(kind), decode(key)) for kind, key in steps)
+    if not path or any(kind not in STEPS for kind, _ in path):
+        raise IntegrityError(f"an artifact holds a path that cannot be followed: {steps}")
+    return path
+
+
+def show_path(path: Path) -> str:
+    """A path as a person writes it.
+
+    >>> show_path((("local", "target"), ("attr", "_modules"), ("item", "fc")))
+    "target._modules['fc']"
+    """
+    text = ""
+    for kind, key in path:
+        if kind in ("local", "module"):
+            text = str(key)
+        elif kind == "attr":
+            text += f".{key}"
+        elif kind == "item":
+            text += f"[{key!r}]"
+        else:
+            text = f"{kind}({text})"
+    return text
+
+
+def _local(key: Any) -> Callable[[Any], Any]:
+    return lambda values: values[key]
+
+
+STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "local": _local,
+    "module": lambda name: lambda _: loaded_module(name),
+    "builtins": lambda _: lambda _values: vars(builtins),
+    "attr": lambda name: lambda value: getattr(value, name),
+    "item": lambda key: lambda value: value[key],
+    "type": lambda _: type,
+    "list": lambda _: list,
+    "keys": lambda _: lambda value: dict.keys(value),
+}
+
+
+def follow(path: Path, values: Mapping[str, Any]) -> Any:
+    """The object at `path`, from ``target``, ``args`` and ``kwargs`` by name.
+
+    >>> follow(parse_path("L['args'][0][1]"), {"args": ((5, 6),)})
+    6
+    """
+    found: Any = values
+    for kind, key in path:
+        found = STEPS[kind](key)(found)
+    return found

@@ -1,0 +1,142 @@
+"""Load: from an artifact's file to a callable, in a process that traces and compiles nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from torchspan.artifacts._guards import Checker, Failed
+from torchspan.artifacts._manifest import check_manifest, values_of
+from torchspan.artifacts._program import Library, Runner
+from torchspan.artifacts._runtime import Entry
+from torchspan.artifacts._store import Store
+from torchspan.core.compiled import Compiled
+from torchspan.core.errors import ArtifactError, GuardError, ManifestMismatchError
+from torchspan.core.report import Attempt, Report, current_report
+
+
+def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Report | None = None) -> Compiled:
+    """A callable that does what `model` does, from the artifact at `path`; nothing is traced or compiled, dynamo is not imported.
+
+    The manifest is read and compared first: torch, Python, platform, instruction sets, the code of the model's classes, names, shapes
+    and dtypes of its parameters and buffers. Then every payload's digest; only then are payloads opened. Nothing is unpickled.
+    Weights are not in the artifact: the callable takes them from `model`, by name, at every call.
+
+    At every call the guards are checked: of inputs and parameters type, shape, strides, dtype, device and requires_grad; every
+    attribute, global and container that the program read; the code of functions that it called; forward hooks, its own and global
+    ones; grad mode (unless the program does the same in both), inference mode, autocast, default dtype and device, determinism,
+    and modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own functions.
+    Not checked: methods that are replaced on a class after loading (``forward`` is), and what C extensions do.
+
+    Args:
+        path: a file that `Artifact.save` wrote.
+        model: the module (or function) that it was made from: another instance, its own weights.
+        report: where the load is recorded; a new Report by default.
+
+    Returns:
+        A Compiled: call it as the model is called. Gradients flow to the model's parameters.
+
+    Raises:
+        InputError: there is no such file.
+        IntegrityError: the file is not what was written.
+        ManifestMismatchError: it was made for something else; names the entries that differ.
+        GuardError: raised by calls that the artifact was not made for; names the guard.
+    """
+    report = report or Report(parent=current_report())
+    started = time.perf_counter()
+    with Store(Path(path)) as store:
+        check_manifest(store.manifest, model)
+        payloads = store.payloads()
+        manifest = store.manifest
+    entries = load_entries(manifest, payloads, model)
+    seconds = time.perf_counter() - started
+    name = str(values_of(manifest)["model"])
+    report.attempt(Attempt("artifact", name, str(values_of(manifest)["compiler"]), "loaded", seconds))
+    return Compiled(Dispatcher(model, entries, str(path)), report)
+
+
+def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], model: Callable[..., Any]) -> list[Entry]:
+    """The entries of an artifact whose digests hold, ready to run."""
+    with TemporaryDirectory(prefix="torchspan-") as folder:  # a library may be deleted once it is mapped
+        return [_load_entry(program, payloads, Path(folder), model) for program in manifest["programs"]]
+
+
+def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folder: Path, model: Callable[..., Any]) -> Entry:
+    plan = json.loads(payloads[program["plan"]])
+    guards = json.loads(payloads[program["guards"]])
+    libraries = {name: _open_library(payloads, name, folder) for name in program["libraries"]}
+    constants = _read_tensors(payloads[program["constants"]]) if program["constants"] else {}
+    forward = Runner(plan["forward"], libraries, {name.partition("/")[2]: t for name, t in constants.items() if name[:8] == "forward/"})
+    backward = None
+    if plan["backward"] is not None:
+        kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name[:9] == "backward/"}
+        backward = Runner(plan["backward"], libraries, kept)
+    _check_once(guards, model)
+    checker = Checker(guards["always"], guards["same"], guards["ambient"], guards["inputs"], plan["mutated"])
+    try:
+        return Entry(plan, checker, forward, backward)
+    except LookupError as cause:
+        raise ManifestMismatchError(f"the artifact does not fit here: {cause}") from cause
+
+
+def _check_once(guards: Mapping[str, Any], model: Callable[..., Any]) -> None:
+    """What is checked at load only: torch's own functions, and sources that nothing else covers."""
+    checker = Checker(guards["at_load"], [], {}, [])
+    try:
+        checker.check(model)
+    except Failed as cause:
+        raise ManifestMismatchError(f"the artifact does not fit here: {cause}. Rebuild it with this code") from cause
+
+
+def _open_library(payloads: Mapping[str, bytes], name: str, folder: Path) -> Library:
+    path = folder / name.replace("/", "_")
+    path.write_bytes(payloads[name])
+    described = name.removesuffix(".so") + ".json"
+    if described in payloads:
+        path.with_suffix(".json").write_bytes(payloads[described])
+    try:
+        return _Library(torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1))
+    except RuntimeError as cause:
+        raise ArtifactError(f"the library {name!r} of the artifact cannot be loaded here: {cause}") from cause
+
+
+class _Library:
+    """A native library of a graph."""
+
+    def __init__(self, runner: Any) -> None:
+        self._run = runner.run
+
+    def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._run(inputs)
+
+
+def _read_tensors(data: bytes) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load as load_tensors
+
+    return load_tensors(io.BytesIO(data).getvalue())
+
+
+class Dispatcher:
+    """Calls the first entry whose guards hold."""
+
+    def __init__(self, model: Callable[..., Any], entries: Sequence[Entry], origin: str) -> None:
+        self._model = model
+        self._entries = tuple(entries)
+        self._origin = origin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        said = []
+        for entry in self._entries:
+            try:
+                return entry.call(self._model, args, kwargs)
+            except Failed as cause:
+                said.append(str(cause))
+        raise GuardError(f"no entry of {self._origin} is for this call: {'; or '.join(said)}. Add an entry for it, or call the model")

@@ -1,0 +1,209 @@
+"""Precompile: capture once, compile once, and keep it: the two stages of ``torch.Precompile``, and artifacts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchspan.artifacts import _torch
+from torchspan.artifacts._export import Parts, compiler_name, export_entry
+from torchspan.artifacts._manifest import model_entries, platform_entries, write_manifest
+from torchspan.artifacts._store import write_artifact
+from torchspan.capture.dynamo import Guards, capture_dynamo
+from torchspan.core.errors import CompileError, InputError, TorchspanError
+from torchspan.core.program import Program
+from torchspan.core.report import Attempt, Report, current_report
+
+Compiler = Callable[[GraphModule, Sequence[Any]], Any]
+
+
+class Precompile:
+    """Ahead-of-time compilation in two stages that can be stopped at and looked into: ``dynamo``, then ``aot_autograd``.
+
+    >>> model = torch.nn.Linear(2, 3)
+    >>> gm, bytecode, guards, inputs = Precompile.dynamo(model, torch.ones(1, 2))
+    >>> compiled, guards = Precompile.aot_autograd(gm, guards, compiler=lambda graph, example_inputs: graph)
+    >>> torch.equal(compiled(inputs), model(*inputs))
+    True
+    """
+
+    @staticmethod
+    def dynamo(
+        model: Callable[..., Any], *example_inputs: Any, **example_kwargs: Any
+    ) -> tuple[GraphModule, CodeType, Guards, tuple[Any, ...]]:
+        """Trace a model into one FX graph, without running it.
+
+        Args:
+            model: a module or a function.
+            example_inputs: its positional inputs; the graph is for their shapes, strides, dtypes and devices.
+            example_kwargs: its keyword inputs.
+
+        Returns:
+            The graph, whose placeholders are the parameters, buffers and inputs that it uses; the bytecode (``types.CodeType``) that
+            dynamo wrote to fetch those, call the graph and make the result; the guards (iterable, ``holds``, ``check``); and the
+            example inputs, as a tuple.
+
+        Raises:
+            CaptureError: the model is not one graph; names the file and line that stands in the way, and what to do.
+
+        >>> gm, bytecode, guards, inputs = Precompile.dynamo(torch.nn.Linear(2, 3), torch.ones(1, 2))
+        >>> [node.op for node in gm.graph.nodes]
+        ['placeholder', 'placeholder', 'placeholder', 'call_function', 'output']
+        """
+        return capture_dynamo(Program(model, example_inputs, example_kwargs))
+
+    @staticmethod
+    def aot_autograd(gm: GraphModule, guards: Guards, compiler: Compiler | None = None) -> tuple[Callable[..., Any], Guards]:
+        """Compile a graph that `dynamo` captured: forward and backward, each by `compiler`.
+
+        Args:
+            gm: the graph; it may have been transformed, if it takes and gives the same.
+            guards: what `dynamo` returned beside it.
+            compiler: ``(graph, example_inputs) -> callable`` over operator graphs, called for the forward and for the backward;
+                None is inductor. ``torch.fx.passes.regional_inductor.regional_inductor`` compiles annotated regions only.
+
+        Returns:
+            A function of the tuple of inputs, as the model takes them, through which gradients flow to the model's parameters; and
+            the guards, which it checks at every call.
+
+        Raises:
+            CompileError: the compiler failed; its own error is the cause.
+            GuardError: raised by calls that the graph was not captured for; names the condition.
+
+        >>> gm, _, guards, inputs = Precompile.dynamo(torch.nn.Linear(2, 3), torch.ones(1, 2))
+        >>> compiled, _ = Precompile.aot_autograd(gm, guards, compiler=lambda graph, example_inputs: graph)
+        >>> compiled((torch.ones(5, 2),))
+        Traceback (most recent call last):
+        torchspan.core.errors.GuardError: the graph of Linear is not for this call: tensor 'L['args'][0]' size mismatch at index 0. expected 1, actual 5; capture it again for such inputs
+        """
+        if not isinstance(guards, Guards):
+            raise InputError(f"guards are what Precompile.dynamo returned, not a {type(guards).__name__}")
+        frame = guards.frame
+        with torch.set_grad_enabled(frame.grad_mode):
+            graph = _foreign(lambda: _torch.compile_graph(gm, frame.inputs, frame.context, compiler), guards.program.name)
+        return _Checked(guards, guards.bind(graph)), guards
+
+
+def _foreign(compile_it: Callable[[], Any], name: str) -> Any:
+    """What a compiler returns; what it raises, as a CompileError."""
+    try:
+        return compile_it()
+    except TorchspanError:
+        raise
+    except Exception as cause:
+        said = str(cause).strip().splitlines() or [""]
+        raise CompileError(f"the compiler failed on {name}: {type(cause).__name__}: {said[0]}") from cause
+
+
+class _Checked:
+    """A compiled graph behind its guards; called with the tuple of inputs."""
+
+    def __init__(self, guards: Guards, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]) -> None:
+        self.guards = guards
+        self._run = run
+
+    def __call__(self, inputs: tuple[Any, ...] | list[Any], **kwargs: Any) -> Any:
+        if not isinstance(inputs, (tuple, list)):
+            raise InputError(f"a precompiled function takes the tuple of inputs, not a {type(inputs).__name__}; write (x,) for one")
+        args = tuple(inputs)
+        self.guards.check(args, kwargs)
+        return self._run(args, kwargs)
+
+
+# artifacts
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled program that can be saved: what it stands on (`entries`), its `programs` and their `payloads`; no weights."""
+
+    entries: Mapping[str, Any]
+    programs: tuple[Mapping[str, Any], ...]
+    payloads: Mapping[str, bytes] = field(repr=False)
+    report: Report = field(repr=False, compare=False, default_factory=Report)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the artifact to one file, whole or not at all; an artifact that was there is replaced in one step.
+
+        Raises:
+            InputError: there is no folder to write into.
+        """
+        target = Path(path)
+        write_artifact(target, self.manifest(), self.payloads)
+        return target
+
+    def manifest(self) -> bytes:
+        """The manifest: every entry and payload with its digest, as JSON."""
+        return write_manifest(self.entries, self.payloads, [dict(program) for program in self.programs])
+
+
+def precompile(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    compiler: str | Compiler | None = None,
+    report: Report | None = None,
+) -> Artifact:
+    """Compile `model` for inputs like `args` into an Artifact, forward and backward; weights stay outside.
+
+    It is compiled for the grad mode of the caller: with gradients on, the forward keeps what the backward needs; it may also be called
+    without, if the program does the same in both.
+
+    Args:
+        model: a module or a function, on a CPU.
+        args: example inputs; shapes are static.
+        kwargs: example keyword inputs.
+        compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are native,
+            the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is native).
+        report: where decisions and the attempt are recorded; a new Report by default.
+
+    Returns:
+        An Artifact; ``save`` it, and `torchspan.load` it in any process of this torch on a machine of this kind.
+
+    Raises:
+        CaptureError: the model is not one graph; names the user's file and line.
+        UnsupportedError: it is, and an artifact cannot hold it (side effects on Python objects, symbolic shapes, subclasses, …).
+        CompileError: the compiler failed.
+
+    >>> artifact = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
+    >>> sorted(artifact.payloads)
+    ['entry0/guards.json', 'entry0/plan.json']
+    """
+    report = report or Report(parent=current_report())
+    program = Program(model, args, dict(kwargs or {}))
+    name = compiler_name(compiler)
+    started = time.perf_counter()
+    module, _, guards, _ = capture_dynamo(program)
+    captured = time.perf_counter()
+    parts: Parts = _foreign(lambda: export_entry("entry0", module, guards, name, report), program.name)
+    report.figure("capture_s", captured - started)
+    report.attempt(Attempt("artifact", program.name, name, "compiled", time.perf_counter() - started))
+    return Artifact(_entries(program, name, guards), (parts.program,), parts.payloads, report)
+
+
+def _entries(program: Program, compiler: str, guards: Guards) -> dict[str, Any]:
+    from torchspan import __version__
+
+    return {
+        **platform_entries(),
+        **model_entries(program.target),
+        "torchspan": __version__,
+        "compiler": compiler,
+        "passes": [],
+        "config": {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
+        "rebuild": f"torchspan precompile <module:factory> --inputs '{_inputs_text(program.args)}' --compiler {compiler} -o <file>",
+    }
+
+
+def _inputs_text(args: tuple[Any, ...]) -> str:
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    return ",".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".replace(" ", "") for tensor in tensors)

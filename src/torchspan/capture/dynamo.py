@@ -1,0 +1,231 @@
+"""Capture by dynamo: a Program's forward as one FX graph, with the bytecode that calls it and the guards that it stands on."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchspan.capture import _torch
+from torchspan.core.errors import CaptureError, GuardError
+from torchspan.core.program import Program
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+_OWN_ROOT = str(Path(__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One condition: of what (`source`, an expression over ``L`` and ``G``), of which dynamo `kind`, and what was `value` then.
+
+    `arguments` are what the kind needs besides (such as the name of an attribute); `code` is the condition as dynamo writes it.
+    """
+
+    source: str
+    kind: str
+    value: Any = field(repr=False, compare=False, default=None)
+    code: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What dynamo made of one call, in one grad mode.
+
+    `module` takes `inputs`, which stand at `sources`; `bytecode` runs in `scope`, where it calls the graph by `graph_name`;
+    `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the code that was inlined.
+    """
+
+    module: GraphModule
+    bytecode: CodeType
+    manager: Any
+    guards: tuple[Guard, ...]
+    inputs: tuple[Any, ...]
+    sources: tuple[str, ...]
+    scope: dict[str, Any]
+    graph_name: str
+    context: Any
+    changes: tuple[str, ...]
+    traced: tuple[CodeType, ...]
+    grad_mode: bool
+
+
+class Guards:
+    """The conditions under which a captured graph may be used: dynamo's, real, and checked at every call.
+
+    Iterating gives each as a `Guard`; `check` raises; `managers` are dynamo's guard managers, by grad mode. A program that does the
+    same with gradients on and off has one of each, and may be called either way; any other is held to the mode of its capture.
+
+    >>> gm, bytecode, guards, inputs = capture_dynamo(Program(torch.nn.Linear(2, 3), (torch.ones(1, 2),)))
+    >>> guards.holds((torch.zeros(1, 2),)), guards.holds((torch.zeros(5, 2),))
+    (True, False)
+    """
+
+    def __init__(self, program: Program, frame: Frame, other: Frame | None) -> None:
+        self.program = program
+        self.frame = frame
+        self.frames = (frame,) if other is None else (frame, other)
+
+    @property
+    def managers(self) -> dict[bool, Any]:
+        """dynamo's guard manager for each grad mode in which the graph may be called."""
+        return {frame.grad_mode: frame.manager for frame in self.frames}
+
+    def __iter__(self) -> Iterator[Guard]:
+        return iter(self.frame.guards)
+
+    def __len__(self) -> int:
+        return len(self.frame.guards)
+
+    def __repr__(self) -> str:
+        return f"Guards({len(self)} on {self.program.name}, grad modes {sorted(self.managers)})"
+
+    def holds(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Whether the graph may be used for these inputs, now."""
+        return self.failure(args, kwargs) is None
+
+    def failure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> str | None:
+        """The first condition that does not hold, or None."""
+        manager = self.managers.get(torch.is_grad_enabled())
+        if manager is None:
+            return f"grad mode is {torch.is_grad_enabled()}; the program was captured with {self.frame.grad_mode}, and does otherwise"
+        values = {"target": self.program.target, "args": args, "kwargs": dict(kwargs or {})}
+        if manager.check(values):
+            return None
+        parts = manager.check_verbose(values).verbose_code_parts
+        return re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        """Raise GuardError, which names the condition, unless the graph may be used for these inputs, now."""
+        failed = self.failure(args, kwargs)
+        if failed is not None:
+            raise GuardError(f"the graph of {self.program.name} is not for this call: {failed}; capture it again for such inputs")
+
+    def bind(self, graph: Callable[..., Any]) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
+        """A function of (args, kwargs) that runs the captured bytecode with `graph` in the place of the captured graph."""
+        frame = self.frame
+        run = FunctionType(frame.bytecode, {**frame.scope, frame.graph_name: graph})
+        target = self.program.target
+        return lambda args, kwargs: run(target, args, kwargs)
+
+
+def capture_dynamo(program: Program) -> tuple[GraphModule, CodeType, Guards, tuple[Any, ...]]:
+    """Capture the forward of `program` as one graph, without running it.
+
+    Args:
+        program: a module or function with example inputs; shapes are static unless marked by ``torch._dynamo.mark_dynamic``.
+
+    Returns:
+        The graph (its inputs are the parameters, buffers and tensors that it uses), the bytecode that calls it, its Guards, and the
+        example inputs.
+
+    Raises:
+        CaptureError: the program is not one graph (a graph break, control flow that depends on data); names the file and line.
+    """
+    frame = _trace(program, torch.is_grad_enabled())
+    try:
+        other = _trace(program, not torch.is_grad_enabled())
+    except CaptureError:
+        other = None  # it can be captured in this mode only; its Guards say so at a call in the other
+    if other is not None and not same_graph(frame, other):
+        other = None
+    return frame.module, frame.bytecode, Guards(program, frame, other), program.args
+
+
+def same_graph(one: Frame, two: Frame) -> bool:
+    """Whether two captures compute the same from the same sources: node by node, with the constants that they hold."""
+    if one.sources != two.sources or one.changes != two.changes or _consts(one.bytecode) != _consts(two.bytecode):
+        return False
+    return _written(one.module) == _written(two.module)
+
+
+def _consts(code: CodeType) -> tuple[Any, ...]:
+    return code.co_code, repr(code.co_consts)
+
+
+def _written(module: GraphModule) -> list[Any]:
+    nodes: list[Any] = [(node.op, node.name, str(node.target), repr(node.args), repr(node.kwargs)) for node in module.graph.nodes]
+    for name, child in sorted(module.named_modules()):
+        if name and isinstance(child, GraphModule):
+            nodes.append((name, _written(child)))
+        elif name and next(child.parameters(), next(child.buffers(), None)) is None and type(child) is not torch.nn.Module:
+            nodes.append((name, repr(child)))
+    nodes += [(name, id(tensor)) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
+    return nodes
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+def _trace(program: Program, grad_mode: bool) -> Frame:
+    """One dynamo capture of ``target(*args, **kwargs)``, so that hooks on the target are seen, in one grad mode."""
+    seen: dict[str, Any] = {}
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        sources = [node.meta["grapharg"].source for node in module.graph.nodes if node.op == "placeholder"]
+        context, traced, changes = _torch.tracing_state()
+        seen.update(module=module, inputs=tuple(inputs), sources=tuple(map(_torch.source_name, sources)))
+        seen.update(context=context, traced=traced, changes=changes)
+        return module.forward
+
+    def keep_guards(entries: Any) -> list[bool]:
+        seen["guards"] = tuple(map(_guard, entries))
+        return [True] * len(entries)
+
+    scope = {"__builtins__": builtins, "__name__": __name__}
+    code = _call.__code__.replace()  # a code object of its own: dynamo keeps state by code
+    values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
+    frame = SimpleNamespace(
+        f_code=code, f_globals=scope, f_locals=values, f_builtins=vars(builtins), closure=(), f_lasti=0, f_lineno=code.co_firstlineno
+    )
+    with torch.set_grad_enabled(grad_mode):
+        try:
+            guarded = _torch.trace_frame(frame, backend, keep_guards)
+        except _torch.dynamo_errors() as cause:
+            raise _capture_error(program, cause) from cause
+    if guarded is None or "module" not in seen:
+        raise CaptureError(f"{program.name} does no work on tensors that could be captured; call it as it is")
+    graph_name = next(name for name in scope if name.startswith("__compiled_fn"))
+    return Frame(bytecode=guarded.code, manager=guarded.guard_manager, scope=scope, graph_name=graph_name, grad_mode=grad_mode, **seen)
+
+
+def _guard(entry: Any) -> Guard:
+    made = entry.orig_guard
+    arguments = dict(getattr(made.create_fn, "keywords", None) or {})
+    arguments |= {str(index): value for index, value in enumerate(getattr(made.create_fn, "args", None) or ())}
+    if "source_b" in arguments:
+        arguments["source_b"] = _torch.source_name(arguments["source_b"])
+    source = _torch.source_name(made.originating_source)
+    return Guard(source, entry.guard_type, entry.value if entry.has_value else None, tuple(made.code_list or ()), arguments)
+
+
+# what a person is told
+
+
+def _capture_error(program: Program, cause: Exception) -> CaptureError:
+    """A CaptureError with the user's file and line, what stood in the way, and what to do."""
+    site = _site(cause)
+    lines = [line.strip() for line in str(getattr(cause, "msg", None) or cause).strip().splitlines()]
+    what = lines[0] if lines else type(cause).__name__
+    told = [line for line in lines[1:] if line.startswith(("Explanation:", "Hint:"))]
+    told = [re.sub(r"^(Explanation|Hint):\s*", "", line) for line in told][:2]
+    advice = " ".join(told) or "Move what Python decides on a tensor's value out of the captured part, or use torch.where or torch.cond."
+    where = f" at {site}" if site else ""
+    return CaptureError(f"{program.name} cannot be captured as one graph{where}: {what}. {advice}")
+
+
+def _site(cause: BaseException) -> str | None:
+    """``file:line`` of the innermost line of the user's program."""
+    stack = getattr(cause, "real_stack", None) or ()
+    for entry in reversed(list(stack)):
+        if not entry.filename.startswith((_TORCH_ROOT, _OWN_ROOT)):
+            return f"{entry.filename}:{entry.lineno}"
+    return None
