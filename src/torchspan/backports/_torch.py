@@ -61,3 +61,10 @@ def compile_part(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callabl
         if TracingContext.try_get() is None:
             return standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs")
         return standalone_compile(module, list(inputs), dynamic_shapes="from_tracing_context")
+
+
+def tensors_as_indices() -> AbstractContextManager[None]:
+    """Lets functions under vmap index a tensor with a tensor, as attention's score and mask functions do."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()

@@ -79,7 +79,7 @@ BACKPORT = Backport(
     summary="compile only the annotated parts of a graph with inductor: torch.fx.passes.regional_inductor",
     target="torch.fx.passes.regional_inductor",
     since="2.10.0",
-    upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/fx/passes/regional_inductor.py",
+    upstream="https://github.com/pytorch/pytorch/pull/164776",
     differs=(
         "parts with different annotations are compiled apart, where upstream merges those without an inductor_region; in-place "
         "changes stay outside; works outside of a torch.compile too"

@@ -1,0 +1,111 @@
+"""What holds for every file in the folder, on the day that it is added."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from torchspan.backports._base import REGISTRY, Backport, is_lacking, status
+from torchspan.environment.patch import MissingModule, Replacement
+from torchspan.environment.scope import Environment
+
+NAMES = REGISTRY.names()
+
+
+def backport_of(name: str) -> Backport:
+    return REGISTRY.get(name).BACKPORT
+
+
+def holders(backport: Backport) -> dict[str, Any]:
+    """Every module and class that the backport may change, imported."""
+    found: dict[str, Any] = {}
+    for patch in backport.patches():
+        try:
+            if isinstance(patch, MissingModule) or importlib.util.find_spec(patch.target) is None:
+                continue
+        except ModuleNotFoundError:
+            continue
+        module = found[patch.target] = importlib.import_module(patch.target)
+        if isinstance(patch, Replacement) and "." in patch.attribute:
+            path = patch.attribute.split(".")[:-1]
+            found[f"{patch.target}.{'.'.join(path)}"] = reduce(lambda holder, part: getattr(holder, part, None), path, module)
+    return {name: holder for name, holder in found.items() if holder is not None}
+
+
+def use(backport: Backport) -> None:
+    """Look every name up, as a program that uses it does."""
+    for attribute in backport.names:
+        assert getattr(importlib.import_module(backport.target), attribute) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backport_says_what_it_is(name: str) -> None:
+    backport = backport_of(name)
+    assert backport.name == name
+    assert backport.upstream.startswith("https://")
+    assert backport.summary and backport.since and backport.differs
+    assert backport.names or backport.replaces
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undo_after_use_restores_the_identity_of_all_that_was_there(name: str) -> None:
+    backport = backport_of(name)
+    targets = holders(backport)
+    before = {place: dict(vars(holder)) for place, holder in targets.items()}
+    was_importable = importlib.util.find_spec(backport.target) is not None
+    for _ in range(2):
+        with Environment(backport.patches()):
+            use(backport)
+        for place, holder in targets.items():
+            now = dict(vars(holder))
+            assert now.keys() == before[place].keys(), place
+            assert all(now[key] is value for key, value in before[place].items()), place
+        assert (importlib.util.find_spec(backport.target) is not None) == was_importable
+        assert was_importable or backport.target not in sys.modules
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_torch_has_it_nothing_changes_and_nothing_is_reported(name: str) -> None:
+    backport = backport_of(name)
+    if is_lacking(backport):
+        pytest.skip("this torch lacks it")
+    targets = holders(backport)
+    before = {place: dict(vars(holder)) for place, holder in targets.items()}
+    with Environment(backport.patches()) as environment:
+        use(backport)
+        for place, holder in targets.items():
+            assert all(vars(holder)[key] is value for key, value in before[place].items()), place
+            assert vars(holder).keys() == before[place].keys(), place
+        assert environment.report.decisions == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_status_is_the_same_before_during_and_after(name: str) -> None:
+    backport = backport_of(name)
+    before = status(backport)
+    assert before[0] in ("native", "backported", "not possible here") and before[1]
+    with Environment(backport.patches()):
+        assert status(backport) == before
+        use(backport)
+        assert status(backport) == before
+    assert status(backport) == before
+
+
+def test_activating_and_asking_for_the_status_imports_no_compiler(run_python) -> None:
+    run_python(
+        """
+        import sys
+        from torchspan.backports._base import all_backports, status
+        from torchspan.environment.scope import Environment
+        backports = all_backports()
+        compilers = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx", "torch._functorch.aot_autograd")
+        with Environment([patch for backport in backports for patch in backport.patches()]):
+            loaded = [name for name in compilers if name in sys.modules]
+            assert not loaded, f"activating imported {loaded}"
+        """
+    )
