@@ -1,0 +1,149 @@
+"""How near two results must be: the one place of tolerances, by dtype, and a comparison of nested results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Two numbers are near if they differ by at most ``relative * (|expected| + rms(expected)) + absolute``.
+
+    The root mean square of the tensor takes part because a compiler may sum in another order: an element near zero that is a
+    difference of large terms is no more precise than those.
+    """
+
+    relative: float
+    absolute: float
+
+
+TOLERANCES: Mapping[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-9, 1e-12),
+    torch.complex128: Tolerance(1e-9, 1e-12),
+    torch.float32: Tolerance(1e-4, 1e-6),
+    torch.complex64: Tolerance(1e-4, 1e-6),
+    torch.bfloat16: Tolerance(3e-2, 1e-4),
+    torch.float16: Tolerance(4e-3, 1e-5),
+}
+EXACT = Tolerance(0.0, 0.0)
+_COARSE = Tolerance(1.25e-1, 1e-3)  # 8-bit floats: two or three bits of mantissa
+
+
+def tolerance(*dtypes: torch.dtype) -> Tolerance:
+    """The tolerance of a computation that passed through all these `dtypes`: the widest of theirs; integers are exact.
+
+    >>> tolerance(torch.float32), tolerance(torch.int64)
+    (Tolerance(relative=0.0001, absolute=1e-06), Tolerance(relative=0.0, absolute=0.0))
+    >>> tolerance(torch.float32, torch.bfloat16) == tolerance(torch.bfloat16)
+    True
+    """
+    known = [TOLERANCES.get(dtype, _COARSE) for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+    return max(known, key=lambda one: one.relative, default=EXACT)
+
+
+def difference(actual: Any, expected: Any, *through: torch.dtype, name: str = "output") -> str | None:
+    """What differs between two nested results beyond tolerance, in words; None if nothing does.
+
+    `through` are the dtypes that the computation passed through besides the results' own (autocast, low-precision weights). NaN
+    equals NaN, as eager's own NaN is what was asked for.
+
+    >>> difference({"loss": torch.ones(2)}, {"loss": torch.ones(2)})
+    >>> difference([torch.zeros(2)], [torch.ones(2)])
+    'output[0]: 2 of 2 elements differ, by up to 1 (tolerance 0.000201)'
+    """
+    found = next(_differences(actual, expected, through, name), None)
+    return found
+
+
+def _differences(actual: Any, expected: Any, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
+    if isinstance(expected, torch.Tensor):
+        yield from _tensor_difference(actual, expected, through, name)
+    elif isinstance(actual, torch.Tensor) or type(actual) is not type(expected):
+        yield f"{name}: {type(actual).__name__} instead of {type(expected).__name__}"
+    else:
+        yield from _container_differences(actual, expected, through, name)
+
+
+def _container_differences(actual: Any, expected: Any, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
+    mine, theirs = dict(parts(actual)), dict(parts(expected))
+    if mine.keys() != theirs.keys():
+        yield f"{name}: {len(mine)} parts instead of {len(theirs)}"
+        return
+    for key, value in theirs.items():
+        yield from _differences(mine[key], value, through, f"{name}{key}")
+    is_number = isinstance(expected, (bool, int, float, complex))
+    if is_number and not torch.tensor(actual).isclose(torch.tensor(expected), equal_nan=True):
+        yield f"{name}: {actual!r} instead of {expected!r}"
+    if isinstance(expected, str) and actual != expected:
+        yield f"{name}: {actual!r} instead of {expected!r}"
+
+
+def parts(value: Any) -> Iterable[tuple[str, Any]]:
+    """What a mapping, a sequence or a dataclass holds, each with how it is reached; nothing for anything else.
+
+    >>> list(parts({"a": 1})), list(parts((2,)))
+    ([("['a']", 1)], [('[0]', 2)])
+    """
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    if is_dataclass(value):
+        return [(f".{field.name}", getattr(value, field.name)) for field in fields(value)]
+    return []
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a nested value, in order.
+
+    >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(1), 3]}))
+    2
+    """
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for _, item in parts(value) for tensor in tensors(item)]
+
+
+def _tensor_difference(
+    actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str
+) -> Iterator[str]:
+    if not isinstance(actual, torch.Tensor):
+        yield f"{name}: {type(actual).__name__} instead of a tensor"
+        return
+    for what in ("shape", "dtype", "device"):
+        mine, theirs = getattr(actual, what), getattr(expected, what)
+        if mine != theirs:
+            yield f"{name}: {what} {_short(mine)} instead of {_short(theirs)}"
+            return
+    if expected.numel() and not expected.is_meta:
+        yield from _value_difference(actual.detach(), expected.detach(), tolerance(expected.dtype, *through), name)
+
+
+def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tolerance, name: str) -> Iterator[str]:
+    if not (expected.dtype.is_floating_point or expected.dtype.is_complex):
+        wrong = int((actual != expected).sum())
+        if wrong:
+            yield f"{name}: {wrong} of {expected.numel()} elements differ"
+        return
+    wide = torch.complex128 if expected.dtype.is_complex else torch.float64
+    actual, expected = actual.to(wide), expected.to(wide)
+    finite = expected.isfinite()
+    size = torch.where(finite, expected, 0).abs()
+    limit = allowed.relative * (size + size.square().mean().sqrt()) + allowed.absolute
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    gap = torch.where(same, 0, (actual - expected).abs())
+    wrong = ~(same | (gap <= limit))
+    if wrong.any():
+        worst = gap[wrong].max()
+        yield (
+            f"{name}: {int(wrong.sum())} of {expected.numel()} elements differ, by up to {worst:.4g} "
+            f"(tolerance {limit[wrong].max():.3g})"
+        )
+
+
+def _short(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -1,0 +1,118 @@
+"""The state of a process that a compile depends on besides its program: threads, precision, autocast, grad mode, settings.
+
+Each enters a cache key, so a child must have the caller's; and each is set only where it differs, because setting some of them (the
+precision of matrix products) to the value that they have changes the key.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+CONFIGS = ("torch._dynamo.config", "torch._functorch.config", "torch._inductor.config")
+# what a process decides for itself
+_OWN = {"compile_threads", "worker_start_method", "quiesce_async_compile_pool"}
+_PLAIN = (bool, int, float, str, type(None))
+
+_Switch = tuple[Callable[[], Any], Callable[[Any], Any]]
+_cudnn, _cuda_matmul, _mkldnn = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
+SWITCHES: Mapping[str, _Switch] = {
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default_device": (lambda: str(torch.get_default_device()), torch.set_default_device),
+    "matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "deterministic": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1]),
+    ),
+    "cudnn_benchmark": (lambda: _cudnn.benchmark, lambda value: setattr(_cudnn, "benchmark", value)),
+    "cudnn_deterministic": (lambda: _cudnn.deterministic, lambda value: setattr(_cudnn, "deterministic", value)),
+    "flash_sdp": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    "math_sdp": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    "efficient_sdp": (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    "cudnn_sdp": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+}
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached)."""
+
+    switches: Mapping[str, Any]
+    is_grad: bool
+    is_inference: bool
+    autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def capture() -> Ambient:
+    """The caller's state."""
+    return Ambient(
+        {name: read() for name, (read, _) in SWITCHES.items()},
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast_state(),
+        {name: _config_values(name) for name in CONFIGS if name in sys.modules},
+    )
+
+
+def autocast_state() -> tuple[tuple[str, torch.dtype, bool], ...]:
+    """Which devices autocast now, and to what."""
+    cached = torch.is_autocast_cache_enabled()
+    return tuple(
+        (device, torch.get_autocast_dtype(device), cached) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+
+
+def restore(ambient: Ambient) -> None:
+    """Bring this process into that state, but for what :func:`modes` is for."""
+    for name, value in ambient.switches.items():
+        read, write = SWITCHES[name]
+        if read() != value:
+            write(value)
+    for name, values in ambient.configs.items():
+        _set_config(name, values)
+
+
+@contextmanager
+def modes(ambient: Ambient) -> Iterator[None]:
+    """Grad mode, inference mode and autocast of that state, for a block."""
+    with ExitStack() as stack:
+        if ambient.is_inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(ambient.is_inference))
+        if ambient.is_grad != torch.is_grad_enabled():
+            stack.enter_context(torch.set_grad_enabled(ambient.is_grad))
+        for device, dtype, cached in ambient.autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cached))
+        yield
+
+
+def _config_values(name: str) -> dict[str, Any]:
+    values = sys.modules[name].get_config_copy()
+    return {key: value for key, value in values.items() if key not in _OWN and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain(one) for one in value)
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(one) for key, one in value.items())
+    return isinstance(value, _PLAIN)
+
+
+def _set_config(name: str, values: Mapping[str, Any]) -> None:
+    __import__(name)
+    module = sys.modules[name]
+    current = module.get_config_copy()
+    changed = {key: value for key, value in values.items() if key in current and current[key] != value}
+    for key, value in changed.items():
+        parts = key.split(".")
+        holder: Any = module
+        for part in parts[:-1]:
+            holder = getattr(holder, part)
+        setattr(holder, parts[-1], value)

@@ -1,0 +1,180 @@
+"""A Plan: one compiled program, its ladder of strategies, its Budget and its Report."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from torchspan.core.report import Report, current_report
+from torchspan.strategies._base import cut, program_name
+from torchspan.strategies._budget import Budget
+from torchspan.strategies._ladder import Ladder
+from torchspan.strategies._region import Region
+from torchspan.strategies._settings import Settings
+
+Verify = Literal["first", "off", "always"]
+FIRST_SHARE = 0.6  # of what is left of the budget, for a rung that has another one below it
+_turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))
+_within = threading.local()
+
+
+class Plan:
+    """Cuts `program` by the first strategy of `ladder` that has parts, and by the next when all of them fail."""
+
+    def __init__(
+        self, program: Callable[..., Any], ladder: Ladder, budget: Budget, settings: Settings, verify: Verify, wait: bool, report: Report
+    ) -> None:
+        self.program = program
+        self.settings = settings
+        self.verify = verify
+        self.is_waiting = wait
+        self.report = report
+        self._budget = budget
+        self._ladder = ladder
+        self._rungs = list(ladder.strategies)
+        self._spent_s = 0.0
+        self._lock = threading.RLock()
+        self._one_child = threading.Lock()
+        self._regions: tuple[Region, ...] = ()
+        self._root: Region | None = None
+        self._overhead_s = 0.0
+        self._is_first = True
+        report.decide("compile", program_name(program), " → ".join(self._rungs), ladder.reason)
+        self._next_rung()
+
+    def for_program(self, program: Callable[..., Any]) -> Plan:
+        """A plan of its own for a copy of this one's program."""
+        report = Report(parent=current_report())
+        return Plan(program, self._ladder, self._budget, self.settings, self.verify, self.is_waiting, report)
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the program: whole, in blocks, or eagerly, as far as that has come."""
+        if not self._is_first:
+            return self._call(args, kwargs)
+        outputs = self._call(args, kwargs)
+        if self._is_first:
+            self._is_first = False
+            self.report.figure("first_step_wait_s", self._overhead_s)
+        return outputs
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        root = self._root
+        if root is not None:
+            return root.call(self.program, args, kwargs)
+        with inside(self):
+            return self.program(*args, **kwargs)
+
+    def call_next(self, failed: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """For callers that wait: go on with the rung that followed `failed`."""
+        return self._call(args, kwargs) if self._root is not failed else failed.eager(self.program, *args, **kwargs)
+
+    # the ladder
+
+    def _next_rung(self) -> None:
+        while self._rungs:
+            strategy = self._rungs.pop(0)
+            found = cut(strategy, self.program)
+            if found.parts or strategy == "eager":
+                self.report.decide("compile", program_name(self.program), strategy, found.reason)
+                self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
+                return
+            self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
+
+    def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
+        self._regions = regions
+        for region in regions:
+            if region.part.is_block:
+                for block in region.part.targets:
+                    block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined]
+        self._root = next((region for region in regions if not region.part.is_block), None)
+
+    def region_failed(self, region: Region) -> None:
+        """A region has nothing compiled: if that is so for all of this rung, the next one is tried."""
+        with self._lock:
+            if region in self._regions and all(one.has_failed for one in self._regions):
+                for one in self._regions:
+                    _uninstall(one)
+                self._next_rung()
+
+    # the budget
+
+    @contextmanager
+    def turn(self, region: Region) -> Iterator[Budget | None]:
+        """Wait for this plan's turn to have a child, and give it what it may spend; None if nothing is left."""
+        with self._one_child, _turns:
+            is_later = region.has_compiled  # a new signature: it has the whole budget again
+            left = self._budget.seconds if is_later else self._budget.seconds - self._spent_s
+            share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not is_later else 1.0
+            yield replace(self._budget, seconds=left * share) if left > 0 else None
+
+    def spend(self, seconds: float) -> None:
+        """Count what a child took."""
+        self._spent_s += seconds
+
+    # figures
+
+    @contextmanager
+    def overhead(self) -> Iterator[None]:
+        """Count the time inside as what compiling made a call wait."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._overhead_s += time.perf_counter() - started
+
+
+class BlockCall:
+    """Stands where a module keeps its compiled call; serves calls from within its plan, and leaves all others alone."""
+
+    def __init__(self, region: Region, block: torch.nn.Module, plan: Plan) -> None:
+        self._region = region
+        self._block = block
+        self._plan = plan
+        self._was_inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._block._call_impl(*args, **kwargs)
+        # activation checkpointing calls the block again in the backward, which must do as its forward did
+        is_inside = self._was_inside if torch._C._current_graph_task_id() != -1 else is_within(self._plan)
+        self._was_inside = is_inside
+        if not is_inside:
+            return self._block._call_impl(*args, **kwargs)
+        return self._region.call(self._block, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the block is not this plan's."""
+        return
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _uninstall(region: Region) -> None:
+    for block in region.part.targets if region.part.is_block else ():
+        if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
+            del block._compiled_call_impl  # type: ignore[attr-defined]
+
+
+@contextmanager
+def inside(plan: Plan) -> Iterator[None]:
+    """Calls of blocks in this thread come from `plan`."""
+    stack = _within.__dict__.setdefault("plans", [])
+    stack.append(plan)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def is_within(plan: Plan) -> bool:
+    """Whether this thread is inside a call of `plan`."""
+    return plan in _within.__dict__.get("plans", ())
+

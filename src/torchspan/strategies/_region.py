@@ -1,0 +1,241 @@
+"""A region at run time: eager from the first call, compiled once a child has done the work and the result is proven.
+
+Each input signature has a Generation. Its life: ``compiling`` (a child works, calls run eagerly) → ``ready`` (the next call takes
+it over, at its beginning, in its own thread, because dynamo's tracing saves and restores the global random state) → ``swapped``
+(calls run compiled), or ``eager`` (given up). A call runs in one generation from beginning to end, and its backward belongs to it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchspan.core.errors import InputError
+from torchspan.core.numerics import tensors
+from torchspan.core.report import log
+from torchspan.strategies import _ambient, _torch, _transport, _verify
+from torchspan.strategies._base import Part
+from torchspan.strategies._handback import FromCaches
+from torchspan.strategies._signature import signature
+from torchspan.strategies._supervisor import Ending, Job, run_bounded
+from torchspan.strategies._worker import Filled, Task
+
+if TYPE_CHECKING:
+    from torchspan.strategies._plan import Plan
+
+MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
+MAX_STALE = 3
+_isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
+
+
+@dataclass(eq=False)
+class Generation:
+    """What serves one input signature."""
+
+    stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
+    code: FromCaches | None = None
+    is_traced: bool = False
+    stale: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Region:
+    """One Part of a Plan, at run time."""
+
+    def __init__(self, part: Part, strategy: str, plan: Plan) -> None:
+        self.part = part
+        self.strategy = strategy
+        self.has_failed = False
+        self.has_compiled = False
+        self._plan = plan
+        self._generations: dict[Hashable, Generation] = {}
+        self._lock = threading.Lock()
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
+        generation = self._generations.get(signature(target, args, kwargs))
+        if generation is not None and generation.stage == "swapped" and self._plan.verify != "always":
+            return self._run(generation, target, args, kwargs)
+        with self._plan.overhead():
+            generation = generation or self._open(target, args, kwargs)
+            if generation.stage == "ready" or (generation.stage == "swapped" and self._plan.verify == "always"):
+                self._take_over(generation, target, args, kwargs)
+        if generation.stage == "swapped":
+            return self._run(generation, target, args, kwargs)
+        if self.has_failed and self._plan.is_waiting and not self.part.is_block:
+            return self._plan.call_next(self, args, kwargs)
+        return self.eager(target, *args, **kwargs)
+
+    def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `target` as torch does."""
+        return target._call_impl(*args, **kwargs) if self.part.is_block else target(*args, **kwargs)
+
+    # compiling
+
+    def _open(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
+        key = signature(target, args, kwargs)
+        with self._lock:
+            known = self._generations.get(key)
+            if known is not None:
+                return known
+            generation = self._generations[key] = Generation()
+            is_full = len(self._generations) > MAX_GENERATIONS
+        if is_full:
+            generation.stage = "eager"
+            self._decide("eager", f"{MAX_GENERATIONS} input signatures were compiled; calls with others run eagerly")
+            return generation
+        self._start(generation, target, args, kwargs)
+        if self._plan.is_waiting:
+            generation.done.wait()
+        return generation
+
+    def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        try:
+            payload = self._payload(target, args, kwargs)
+        except InputError as cause:
+            self._give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
+            return
+        work = threading.Thread(
+            target=self._compile, args=(generation, payload, _is_on_accelerator(args)), name="torchspan-compile", daemon=True
+        )
+        work.start()
+
+    def _payload(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        settings = self._plan.settings
+        task = Task(target, self.part.is_block, args, dict(kwargs), settings.to_send(), _ambient.capture(), dict(_isas))
+        return _transport.dumps(task)
+
+    def _compile(self, generation: Generation, payload: bytes, is_fresh: bool) -> None:
+        """In a thread of its own: have a child compile, then make ready to take over."""
+        with self._plan.turn(self) as budget:
+            if budget is None:
+                ending = Ending("skipped", 0.0, cause="nothing is left of the budget")
+            else:
+                ending = run_bounded(Job("torchspan.strategies._worker:compile_region", payload, is_fresh), budget)
+            self._plan.spend(ending.seconds)
+        if ending.result is None:
+            self._give_up(generation, ending)
+            return
+        filled: Filled = pickle.loads(ending.result)
+        _isas.update(filled.isas)
+        if self._plan.settings.is_inductor and filled.graphs == 0:
+            self._give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
+            return
+        with _gentle_imports():
+            _torch.import_compiler()
+        self._attempt(ending)
+        generation.stage = "ready"
+        generation.done.set()
+
+    def _give_up(self, generation: Generation, ending: Ending) -> None:
+        generation.stage = "eager"
+        self._attempt(ending)
+        if not any(one.stage in ("ready", "swapped") for one in self._generations.values()):
+            self.has_failed = True
+            self._plan.region_failed(self)
+        generation.done.set()
+
+    # taking over
+
+    def _take_over(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """At the beginning of a call: load the compiled code and prove it; other threads run eagerly meanwhile."""
+        if not generation.lock.acquire(blocking=self._plan.is_waiting):
+            return
+        try:
+            if generation.stage == "ready" or self._plan.verify == "always":
+                self._swap(generation, target, args, kwargs)
+        finally:
+            generation.lock.release()
+
+    def _swap(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        started = time.perf_counter()
+        settings = self._plan.settings
+        if generation.code is None:
+            generation.code = FromCaches(settings, self.part.is_block, _isas)
+            self._note_handback(settings.is_inductor)
+        wrong = self._verify(generation.code, target, args, kwargs) if self._plan.verify != "off" else None
+        if generation.code.misses:
+            self._reject(generation, f"its cache entries do not serve this process: {generation.code.misses[0]}")
+        elif wrong is not None:
+            self._reject(generation, f"compiled code gives other results than eager: {wrong}")
+            log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
+        elif generation.stage == "ready":
+            generation.stage = "swapped"
+            self.has_compiled = True
+            self._plan.report.figure("swap_stall_s", time.perf_counter() - started)
+
+    def _verify(self, code: FromCaches, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        try:
+            return _verify.mismatch(self.eager, code.trace, (target, args, kwargs), is_random=self._plan.settings.is_random)
+        except _verify.CannotCopyError as cause:
+            self._decide("not verified", str(cause))
+            return None
+
+    def _note_handback(self, is_inductor: bool) -> None:
+        if is_inductor:
+            self._plan.report.decide("compile", self.part.name, "caches", "torch's caches hold what the child compiled")
+        else:
+            reason = f"{self._plan.settings.backend_name} compiles here too: its child showed that it ends within the budget"
+            self._plan.report.decide("compile", self.part.name, "compiled again", reason)
+
+    def _reject(self, generation: Generation, cause: str) -> None:
+        generation.code = None
+        self._decide("eager", cause)
+        self._give_up(generation, Ending("failed", 0.0, cause=cause, where="taking over"))
+
+    # running
+
+    def _run(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        code = generation.code
+        assert code is not None, generation
+        if not generation.is_traced:
+            generation.is_traced = True
+            return code.trace(target, *args, **kwargs)
+        before = code.num_calls
+        outputs = code.run(target, *args, **kwargs)
+        if code.is_counting and code.num_calls == before:
+            self._note_stale(generation, target, args, kwargs)
+        return outputs
+
+    def _note_stale(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Dynamo's guards failed, so that call ran eagerly: the program's own state has changed since it was compiled."""
+        with generation.lock:
+            if generation.stage != "swapped":
+                return
+            generation.stale += 1
+            if generation.stale > MAX_STALE:
+                generation.stage = "eager"
+                self._decide("eager", f"the program's state changed {MAX_STALE} times since it was compiled")
+                return
+            self._decide("compiled again", "the program's state changed since it was compiled (dynamo's guards failed)")
+            generation.stage, generation.code, generation.is_traced = "compiling", None, False
+            generation.done.clear()
+        self._start(generation, target, args, kwargs)
+
+    def _decide(self, choice: str, reason: str) -> None:
+        self._plan.report.decide("compile", self.part.name, choice, reason)
+
+    def _attempt(self, ending: Ending) -> None:
+        self._plan.report.attempt(ending.attempt(self.strategy, self.part.name, self._plan.settings.backend_name))
+
+
+def _is_on_accelerator(args: tuple[Any, ...]) -> bool:
+    return any(one.device.type not in ("cpu", "meta") for one in tensors(args))
+
+
+@contextmanager
+def _gentle_imports() -> Iterator[None]:
+    """Hand the GIL over more often while this thread imports: every operation of a step waits for it once."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, 0.0005))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

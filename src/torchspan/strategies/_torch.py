@@ -1,0 +1,173 @@
+"""The private names of torch that this folder uses; imported on use, so that a plug-in costs nothing until it compiles."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+_compile_holder: list[Callable[..., Any]] = []
+_loading = threading.RLock()
+
+
+class CacheMiss(BaseException):
+    """Inductor was about to do work where it may only load; no Exception, so that torch does not take it for a failed lookup."""
+
+
+def torch_compile() -> Callable[..., Any]:
+    """torch's own ``torch.compile``, also while an environment has a bounded one in its place."""
+    return _compile_holder[0] if _compile_holder else torch.compile
+
+
+def set_torch_compile(original: Callable[..., Any]) -> None:
+    """Remember torch's own ``torch.compile`` before it is replaced."""
+    _compile_holder[:] = [original]
+
+
+def entry_point(is_block: bool) -> Callable[..., Any]:
+    """A function that calls its first argument, with a code object of its own.
+
+    Dynamo keeps what it compiled, and its limit of recompiles, by code object: each generation has its own.
+    """
+    template = _call_block if is_block else _call_target
+    return types.FunctionType(template.__code__.replace(co_name="region"), template.__globals__, "region")
+
+
+def _call_target(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+def _call_block(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target._call_impl(*args, **kwargs)  # hooks and forward, without the dispatcher that stands before them
+
+
+def run_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with what dynamo has compiled for it; where its guards fail it runs eagerly, and nothing is compiled."""
+    from torch._dynamo import run
+
+    return run(function)
+
+
+def inductor(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> Callable[..., Any]:
+    """What ``torch.compile(backend="inductor")`` would call, with `mode` and then `options` applied."""
+    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), dynamic)
+
+
+def named_backend(name: str) -> Callable[..., Any] | str:
+    """The function behind a backend that this process registered, to be sent to another; the name of one that torch brings."""
+    import sys
+
+    registry = sys.modules.get("torch._dynamo.backends.registry")
+    found = registry._COMPILER_FNS.get(name) if registry else None
+    is_ours = found is not None and not str(getattr(found, "__module__", "")).startswith("torch.")
+    return found if is_ours else name  # type: ignore[return-value]
+
+
+def import_compiler() -> None:
+    """Import dynamo and inductor: seconds of CPU, so not in a step."""
+    import torch._dynamo
+    import torch._functorch._aot_autograd.autograd_cache
+    import torch._inductor.compile_fx
+    import torch._inductor.cpp_builder
+    import torch._inductor.cpu_vec_isa  # noqa: F401
+
+
+def quiet_workers() -> None:
+    """Keep inductor's import from starting its pool of worker processes in this one."""
+    import os
+
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
+
+
+def counters() -> dict[str, int]:
+    """How many graphs were compiled, and what the caches did, since this process began."""
+    from torch._dynamo.utils import counters as counted
+
+    names = {
+        "graphs": ("stats", "unique_graphs"),
+        "saved": ("aot_autograd", "autograd_cache_saved"),
+        "hits": ("aot_autograd", "autograd_cache_hit"),
+        "bypassed": ("aot_autograd", "autograd_cache_bypass"),
+        "codegen_bypassed": ("inductor", "fxgraph_cache_bypass"),
+    }
+    return {name: counted[group][key] for name, (group, key) in names.items()}
+
+
+@contextmanager
+def caching() -> Iterator[None]:
+    """Have torch keep what it compiles in its caches on disk, whatever the settings say."""
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+
+    with inductor_config.patch(fx_graph_cache=True, compile_threads=1), functorch_config.patch(enable_autograd_cache=True):
+        yield
+
+
+@contextmanager
+def only_loading() -> Iterator[None]:
+    """Let inductor load in this thread, and raise CacheMiss where it would trace, generate or build."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+    from torch._inductor import codecache, compile_fx
+    from torch._inductor.cpp_builder import CppBuilder
+
+    mine = threading.get_ident()
+
+    def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == mine:
+                raise CacheMiss(f"inductor asked for {original.__qualname__}")
+            return original(*args, **kwargs)
+
+        return refused
+
+    lookup = AOTAutogradCache._lookup
+
+    def found(*args: Any, **kwargs: Any) -> Any:
+        entry = lookup(*args, **kwargs)
+        if entry is None and threading.get_ident() == mine:
+            raise CacheMiss("the graph is not in the cache of the compile process")
+        return entry
+
+    prepare_header = codecache._precompile_header
+
+    def no_header(*args: Any, **kwargs: Any) -> str:
+        # a header is of use for building only, but asked for (by a process each time) before it is known whether to build
+        return "" if threading.get_ident() == mine else prepare_header(*args, **kwargs)
+
+    with _loading, ExitStack() as stack:
+        stack.enter_context(caching())
+        stack.enter_context(patch.object(compile_fx, "fx_codegen_and_compile", refuse(compile_fx.fx_codegen_and_compile)))
+        stack.enter_context(patch.object(codecache, "_precompile_header", no_header))
+        stack.enter_context(patch.object(CppBuilder, "build", refuse(CppBuilder.build)))
+        stack.enter_context(patch.object(AOTAutogradCache, "_lookup", staticmethod(found)))
+        before = counters()["bypassed"]
+        yield
+        if counters()["bypassed"] != before:
+            raise CacheMiss("torch cannot cache this graph, so it cannot load it either")
+
+
+@contextmanager
+def known_isas(known: dict[str, bool]) -> Iterator[None]:
+    """Answer which vector instructions work here from `known`, and note there what had to be tried.
+
+    Trying takes a C++ compile and a process that imports torch: once a machine is enough, not once a process.
+    """
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    try_out = VecISA.check_build
+
+    def check_build(self: Any, code: str) -> bool:
+        name = f"{type(self).__name__}: {self}"
+        if name not in known:
+            known[name] = try_out(self, code)
+        return known[name]
+
+    with patch.object(VecISA, "check_build", check_build):
+        yield

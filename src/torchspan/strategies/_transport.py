@@ -1,0 +1,180 @@
+"""Sends a program to another process without its weights: tensors travel as descriptions, and arrive as zeros.
+
+Aliasing is kept: tensors that share a storage (tied weights, views) share one on the other side. What a program may index with or
+divide by (small integer tensors, small buffers) travels by value; parameters never do. Code of ``__main__`` and of modules that the
+other process could not import travels by value, so that a script is never run again.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import io
+import os
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+import torch
+
+from torchspan.core.errors import InputError
+
+VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _Pickler(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO, keep_values: bool) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._keep_values = keep_values
+        self.storages: dict[int, tuple[int, str, bytes | None]] = {}
+        self.by_value: list[types.ModuleType] = []
+        self._alive: list[object] = []  # a storage's address is its key: nothing may be freed meanwhile
+
+    def persistent_id(self, obj: Any) -> Any:
+        if type(obj) not in _PLAIN or obj.layout is not torch.strided or obj.is_quantized:
+            return None
+        is_parameter = type(obj) is torch.nn.Parameter
+        if obj.device.type == "meta":
+            key = None
+        else:
+            key = self._storage(obj, is_parameter)
+        return (
+            "tensor", key, obj.dtype, str(obj.device), tuple(obj.shape), obj.stride(), obj.storage_offset(), obj.requires_grad,
+            is_parameter,
+        )  # fmt: skip
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch._ops.OpOverload):
+            namespace, _, name = obj._schema.name.partition("::")
+            return _operator, (namespace, name, obj._overloadname)
+        if isinstance(obj, (type, types.FunctionType)):
+            self._note_module(getattr(obj, "__module__", None))
+        if isinstance(obj, types.FunctionType):
+            self.globals_ref.setdefault(id(obj.__globals__), _Globals(obj.__globals__))
+        return super().reducer_override(obj)
+
+    def _storage(self, tensor: torch.Tensor, is_parameter: bool) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.storages:
+            self._alive.append(storage)
+            small = not is_parameter and storage.nbytes() <= VALUE_BYTES[tensor.is_floating_point() or tensor.is_complex()]
+            content = _content(tensor) if small or self._keep_values else None
+            self.storages[key] = (storage.nbytes(), str(tensor.device), content)
+        return key
+
+    def _note_module(self, name: str | None) -> None:
+        module = sys.modules.get(name or "")
+        if module is None or name == "__main__" or module in self.by_value or is_importable(module):
+            return
+        cloudpickle.register_pickle_by_value(module)
+        self.by_value.append(module)
+
+
+class _Globals:
+    """The globals of functions that travel by value: on the other side a module's own, as dynamo's guards look there."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._named = {key: names.get(key) for key in ("__name__", "__file__", "__package__")}
+
+    def __reduce__(self) -> Any:
+        return _module_globals, (self._named,)
+
+
+def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
+    name = named["__name__"] or "__main__"
+    module = sys.modules.get(name)
+    if module is None or vars(module).get("__file__") != named["__file__"]:
+        module = sys.modules[name] = types.ModuleType(name)
+        vars(module).update(named)
+    return vars(module)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, storages: dict[int, tuple[int, str, bytes | None]]) -> None:
+        super().__init__(file)
+        self._described = storages
+        self._built: dict[int, torch.UntypedStorage] = {}
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        _, key, dtype, device, shape, stride, offset, requires_grad, is_parameter = pid
+        if key is None:
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        else:
+            tensor = torch.empty(0, dtype=dtype, device=device)
+            tensor.set_(self._storage(key), offset, shape, stride)  # type: ignore[call-overload]
+        if is_parameter:
+            return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+        return tensor.requires_grad_(requires_grad)
+
+    def _storage(self, key: int) -> torch.UntypedStorage:
+        if key not in self._built:
+            num_bytes, device, content = self._described[key]
+            if content:
+                bytes_ = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+            else:  # calloc gives pages that take memory only once they are written: weights cost nothing
+                bytes_ = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            self._built[key] = bytes_.untyped_storage()
+        return self._built[key]
+
+
+def dumps(value: object, *, keep_values: bool = False) -> bytes:
+    """`value` as bytes, tensors described; with `keep_values` every tensor travels whole.
+
+    Raises InputError, naming the cause, for what cannot be sent.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file, keep_values)
+    with _by_value(pickler.by_value), torch.no_grad():
+        try:
+            pickler.dump(value)
+        except (TypeError, AttributeError, ValueError, RecursionError, RuntimeError, pickle.PicklingError) as cause:
+            raise InputError(f"the program cannot be sent to the compile process: {cause}") from cause
+    return pickle.dumps((pickler.storages, file.getvalue()))
+
+
+def loads(content: bytes) -> Any:
+    """What :func:`dumps` was given, with zeros where weights were."""
+    storages, value = pickle.loads(content)
+    with torch.no_grad():
+        return _Unpickler(io.BytesIO(value), storages).load()
+
+
+def is_importable(module: types.ModuleType) -> bool:
+    """Whether another process with the same ``sys.path`` would import this very module by its name."""
+    file = getattr(module, "__file__", None)
+    if file is None:  # built in, frozen, a namespace, or made by a backport: nothing better than its name is known
+        return getattr(module, "__spec__", None) is not None
+    path: Any = None
+    spec = None
+    name = ""
+    for part in module.__name__.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return spec is not None and spec.origin is not None and os.path.realpath(spec.origin) == os.path.realpath(file)
+
+
+@contextmanager
+def _by_value(modules: list[types.ModuleType]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    whole.set_(tensor.detach().untyped_storage())  # type: ignore[call-overload]
+    return whole.cpu().numpy().tobytes()
+
+
+def _operator(namespace: str, name: str, overload: str) -> Any:
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)

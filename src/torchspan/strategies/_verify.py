@@ -1,0 +1,169 @@
+"""Checks compiled code against eager on copies, so that the program's state, its gradients and its random numbers do not notice.
+
+The copies share the parameters (which are only read) and own everything else: buffers, inputs, Python attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchspan.core.errors import CompileError
+from torchspan.core.numerics import difference, tensors
+from torchspan.strategies._ambient import autocast_state
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A call's target and arguments, to be run without a trace."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """The tensors among the arguments."""
+        return tensors((self.args, dict(self.kwargs)))
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules that the call uses: its target, and those among its arguments."""
+        return _modules((self.target, *self.args, *self.kwargs.values()))
+
+
+class CannotCopyError(CompileError):
+    """The program holds something that cannot be copied, so it cannot be run twice without a trace."""
+
+
+def copied(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Copied:
+    """A copy of a call that shares parameters with it and nothing else; raises CannotCopyError."""
+    memo: dict[int, Any] = {}
+    for module in _modules((target, *args, *kwargs.values())):
+        memo.update({id(parameter): parameter for parameter in module.parameters()})
+        memo.update({id(buffer): _copy_tensor(buffer) for buffer in module.buffers()})
+    for tensor in tensors((args, dict(kwargs))):
+        memo.setdefault(id(tensor), _copy_tensor(tensor))
+    try:
+        return Copied(*copy.deepcopy((target, args, dict(kwargs)), memo))
+    except Exception as cause:  # whatever a user's own __deepcopy__ or __reduce__ raises
+        raise CannotCopyError(f"the program cannot be copied: {type(cause).__name__}: {cause}") from cause
+
+
+def _modules(values: Sequence[Any]) -> list[torch.nn.Module]:
+    owners = (getattr(value, "__self__", value) for value in values)
+    return [owner for owner in owners if isinstance(owner, torch.nn.Module)]
+
+
+def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, strides and wish for a gradient; a leaf."""
+    if type(tensor) is torch.nn.Parameter:
+        return tensor
+    source = tensor.detach()
+    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if is_expanded:  # nothing can write into it in place, so it can be shared
+        return source.requires_grad_(tensor.requires_grad)
+    with torch.no_grad():
+        own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(source)
+    return own.requires_grad_(tensor.requires_grad)
+
+
+def mismatch(eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, is_random: bool) -> str | None:
+    """What `compiled` gives that `eager` does not, for one call: outputs, gradients, buffers; None if they agree.
+
+    With `is_random` the two are known to draw different random numbers: only what the results are is compared, not their values,
+    if the program draws any.
+    """
+    first, second = copied(*call), copied(*call)
+    with preserved_random():
+        before = random_state()
+        expected, expected_gradients = _run(eager, first)
+        is_drawn = _differ(before, random_state())
+        set_random_state(before)
+        actual, gradients = _run(compiled, second)
+    if is_random and is_drawn:
+        return difference(_shapes(actual), _shapes(expected))
+    through = _dtypes(first)
+    return (
+        difference(actual, expected, *through)
+        or difference(gradients, expected_gradients, *through, name="gradient")
+        or difference(_buffers(second), _buffers(first), *through, name="buffer")
+    )
+
+
+def _run(function: Call, call: Copied) -> tuple[Any, list[torch.Tensor | None]]:
+    outputs = function(call.target, *call.args, **call.kwargs)
+    wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
+    sources = [p for module in call.modules() for p in module.parameters() if p.requires_grad]
+    sources += [one for one in call.inputs() if one.requires_grad and one.is_leaf]
+    if not (wanted and sources):
+        return outputs, []
+    found = torch.autograd.grad(wanted, _unique(sources), [_cotangent(one) for one in wanted], allow_unused=True)
+    return outputs, list(found)
+
+
+def _unique(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(value): value for value in values}.values())
+
+
+def _cotangent(output: torch.Tensor) -> torch.Tensor:
+    """Fixed numbers of the output's shape, drawn from a generator that is nobody else's."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(output.shape, generator=generator, dtype=torch.float32) + 0.5
+    return real.to(device=output.device, dtype=output.dtype)
+
+
+def _buffers(call: Copied) -> dict[str, torch.Tensor]:
+    return {f"{i}.{name}": value for i, module in enumerate(call.modules()) for name, value in module.named_buffers()}
+
+
+def _dtypes(call: Copied) -> set[torch.dtype]:
+    found = {one.dtype for one in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
+    return found | {p.dtype for module in call.modules() for p in module.parameters()}
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(one.shape) for one in tensors(value)]
+
+
+# random numbers
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of every generator that a program draws from: torch's (each device), Python's, numpy's."""
+    devices = [torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+    numpy = [sys.modules["numpy"].random.get_state()] if "numpy" in sys.modules else []
+    return torch.get_rng_state(), devices, random.getstate(), numpy
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Put the generators back."""
+    cpu, devices, python, numpy = state
+    torch.set_rng_state(cpu)
+    for states in devices:
+        torch.cuda.set_rng_state_all(states)
+    random.setstate(python)
+    for one in numpy:
+        sys.modules["numpy"].random.set_state(one)
+
+
+def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    on_device = zip((s for states in before[1] for s in states), (s for states in after[1] for s in states), strict=False)
+    return not torch.equal(before[0], after[0]) or any(not torch.equal(a, b) for a, b in on_device)
+
+
+@contextmanager
+def preserved_random() -> Iterator[None]:
+    """Whatever is drawn inside was not drawn."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,78 @@
+"""What runs in the compile process: the program is rebuilt with zeros for weights, compiled, and run once."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchspan.core.errors import CompileError
+from torchspan.core.numerics import tensors
+from torchspan.strategies import _ambient, _torch, _transport
+from torchspan.strategies._settings import Settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """One region with example inputs. `isas` is what the caller knows of this machine's vector instructions."""
+
+    target: Callable[..., Any]
+    is_block: bool
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    settings: Settings
+    ambient: _ambient.Ambient
+    isas: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the compile process leaves behind, besides what lies in torch's caches."""
+
+    graphs: int
+    isas: Mapping[str, bool]
+
+
+def compile_region(payload: bytes) -> bytes:
+    """Compile a pickled Task for its example inputs, backward too where gradients are wanted; gives a pickled Filled."""
+    task: Task = _transport.loads(payload)
+    _ambient.restore(task.ambient)
+    if task.settings.is_inductor:
+        check_compiler()
+    isas = dict(task.isas)
+    with _torch.caching(), _torch.known_isas(isas):
+        compiled = task.settings.compile(_torch.entry_point(task.is_block))
+        with _ambient.modes(task.ambient):
+            outputs = compiled(task.target, *task.args, **task.kwargs)
+        _backward(outputs)
+    counted = _torch.counters()
+    if task.settings.is_inductor:
+        _check_saved(counted)
+    return pickle.dumps(Filled(counted["graphs"], isas))
+
+
+def check_compiler() -> None:
+    """Raise CompileError unless there is a C++ compiler for inductor's CPU kernels."""
+    from torch._inductor import config
+
+    wanted = config.cpp.cxx
+    names = [name for name in (wanted if isinstance(wanted, (tuple, list)) else (wanted,)) if name]
+    if not any(shutil.which(name) for name in names):
+        raise CompileError(f"no C++ compiler: inductor looked for {', '.join(names)}; install g++ or set CXX")
+
+
+def _backward(outputs: Any) -> None:
+    """Run a backward through every output that has one, with zeros."""
+    wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
+    if wanted:
+        torch.autograd.backward(wanted, [torch.zeros_like(one) for one in wanted])
+
+
+def _check_saved(counted: Mapping[str, int]) -> None:
+    kept = counted["saved"] + counted["hits"]
+    if kept < counted["graphs"]:
+        raise CompileError(f"torch's caches took {kept} of {counted['graphs']} graphs, so they cannot be handed over")

@@ -1,0 +1,15 @@
+"""The whole program is one region: the fastest code, and a compile time that grows with the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torchspan.strategies._base import Cut, Part, program_name
+
+SUMMARY = "the whole program as one region"
+
+
+def cut(program: Callable[..., Any]) -> Cut:
+    """One part: the program."""
+    return Cut((Part(program_name(program), (program,)),), "one region")
