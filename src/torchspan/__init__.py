@@ -7,29 +7,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchspan.api import Precompile as Precompile
     from torchspan.api import activate as activate
-    from torchspan.api import compile as compile
     from torchspan.api import deactivate as deactivate
-    from torchspan.api import load as load
-    from torchspan.api import precompile as precompile
+    from torchspan.artifacts import Precompile as Precompile
+    from torchspan.artifacts import load as load
+    from torchspan.artifacts import precompile as precompile
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report
     from torchspan.strategies import Budget as Budget
+    from torchspan.strategies import compile_bounded as compile  # noqa: F401
 
 __version__ = "0.1.0"
 
-# What stands behind each public name; imported when it is first looked up, so that importing torchspan imports no torch.
+# Where each public name comes from; imported when it is first looked up, so that importing torchspan imports no torch.
 _PUBLIC = {
-    "Budget": "torchspan.strategies",
-    "Precompile": "torchspan.api",
-    "Report": "torchspan.core.report",
-    "TorchspanError": "torchspan.core.errors",
-    "activate": "torchspan.api",
-    "compile": "torchspan.api",
-    "deactivate": "torchspan.api",
-    "load": "torchspan.api",
-    "precompile": "torchspan.api",
+    "Budget": "torchspan.strategies:Budget",
+    "Precompile": "torchspan.artifacts:Precompile",
+    "Report": "torchspan.core.report:Report",
+    "TorchspanError": "torchspan.core.errors:TorchspanError",
+    "activate": "torchspan.api:activate",
+    "compile": "torchspan.strategies:compile_bounded",
+    "deactivate": "torchspan.api:deactivate",
+    "load": "torchspan.artifacts:load",
+    "precompile": "torchspan.artifacts:precompile",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -41,7 +41,8 @@ def __getattr__(name: str) -> Any:
         close = difflib.get_close_matches(name, _PUBLIC, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise AttributeError(f"module 'torchspan' has no attribute {name!r}{hint}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
 

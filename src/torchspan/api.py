@@ -1,6 +1,6 @@
-"""The verbs: activate, deactivate, compile, precompile, load; they compose what the folders below provide, and decide nothing.
+"""The verbs that put torchspan in force: they compose what the folders below provide, and decide nothing.
 
-What they call is imported when they are called: importing this module imports neither torch's compilers nor torch itself.
+What they call is imported when they are called: importing this module imports no torch.
 """
 
 from __future__ import annotations

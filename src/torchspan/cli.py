@@ -241,8 +241,7 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _precompile(options: argparse.Namespace) -> int:
-    from torchspan.api import precompile
-    from torchspan.artifacts import parse_inputs
+    from torchspan.artifacts import parse_inputs, precompile
 
     inputs = parse_inputs(options.inputs)
     model = _load_model(options.model)
