@@ -72,7 +72,8 @@ class Redefinition:
     """The Python function `attribute` of the module `target` behaves as what `build` makes of it, and stays the object it was.
 
     So names that were bound to it before follow, and tables that know it by identity still do. `build` is given a copy that
-    behaves as before. What is not a plain function (a builtin, a closure) is replaced; a missing one is left alone.
+    behaves as before. Of a decorated function, what is inside the decorators is redefined. What is not a plain function (a
+    builtin, a closure) is replaced; a missing one is left alone.
     """
 
     owner: str
@@ -182,8 +183,9 @@ class Patches:
     def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
         found = vars(holder).get(name, _ABSENT)
         current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
-        if isinstance(patch, Redefinition) and type(current) is FunctionType and not current.__closure__:
-            self._undo.append(_redefine(current, patch.build))
+        function = inspect.unwrap(current) if isinstance(patch, Redefinition) and callable(current) else None
+        if type(function) is FunctionType and not function.__closure__:
+            self._undo.append(_redefine(function, patch.build))
             return
         if current is None and not (isinstance(patch, Replacement) and patch.create):
             return

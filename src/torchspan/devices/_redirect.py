@@ -1,0 +1,172 @@
+"""Redirection: where requests for a device that is not here go, at run time; cheap for each call, and recorded by call site."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from torchspan.core.report import Report, Tally, user_site
+from torchspan.devices._policy import ACCELERATORS, Choice, DeviceRequest, choose
+from torchspan.environment.facts import Facts
+
+TOPIC = "device"
+
+in_force: Redirection | None = None
+"""The Redirection whose patches are in force; a function that outlives them finds None here and does what torch does."""
+
+# What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
+_ON_BEHALF = "torch._dynamo.variables"
+_OWN = ("torch.", "torchspan.")
+
+
+class Redirection:
+    """Gives each request the device that the policy chooses, remembers which tensors it placed, and counts by call site."""
+
+    def __init__(self, facts: Facts, mode: str, report: Report) -> None:
+        self.facts = facts
+        self.mode = mode
+        self.report = report
+        self.choice = choose(facts, DeviceRequest("cuda"), mode)
+        self.target = self.choice.device
+        self.kinds = tuple(
+            kind for kind in ACCELERATORS if choose(facts, DeviceRequest(kind), mode).device.partition(":")[0] != kind
+        )
+        self.originals: dict[int, Any] = {}
+        self._devices: dict[object, torch.device | None] = {}
+        self._tallies: dict[tuple[CodeType, int, str, object], Tally] = {}
+        self._is_foreign: dict[CodeType, bool] = {}
+        self._quiet = _Quiet()
+
+    # which device
+
+    def lookup(self, device: object) -> torch.device | None:
+        """The device that a request for `device` goes to instead, or None where it is left as it is.
+
+        `device` is anything that torch takes for one; what torch would refuse is left to torch to refuse.
+        """
+        kind = type(device)
+        if kind is str or kind is torch.device:
+            try:
+                return self._devices[device]
+            except KeyError:
+                found = self._devices[device] = self._resolve(device)
+                return found
+        if kind is int:
+            return self._resolve(device)
+        return None
+
+    def _resolve(self, device: Any) -> torch.device | None:
+        if isinstance(device, int):
+            if device < 0:
+                return None
+            request = DeviceRequest("cuda", device)
+        else:
+            try:
+                asked = torch.device(device)
+            except RuntimeError:
+                return None  # torch says what is wrong with it
+            request = DeviceRequest(asked.type, asked.index)
+        choice = choose(self.facts, request, self.mode)
+        if not choice.is_possible:
+            raise _invalid_ordinal(choice)
+        return torch.device(choice.device) if request.kind in self.kinds else None
+
+    def index(self, device: object = None) -> int:
+        """The index that `device` names, 0 where it names none; raises torch's error for one that no machine has."""
+        if device is None:
+            return 0
+        self.lookup(device)
+        return device if isinstance(device, int) else torch.device(device).index or 0  # type: ignore[call-overload,no-any-return]
+
+    # what was placed: a mark on the storage, which views and `.data` share with their tensor and pickles do not keep
+
+    def mark(self, tensor: Any) -> Any:
+        """Remember that the program believes this tensor to be on the device it asked for; returns it."""
+        if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+            try:
+                tensor.untyped_storage()._torchspan_placed = True  # type: ignore[attr-defined]
+            except (RuntimeError, NotImplementedError):
+                pass  # sparse tensors and functorch's have no storage: a later move copies once more than it had to
+        return tensor
+
+    def is_marked(self, tensor: Any) -> bool:
+        """Whether the program believes this tensor to be on the device it asked for."""
+        try:
+            return hasattr(tensor.untyped_storage(), "_torchspan_placed")
+        except (RuntimeError, NotImplementedError):
+            return False
+
+    # who asks, and what is recorded
+
+    def note(self, name: str, asked: object = None, reason: str | None = None, choice: str | None = None) -> None:
+        """Count one redirection of ``name(device=asked)`` at the line of the program that asked for it.
+
+        A plain `reason` is the policy's; `choice` is the target device.
+        """
+        if self._quiet.depth:
+            return
+        frame = sys._getframe(2)
+        foreign = self._is_foreign
+        while True:
+            code = frame.f_code
+            known = foreign.get(code)
+            if known is None:
+                known = foreign[code] = _is_foreign(frame)
+            if not known or frame.f_back is None:
+                break
+            frame = frame.f_back
+        key = (code, frame.f_lasti, name, asked)
+        tally = self._tallies.get(key)
+        if tally is None:
+            subject = name if asked is None else f"{name}(device={str(asked)!r})"
+            site = f"{code.co_filename}:{frame.f_lineno}" if not known else user_site()
+            tally = self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
+            self._tallies[key] = tally
+        tally.count += 1
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Count nothing in this thread inside the block: what is done there has been counted as a whole."""
+        self._quiet.depth += 1
+        try:
+            yield
+        finally:
+            self._quiet.depth -= 1
+
+    def simulate(self, name: str, what: str) -> None:
+        """Count one use of `name`, of which only `what` is given here."""
+        self.note(name, None, f"simulated: {what}", "simulated")
+
+
+class _Quiet(threading.local):
+    depth = 0
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    """Whether a frame is torch's or torchspan's, not the program's."""
+    name = frame.f_globals.get("__name__", "")
+    return name == "torch" or name.startswith(_OWN) or name == "contextlib"
+
+
+def asked_by_torch() -> bool:
+    """Whether torch's own code (or torchspan's) is what called the redefined function that calls this.
+
+    It is told the truth: that there is no such device. The program is told what it needs to go on.
+    """
+    frame = sys._getframe(2)  # the redefined function is the one above it
+    while frame is not None and frame.f_globals.get("__name__") in ("torch.cuda", "torchspan.environment.patch"):
+        frame = frame.f_back  # type: ignore[assignment]
+    name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.startswith(_OWN) and not name.startswith(_ON_BEHALF)
+
+
+def _invalid_ordinal(choice: Choice) -> RuntimeError:
+    """The error that CUDA gives for an index that is not there, in torch's words and of torch's type."""
+    kind: Callable[[str], RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+    return kind(f"CUDA error: invalid device ordinal ({choice.reason})")

@@ -1,0 +1,96 @@
+"""What the rules share: the patches of a facade, and wrappers that torch's compilers can read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from torchspan.devices import _redirect
+from torchspan.devices._redirect import Redirection
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+Function = Callable[..., Any]
+is_compiling = torch.compiler.is_compiling
+
+
+def stand_ins(owner: str, module: str, functions: Mapping[str, Function]) -> Iterable[Patch]:
+    """Patches that make functions of `module` behave as these, each of which takes what the original takes."""
+    for name, function in functions.items():
+        yield Redefinition(owner, module, name, functools.partial(_constant, function))
+
+
+def _constant(value: Function, old: object) -> Function:
+    return value
+
+
+def named_like(new: Function, old: Any, module: str) -> Function:
+    """`new` with the name and the documentation of `old`, which is found in `module`; so it is pickled by that name."""
+    new.__module__ = module
+    new.__name__ = old.__name__
+    new.__qualname__ = old.__name__ if module == "torch" else f"Tensor.{old.__name__}"
+    new.__doc__ = old.__doc__
+    return new
+
+
+def placing(redirection: Redirection, old: Function, name: str, module: str = "torch", *, is_view: bool = False) -> Function:
+    """A function that makes a tensor, `old`, with a device or pinned memory that is not here redirected.
+
+    Without ``device`` and ``pin_memory`` it is one call of `old`. The branch for compilers is what dynamo reads: plain values,
+    no bookkeeping. With `is_view`, `old` may give its argument back, where a GPU would have made a copy.
+    """
+    kinds, target = redirection.kinds, redirection.target
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if "device" not in kwargs and "pin_memory" not in kwargs:
+            return old(*args, **kwargs)
+        if is_compiling():
+            return old(*args, **_constants(kwargs, kinds, target))
+        return _place(redirection, old, name, args, kwargs, is_view)
+
+    redirection.originals[id(function)] = old
+    return named_like(function, old, module)
+
+
+def _constants(kwargs: dict[str, Any], kinds: tuple[str, ...], target: str) -> dict[str, Any]:
+    kwargs.pop("pin_memory", None)
+    device = kwargs.get("device")
+    if isinstance(device, torch.device):
+        kind = device.type
+    elif isinstance(device, str):
+        kind = device.split(":")[0]
+    else:
+        kind = "cuda" if isinstance(device, int) else ""
+    if kind in kinds:
+        kwargs["device"] = target
+    return kwargs
+
+
+def _place(
+    redirection: Redirection, old: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_view: bool
+) -> Any:
+    if _redirect.in_force is not redirection:
+        return old(*args, **kwargs)
+    device = kwargs.get("device")
+    target = redirection.lookup(device)
+    if kwargs.pop("pin_memory", False):
+        redirection.note(f"{name}(pin_memory=True)", None, "simulated: memory is not pinned without an accelerator")
+        tensor = old(*args, **kwargs)
+        tensor.untyped_storage()._torchspan_pinned = True
+        return tensor
+    if target is None:
+        return old(*args, **kwargs)
+    kwargs["device"] = target
+    redirection.note(name, device)
+    tensor = old(*args, **kwargs)
+    if is_view and target.type == "cpu" and not _is_placed(redirection, args, kwargs):
+        tensor = tensor.clone() if tensor.is_leaf and not tensor.requires_grad else tensor.to(tensor.device, copy=True)
+    return redirection.mark(tensor)
+
+
+def _is_placed(redirection: Redirection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the data is a tensor that the program believes to be there already."""
+    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    return isinstance(data, torch.Tensor) and redirection.is_marked(data)

@@ -1,0 +1,74 @@
+"""Mixed precision: ``autocast``, ``GradScaler`` and the decorators of custom autograd functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """The classes keep their identity; their device type is redirected."""
+    yield Replacement("amp", "torch.amp.autocast_mode", "autocast.__init__", partial(_autocast, redirection))
+    yield Replacement("amp", "torch.cuda.amp.autocast_mode", "autocast.__init__", partial(_cuda_autocast, redirection))
+    yield Replacement("amp", "torch.amp.grad_scaler", "GradScaler.__init__", partial(_scaler, redirection))
+    for name in ("custom_fwd", "custom_bwd"):
+        yield Redefinition("amp", "torch.amp.autocast_mode", name, partial(_decorator, redirection, name))
+
+
+def _autocast(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type in redirection.kinds:
+            redirection.note("torch.autocast", device_type)
+            device_type = redirection.target
+        old(self, device_type, *args, **kwargs)
+
+    return init
+
+
+def _cuda_autocast(redirection: Redirection, old: Any) -> Function:
+    """``torch.cuda.amp.autocast``: its default of float16 is CUDA's; where none is given, the target's own is taken."""
+
+    def init(self: Any, enabled: bool = True, dtype: torch.dtype | None = None, cache_enabled: bool = True) -> None:
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(redirection.target)
+            if dtype is not torch.float16:
+                why = f"the default of autocast on {redirection.target}; CUDA's is float16"
+                redirection.note("torch.cuda.amp.autocast(dtype)", None, why, str(dtype))
+        old(self, enabled, dtype, cache_enabled)
+
+    init.__doc__ = old.__doc__
+    return init
+
+
+def _scaler(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
+        if device in redirection.kinds:
+            redirection.note("torch.amp.GradScaler", device)
+            device = redirection.target
+        old(self, device, *args, **kwargs)
+
+    return init
+
+
+def _decorator(redirection: Redirection, name: str, old: Function) -> Function:
+    def decorator(function: Any = None, *, device_type: str, **kwargs: Any) -> Any:
+        if device_type in redirection.kinds:
+            redirection.note(f"torch.amp.{name}", device_type)
+            device_type = redirection.target
+        return old(function, device_type=device_type, **kwargs)
+
+    def by_name(*args: Any, **kwargs: Any) -> Any:
+        if name[-3:] in kwargs:
+            args = (kwargs.pop(name[-3:]),)
+        return decorator(*args, **kwargs)
+
+    return by_name

@@ -1,0 +1,64 @@
+"""``torch.backends`` and attention: settings that only a CUDA build takes, kernels that only a GPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """The choice of attention kernels and of libraries, and cuFFT's plan cache."""
+    yield Redefinition("backends", "torch.nn.attention", "_sdpa_kernel", partial(_attention, redirection))
+    for name in ("preferred_linalg_library", "preferred_blas_library", "preferred_rocm_fa_library"):
+        yield Redefinition("backends", "torch.backends.cuda", name, partial(_preferred, redirection, name))
+    yield Replacement("backends", "torch.backends.cuda", "cufft_plan_cache", lambda old: PlanCaches(old))
+
+
+def _attention(redirection: Redirection, old: Function) -> Function:
+    """Where only kernels were allowed that a GPU has, the plain one is allowed too."""
+
+    def _sdpa_kernel(backends: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        names = [backend.name for backend in backends]
+        if names and not {"MATH", "FLASH_ATTENTION", "OVERRIDEABLE"}.intersection(names):
+            redirection.note(f"sdpa_kernel({', '.join(names)})", None, "there is no such kernel for the CPU", "MATH")
+            backends = [*backends, type(next(iter(backends))).MATH]
+        old(backends, *args, **kwargs)
+
+    return _sdpa_kernel
+
+
+def _preferred(redirection: Redirection, name: str, old: Function) -> Function:
+    def preferred(backend: Any = None) -> Any:
+        if backend is not None:
+            redirection.note(f"torch.backends.cuda.{name}({backend!r})", None, "a CUDA library", "nothing is set")
+        return old()
+
+    return preferred
+
+
+class PlanCache:
+    """A stand-in for the plan cache of one device: it remembers its limit and holds nothing."""
+
+    size = 0
+
+    def __init__(self) -> None:
+        self.max_size = 4096
+
+    def clear(self) -> None:
+        """Nothing to clear."""
+
+
+class PlanCaches(PlanCache):
+    """A stand-in for ``torch.backends.cuda.cufft_plan_cache``."""
+
+    def __init__(self, old: object) -> None:
+        super().__init__()
+        self._caches: dict[Any, PlanCache] = {}
+
+    def __getitem__(self, device: Any) -> PlanCache:
+        return self._caches.setdefault(device, PlanCache())

@@ -1,0 +1,60 @@
+"""Pinned memory: ``DataLoader(pin_memory=True)``, ``Tensor.pin_memory()``. Without an accelerator nothing is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial, wraps
+from typing import Any
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function
+from torchspan.environment.patch import Patch, Replacement
+
+WHAT = "memory is not pinned without an accelerator"
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """The loader's constructor, and the methods of tensors and storages."""
+    yield Replacement("dataloader", "torch.utils.data.dataloader", "DataLoader.__init__", partial(_loader, redirection))
+    for target, holder in (("torch", "Tensor"), ("torch.storage", "_StorageBase"), ("torch.storage", "TypedStorage")):
+        yield Replacement("dataloader", target, f"{holder}.pin_memory", partial(_pin, redirection, holder), follow=True)
+        yield Replacement("dataloader", target, f"{holder}.is_pinned", partial(_is_pinned, redirection), follow=True)
+
+
+def _loader(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        old(self, *args, **kwargs)
+        if self.pin_memory:
+            redirection.note("DataLoader(pin_memory=True)", None, WHAT, "pin_memory=False")
+            self.pin_memory, self.pin_memory_device = False, ""
+
+    return init
+
+
+def _storage(value: Any) -> Any:
+    """The untyped storage of a tensor or of a storage."""
+    return value.untyped_storage() if hasattr(value, "untyped_storage") else getattr(value, "_untyped_storage", value)
+
+
+def _pin(redirection: Redirection, holder: str, old: Any) -> Function:
+    def pin_memory(self: Any, device: Any = None) -> Any:
+        redirection.note(f"{holder}.pin_memory()", None, f"simulated: {WHAT}", "a copy")
+        if hasattr(_storage(self), "_torchspan_pinned"):
+            return self
+        copy = self.clone()
+        _storage(copy)._torchspan_pinned = True
+        return copy
+
+    redirection.originals[id(pin_memory)] = old
+    pin_memory.__doc__ = old.__doc__
+    return pin_memory
+
+
+def _is_pinned(redirection: Redirection, old: Any) -> Function:
+    def is_pinned(self: Any, device: Any = None) -> bool:
+        return hasattr(_storage(self), "_torchspan_pinned")
+
+    redirection.originals[id(is_pinned)] = old
+    is_pinned.__doc__ = old.__doc__
+    return is_pinned

@@ -1,0 +1,110 @@
+"""Distributed programs: NCCL becomes gloo, meshes and DDP go to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial, wraps
+from typing import Any
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+C10D = "torch.distributed.distributed_c10d"
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """Process groups, meshes, and the wrappers that take device numbers."""
+    for name in ("init_process_group", "new_group", "split_group", "new_subgroups", "new_subgroups_by_enumeration"):
+        yield Redefinition("distributed", C10D, name, partial(_group, redirection, name))
+    yield Redefinition("distributed", C10D, "barrier", partial(_barrier, redirection))
+    mesh = partial(_mesh, redirection)
+    yield Redefinition("distributed", "torch.distributed.device_mesh", "init_device_mesh", mesh)
+    yield Replacement("distributed", "torch.distributed.device_mesh", "DeviceMesh.__init__", partial(_mesh_init, redirection))
+    ddp = "DistributedDataParallel.__init__"
+    yield Replacement("distributed", "torch.nn.parallel.distributed", ddp, partial(_ddp, redirection))
+    fsdp = "torch.distributed.fsdp.fully_sharded_data_parallel"
+    yield Replacement("distributed", fsdp, "FullyShardedDataParallel.__init__", partial(_fsdp, redirection))
+
+
+def portable_backend(backend: object) -> object:
+    """The backend with gloo in the place of NCCL, and no entries for CUDA.
+
+    >>> portable_backend("nccl"), portable_backend("cpu:gloo,cuda:nccl"), portable_backend("mpi")
+    ('gloo', 'gloo', 'mpi')
+    """
+    if not isinstance(backend, str) or "nccl" not in backend.lower():
+        return backend
+    named = dict(entry.partition(":")[::2] for entry in backend.lower().split(",") if ":" in entry)
+    return named.get("cpu") or "gloo"
+
+
+def _group(redirection: Redirection, name: str, old: Function) -> Function:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if name == "init_process_group" and args:
+            args, kwargs = args[1:], {**kwargs, "backend": args[0]}
+            kwargs = {**dict(zip(("init_method", "timeout", "world_size", "rank"), args)), **kwargs}
+            args = ()
+        asked = kwargs.get("backend")
+        given = portable_backend(asked)
+        if given != asked:
+            redirection.note(f"torch.distributed.{name}({asked!r})", None, "NCCL is for CUDA devices", str(given))
+            kwargs["backend"] = given
+            kwargs.pop("pg_options", None)  # they are NCCL's
+        if redirection.lookup(kwargs.get("device_id")) is not None:
+            redirection.note(f"torch.distributed.{name}(device_id)", kwargs["device_id"], choice="no device")
+            kwargs["device_id"] = None
+        return old(*args, **kwargs)
+
+    return function
+
+
+def _barrier(redirection: Redirection, old: Function) -> Function:
+    def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None, **kwargs: Any) -> Any:
+        if device_ids:
+            redirection.note("torch.distributed.barrier(device_ids)", None, "gloo takes no devices", "no devices")
+        return old(group, async_op, **kwargs)
+
+    return barrier
+
+
+def _mesh(redirection: Redirection, old: Function) -> Function:
+    def init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        if device_type in redirection.kinds:
+            redirection.note("init_device_mesh", device_type)
+            device_type = redirection.target
+        return old(device_type, *args, **kwargs)
+
+    return init_device_mesh
+
+
+def _mesh_init(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type in redirection.kinds:
+            redirection.note("DeviceMesh", device_type)
+            device_type = redirection.target
+        old(self, device_type, *args, **kwargs)
+
+    return init
+
+
+def _ddp(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any, **kwargs: Any) -> None:
+        if device_ids is not None or output_device is not None:
+            redirection.note(f"DistributedDataParallel(device_ids={device_ids})", choice="device_ids=None")
+        old(self, module, None, None, *args, **kwargs)
+
+    return init
+
+
+def _fsdp(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if redirection.lookup(kwargs.get("device_id")) is not None:
+            redirection.note("FullyShardedDataParallel(device_id)", kwargs["device_id"])
+            kwargs["device_id"] = None
+        old(self, *args, **kwargs)
+
+    return init

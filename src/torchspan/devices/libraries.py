@@ -1,0 +1,43 @@
+"""Custom operators that were registered for CUDA only: their kernel, being Python, serves the target too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function
+from torchspan.environment.patch import Patch, Replacement
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """The one method that every way to register a kernel ends in."""
+    yield Replacement("libraries", "torch.library", "Library.impl", partial(_impl, redirection))
+
+
+def _impl(redirection: Redirection, old: Any) -> Function:
+    """``Library.impl(op, fn, "CUDA")`` serves the CPU too, until a kernel for the CPU is registered."""
+    stand_ins: dict[tuple[str, str], torch.library.Library] = {}
+
+    @wraps(old)
+    def impl(self: Any, op_name: Any, fn: Any, dispatch_key: str = "", *args: Any, **kwargs: Any) -> Any:
+        name = op_name if isinstance(op_name, str) else op_name._schema.name.partition("::")[2]
+        is_own = self.ns not in ("aten", "prims", "prim", "quantized")
+        key = dispatch_key or self.dispatch_key
+        if key == "CPU" and (self.ns, name) in stand_ins:
+            stand_ins.pop((self.ns, name))._destroy()
+        done = old(self, op_name, fn, dispatch_key, *args, **kwargs)
+        if key == "CUDA" and is_own and redirection.target == "cpu" and not _has_cpu_kernel(self.ns, name):
+            redirection.note(f"the kernel of {self.ns}::{name}", "cuda")
+            library = stand_ins[self.ns, name] = torch.library.Library(self.ns, "FRAGMENT")
+            old(library, op_name, fn, "CPU", *args, **kwargs)
+        return done
+
+    return impl
+
+
+def _has_cpu_kernel(namespace: str, name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CPU")

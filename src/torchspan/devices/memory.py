@@ -1,0 +1,222 @@
+"""Memory statistics: figures of this process where a GPU would give its own.
+
+What is allocated is what the C library has given out since the rules came into force (glibc says so exactly, without touching the
+memory); elsewhere it is the growth of the process. What is reserved is the process's resident memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import psutil
+
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function, stand_ins
+from torchspan.environment.patch import Patch
+
+WHAT = "bytes that this process has allocated since the device rules came into force"
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # fmt: skip
+
+
+class Memory:
+    """What this process uses, against what it used when this was made; the peak is the greatest figure that was read."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._read = _allocated_reader(self._process)
+        self._base = self._read()
+        self._resident_base = self._process.memory_info().rss
+        self._peak = 0
+
+    def allocated(self) -> int:
+        """Bytes now."""
+        bytes_now = max(0, self._read() - self._base)
+        self._peak = max(self._peak, bytes_now)
+        return bytes_now
+
+    def peak(self) -> int:
+        """The greatest number of bytes: what was read, or the growth of the resident memory's own peak."""
+        self.allocated()
+        return max(self._peak, _resident_peak() - self._resident_base)
+
+    def reset_peak(self) -> None:
+        """Forget the peak."""
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: the resident peak starts again from here
+        self._peak = 0
+        self.allocated()
+
+    def reserved(self) -> int:
+        """Bytes of resident memory."""
+        return int(self._process.memory_info().rss)
+
+
+def _allocated_reader(process: psutil.Process) -> Callable[[], int]:
+    library = ctypes.CDLL(None) if hasattr(ctypes, "RTLD_GLOBAL") else None
+    mallinfo2 = getattr(library, "mallinfo2", None)  # glibc 2.33
+    if mallinfo2 is None:
+        return lambda: int(process.memory_info().rss)
+    mallinfo2.restype = _Mallinfo2
+
+    def read() -> int:
+        info = mallinfo2()
+        return int(info.uordblks + info.hblkhd)
+
+    return read
+
+
+def _resident_peak() -> int:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
+    return 0
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """Every function of ``torch.cuda.memory``."""
+    yield from stand_ins("memory", "torch.cuda.memory", _figures(redirection, Memory()))
+    yield from stand_ins("memory", "torch.cuda.memory", _settings(redirection))
+
+
+def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
+    def figure(name: str, read: Callable[[], int]) -> Function:
+        def function(device: Any = None) -> int:
+            redirection.index(device)
+            redirection.simulate(f"torch.cuda.{name}()", WHAT)
+            return read()
+
+        return function
+
+    def memory_stats(device: Any = None) -> dict[str, Any]:
+        redirection.index(device)
+        redirection.simulate("torch.cuda.memory_stats()", WHAT)
+        return _stats(memory)
+
+    def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
+        nested: dict[str, Any] = {}
+        for name, value in memory_stats(device).items():
+            *path, last = name.split(".")
+            place = nested
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = value
+        return nested
+
+    def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
+        rows = {"allocated": memory.allocated(), "peak": memory.peak(), "reserved": memory.reserved()}
+        lines = [f"{name:<10} {value / 2**20:12.1f} MiB" for name, value in rows.items()]
+        return "\n".join([f"memory of this process, in place of a device's ({WHAT})", *lines])
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        redirection.index(device)
+        redirection.simulate("torch.cuda.mem_get_info()", "free and total memory of this machine")
+        machine = psutil.virtual_memory()
+        return machine.available, machine.total
+
+    def reset(device: Any = None) -> None:
+        redirection.index(device)
+        memory.reset_peak()
+
+    figures = {
+        "memory_allocated": memory.allocated,
+        "max_memory_allocated": memory.peak,
+        "memory_reserved": memory.reserved,
+        "max_memory_reserved": lambda: max(memory.reserved(), _resident_peak()),
+        "memory_cached": memory.reserved,
+        "max_memory_cached": lambda: max(memory.reserved(), _resident_peak()),
+    }
+    return {
+        **{name: figure(name, read) for name, read in figures.items()},
+        "device_memory_used": figure("device_memory_used", memory.reserved),
+        "memory_stats": memory_stats,
+        "memory_stats_as_nested_dict": memory_stats_as_nested_dict,
+        "memory_summary": memory_summary,
+        "mem_get_info": mem_get_info,
+        **dict.fromkeys(
+            (
+                "reset_peak_memory_stats",
+                "reset_max_memory_allocated",
+                "reset_max_memory_cached",
+                "reset_accumulated_memory_stats",
+            ),
+            reset,
+        ),
+    }
+
+
+def _stats(memory: Memory) -> dict[str, Any]:
+    """The names that ``torch.cuda.memory_stats`` documents; what has no counterpart is 0."""
+    now, peak, reserved = memory.allocated(), memory.peak(), memory.reserved()
+    stats: dict[str, Any] = {}
+    groups = "allocation segment active inactive_split allocated_bytes reserved_bytes active_bytes inactive_split_bytes requested_bytes"
+    for group in groups.split():
+        bytes_now = {"reserved_bytes": reserved}.get(group, now if group.endswith("bytes") and "split" not in group else 0)
+        for pool in ("all", "large_pool", "small_pool"):
+            share = bytes_now if pool == "all" else 0
+            most = max(share, peak) if share else 0
+            stats.update({f"{group}.{pool}.{key}": share for key in ("current", "allocated", "freed")})
+            stats[f"{group}.{pool}.peak"] = most
+            stats[f"{group}.{pool}.freed"] = 0
+    stats.update(dict.fromkeys(("num_alloc_retries", "num_ooms", "num_sync_all_streams", "max_split_size"), 0))
+    return OrderedDict(sorted(stats.items()))
+
+
+def _settings(redirection: Redirection) -> dict[str, Function]:
+    fraction = [1.0]
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def memory_snapshot(*args: Any, **kwargs: Any) -> list[Any]:
+        redirection.simulate("torch.cuda.memory_snapshot()", "an empty list: there are no segments")
+        return []
+
+    def host_memory_stats() -> dict[str, Any]:
+        return OrderedDict()
+
+    def set_per_process_memory_fraction(fraction_: float = 1.0, device: Any = None, **named: float) -> None:
+        value = named.get("fraction", fraction_)
+        if not isinstance(value, float):
+            raise TypeError("Invalid type for fraction argument, must be `float`")
+        if not 0 <= value <= 1:
+            raise ValueError(f"Invalid fraction value: {value}. Allowed range: 0~1")
+        redirection.index(device)
+        redirection.simulate("torch.cuda.set_per_process_memory_fraction()", "remembered, not enforced")
+        fraction[0] = value
+
+    def get_per_process_memory_fraction(device: Any = None) -> float:
+        return fraction[0]
+
+    def list_gpu_processes(device: Any = None) -> str:
+        return f"GPU:{redirection.index(device)}\nno processes are running"
+
+    def get_allocator_backend() -> str:
+        return "native"
+
+    def use_mem_pool(pool: Any = None, device: Any = None) -> Iterator[None]:
+        redirection.simulate("torch.cuda.use_mem_pool()", "memory is not pooled")
+        yield
+
+    return {
+        "empty_cache": nothing,
+        "caching_allocator_enable": nothing,
+        "reset_peak_host_memory_stats": nothing,
+        "reset_accumulated_host_memory_stats": nothing,
+        "_record_memory_history": nothing,
+        "_dump_snapshot": nothing,
+        "memory_snapshot": memory_snapshot,
+        "_snapshot": memory_snapshot,
+        "host_memory_stats": host_memory_stats,
+        "host_memory_stats_as_nested_dict": host_memory_stats,
+        "set_per_process_memory_fraction": set_per_process_memory_fraction,
+        "get_per_process_memory_fraction": get_per_process_memory_fraction,
+        "list_gpu_processes": list_gpu_processes,
+        "get_allocator_backend": get_allocator_backend,
+        "use_mem_pool": use_mem_pool,
+    }

@@ -1,0 +1,149 @@
+"""Movement of tensors, storages and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
+
+On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. Both stay so: what the
+program moved or made there is marked, a move of something unmarked copies, a move back of something marked copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from torchspan.devices import _redirect
+from torchspan.devices._redirect import Redirection
+from torchspan.devices._wrap import Function, named_like
+from torchspan.environment.patch import Patch, Replacement
+
+_TO_POSITIONAL = ("device", "dtype", "non_blocking", "copy")
+_CUDA_TYPE = "torch.cuda."
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """Tensor, storage and module methods."""
+    methods: dict[str, Callable[..., Function]] = {"to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type}
+    for name, build in methods.items():
+        yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
+    storage = partial(_storage_cuda, redirection)
+    yield Replacement("movement", "torch.storage", "_StorageBase.cuda", storage)
+    for name in ("to", "cuda"):
+        yield Replacement("movement", "torch.nn.modules.module", f"Module.{name}", partial(_module_method, redirection, name))
+
+
+def _tensor_method(build: Callable[..., Function], redirection: Redirection, old: Any) -> Function:
+    new = build(redirection, old)
+    redirection.originals[id(new)] = old
+    return named_like(new, old, "torch._tensor")
+
+
+def _to(redirection: Redirection, old: Function) -> Function:
+    dtype = torch.dtype
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get("device", kwargs.get("other"))
+        if first is None or type(first) is dtype:
+            return old(self, *args, **kwargs)
+        return _move(redirection, old, self, first, args, kwargs)
+
+    return to
+
+
+def _move(
+    redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if _redirect.in_force is not redirection:
+        return old(tensor, *args, **kwargs)
+    if isinstance(first, torch.Tensor):
+        if redirection.is_marked(first) and not redirection.is_marked(tensor):
+            return redirection.mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
+        return old(tensor, *args, **kwargs)
+    target = redirection.lookup(first)
+    is_back = target is None and redirection.is_marked(tensor)
+    if target is None and not is_back:
+        return old(tensor, *args, **kwargs)
+    kwargs = {**dict(zip(_TO_POSITIONAL, args)), **kwargs}
+    if is_back:
+        kwargs["copy"] = True
+        return old(tensor, **kwargs)
+    kwargs["device"] = target
+    redirection.note("Tensor.to", first)
+    return _placed(redirection, old, tensor, kwargs)
+
+
+def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
+    """`tensor` moved as `kwargs` say: a copy, unless the program has it there already."""
+    if redirection.target == "cpu" and not redirection.is_marked(tensor):
+        kwargs["copy"] = True
+    return redirection.mark(to(tensor, **kwargs))
+
+
+def _cuda(redirection: Redirection, old: Function) -> Function:
+    to = torch._C.TensorBase.to
+
+    def cuda(
+        self: Any, device: Any = None, non_blocking: bool = False, memory_format: torch.memory_format = torch.preserve_format
+    ) -> Any:
+        target = redirection.lookup("cuda" if device is None else device)
+        if target is None or _redirect.in_force is not redirection:
+            return old(self, device, non_blocking, memory_format=memory_format)
+        redirection.note("Tensor.cuda()", device)
+        wanted = {"device": target, "non_blocking": non_blocking, "memory_format": memory_format}
+        return _placed(redirection, to, self, wanted)
+
+    return cuda
+
+
+def _cpu(redirection: Redirection, old: Function) -> Function:
+    to = torch._C.TensorBase.to
+
+    def cpu(self: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+        if redirection.is_marked(self) and _redirect.in_force is redirection:
+            return to(self, device="cpu", copy=True, memory_format=memory_format)
+        return old(self, memory_format=memory_format)
+
+    return cpu
+
+
+def _type(redirection: Redirection, old: Function) -> Function:
+    def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return old(self, *args, **kwargs)
+        name = dtype if isinstance(dtype, str) else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
+        if not name.startswith(_CUDA_TYPE) or _redirect.in_force is not redirection:
+            return old(self, dtype, *args, **kwargs)
+        redirection.note(f"Tensor.type({name!r})")
+        moved = self if redirection.is_marked(self) else self.clone()
+        return redirection.mark(old(moved, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs))
+
+    return type_
+
+
+def _storage_cuda(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def cuda(self: Any, device: Any = None, non_blocking: bool = False) -> Any:
+        redirection.lookup("cuda" if device is None else device)
+        redirection.note("UntypedStorage.cuda()", device)
+        return self.clone()
+
+    return cuda
+
+
+def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
+    """``Module.to`` and ``Module.cuda``: one entry in the report for the module, not one for each of its tensors."""
+
+    @wraps(old)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = args[0] if args else kwargs.get("device")
+        asked = "cuda" if asked is None and name == "cuda" else asked
+        if redirection.lookup(asked) is None:
+            return old(self, *args, **kwargs)
+        redirection.note(f"Module.{name}()", asked)
+        if isinstance(asked, int) and name == "to":  # torch takes a number only where there is an accelerator
+            args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "device"}
+            args = (torch.device("cuda", asked), *args)
+        with redirection.quiet():
+            return old(self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,205 @@
+"""What a program asks ``torch.cuda``: whether there is a device, how many, what it is called, what it can do.
+
+The program is told what lets it go on; torch's own code is told the truth, that there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+
+from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._wrap import Function, stand_ins
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+CAPABILITY = (8, 0)
+"""The oldest CUDA capability that computes in bfloat16, as every device here does."""
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    """What ``torch.cuda.get_device_properties`` gives for a device that stands in for a CUDA device."""
+
+    name: str
+    total_memory: int
+    multi_processor_count: int
+    major: int = CAPABILITY[0]
+    minor: int = CAPABILITY[1]
+    is_integrated: int = 1
+    is_multi_gpu_board: int = 0
+    warp_size: int = 32
+    max_threads_per_multi_processor: int = 2048
+    max_threads_per_block: int = 1024
+    regs_per_multiprocessor: int = 65536
+    shared_memory_per_block: int = 49152
+    shared_memory_per_block_optin: int = 166912
+    shared_memory_per_multiprocessor: int = 167936
+    L2_cache_size: int = 41943040
+    gcnArchName: str = ""
+    uuid: str = "00000000-0000-0000-0000-000000000000"
+    pci_bus_id: int = 0
+    pci_device_id: int = 0
+    pci_domain_id: int = 0
+
+
+class Current(threading.local):
+    """The index of the current device, by thread."""
+
+    index = 0
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """Every query of ``torch.cuda``, and the current device."""
+    answers = {"is_available": True, "device_count": _num_devices(), "is_initialized": True}
+    for name, answer in answers.items():
+        yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
+    current = Current()
+    yield from stand_ins("queries", "torch.cuda", _properties(redirection))
+    yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        yield Replacement("queries", "torch.cuda", name, lambda old: partial(_exchange, current))
+    yield Replacement("queries", "torch.cuda", "device_of.__init__", partial(_device_of))
+
+
+def _num_devices() -> int:
+    """One, or as many as a launcher started ranks for on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def _answer(redirection: Redirection, name: str, answer: object, old: Function) -> Function:
+    def query() -> Any:
+        if asked_by_torch():
+            return old()
+        redirection.note(
+            f"torch.cuda.{name}()", None, f"{redirection.choice.reason}; the program is told so that it goes on", str(answer)
+        )
+        return answer
+
+    return query
+
+
+def _properties(redirection: Redirection) -> dict[str, Function]:
+    properties = DeviceProperties(_name(redirection), psutil.virtual_memory().total, os.cpu_count() or 1)
+
+    def get_device_properties(device: Any = None) -> DeviceProperties:
+        redirection.index(device)
+        redirection.simulate("torch.cuda.get_device_properties()", "memory and cores of this machine, capability 8.0")
+        return properties
+
+    def get_device_name(device: Any = None) -> str:
+        redirection.index(device)
+        return properties.name
+
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        redirection.index(device)
+        redirection.simulate("torch.cuda.get_device_capability()", "8.0, the oldest that computes in bfloat16")
+        return CAPABILITY
+
+    def can_device_access_peer(device: Any, peer_device: Any) -> bool:
+        return redirection.index(device) != redirection.index(peer_device)
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return True
+
+    def is_tf32_supported() -> bool:
+        return False
+
+    def get_arch_list() -> list[str]:
+        return ["sm_80"]
+
+    def get_gencode_flags() -> str:
+        return ""
+
+    def utilization(device: Any = None) -> int:
+        redirection.simulate("torch.cuda.utilization()", "the load of this machine's CPU")
+        return int(psutil.cpu_percent())
+
+    def memory_usage(device: Any = None) -> int:
+        redirection.simulate("torch.cuda.memory_usage()", "the memory of this machine")
+        return int(psutil.virtual_memory().percent)
+
+    local = locals()
+    return {name: function for name, function in local.items() if name not in ("redirection", "properties")}
+
+
+def _name(redirection: Redirection) -> str:
+    return f"{platform.processor() or platform.machine()} {redirection.target.upper()} (torchspan)"
+
+
+def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
+    def nothing(*args: Any) -> None:
+        return None
+
+    def synchronize(device: Any = None) -> None:
+        redirection.index(device)
+
+    def current_device() -> int:
+        return current.index
+
+    def set_device(device: Any) -> None:
+        index = redirection.index(device)
+        if index >= 0:
+            current.index = index
+
+    def get_sync_debug_mode() -> int:
+        return 0
+
+    def set_sync_debug_mode(debug_mode: Any) -> None:
+        redirection.simulate("torch.cuda.set_sync_debug_mode()", "nothing here waits for a device")
+
+    def cudart() -> CudaRuntime:
+        redirection.simulate("torch.cuda.cudart()", "the profiler's switches and the figures of memory")
+        return CudaRuntime()
+
+    return {
+        "init": nothing,
+        "synchronize": synchronize,
+        "current_device": current_device,
+        "set_device": set_device,
+        "get_sync_debug_mode": get_sync_debug_mode,
+        "set_sync_debug_mode": set_sync_debug_mode,
+        "ipc_collect": nothing,
+        "_sleep": nothing,
+        "cudart": cudart,
+        "check_error": nothing,
+    }
+
+
+class CudaRuntime:
+    """The part of the CUDA runtime that programs call by hand; every call succeeds."""
+
+    def cudaProfilerStart(self) -> int:
+        """Nothing to start."""
+        return 0
+
+    def cudaProfilerStop(self) -> int:
+        """Nothing to stop."""
+        return 0
+
+    def cudaMemGetInfo(self, device: int = 0) -> tuple[int, int]:
+        """Free and total bytes of this machine's memory."""
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+
+def _exchange(current: Current, device: int) -> int:
+    """Make `device` the current one, unless it is negative; the index that was current."""
+    before = current.index
+    if device >= 0:
+        current.index = device
+    return before
+
+
+def _device_of(old: Any) -> Function:
+    def init(self: Any, obj: Any) -> None:
+        old(self, obj)
+        self.idx = -1  # what the program holds is on the CPU: nothing to change
+
+    return init
