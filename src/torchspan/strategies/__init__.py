@@ -1,1 +1,21 @@
 """System 1: how a Program becomes Regions, compiled inside a Budget."""
+
+from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
+from torchspan.strategies._compile import compile_bounded, report_of
+from torchspan.strategies._graph import compile_graph
+from torchspan.strategies._replace import torch_compile_patch
+from torchspan.strategies._supervisor import Ending, Job, end_servers, run_bounded, server_pids
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Budget",
+    "Ending",
+    "Job",
+    "compile_bounded",
+    "compile_graph",
+    "end_servers",
+    "report_of",
+    "run_bounded",
+    "server_pids",
+    "torch_compile_patch",
+]

@@ -124,12 +124,10 @@ class Region:
             self._give_up(generation, ending)
             return
         filled: Filled = pickle.loads(ending.result)
-        _isas.update(filled.isas)
         if self._plan.settings.is_inductor and filled.graphs == 0:
             self._give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
             return
-        with _gentle_imports():
-            _torch.import_compiler()
+        prepare_to_load(filled.isas)
         self._attempt(ending)
         generation.stage = "ready"
         generation.done.set()
@@ -224,6 +222,19 @@ class Region:
 
     def _attempt(self, ending: Ending) -> None:
         self._plan.report.attempt(ending.attempt(self.strategy, self.part.name, self._plan.settings.backend_name))
+
+
+def prepare_to_load(isas: Mapping[str, bool]) -> None:
+    """Ready this process for loading what a child compiled: what the child found out, and the imports."""
+    _isas.update(isas)
+    with _gentle_imports():
+        _torch.quiet_workers()
+        _torch.import_compiler()
+
+
+def known_isas_here() -> dict[str, bool]:
+    """What children found of this machine's vector instructions."""
+    return _isas
 
 
 def _is_on_accelerator(args: tuple[Any, ...]) -> bool:

@@ -85,6 +85,14 @@ def quiet_workers() -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
+def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Inductor's code for `graph` with static shapes, without dynamo."""
+    import torch._inductor
+
+    settings = {"config_patches": dict(options)} if options else {}
+    return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_example_inputs", options=settings)
+
+
 def counters() -> dict[str, int]:
     """How many graphs were compiled, and what the caches did, since this process began."""
     from torch._dynamo.utils import counters as counted
