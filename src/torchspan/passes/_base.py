@@ -1,0 +1,73 @@
+"""What a pass is: options as fields, a precondition, Graph → Graph, and a claim about the result that is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
+
+from torchspan.core.errors import PassError
+from torchspan.core.graph import Graph
+from torchspan.core.registry import Registry
+from torchspan.core.report import Report
+
+REGISTRY = Registry("torchspan.passes", "pass")
+
+CompileRegion = Callable[[GraphModule, Sequence[Any], str], Callable[..., Any]]
+"""Compiles one region: its graph, example inputs (fake tensors), and name, to a callable that returns the region's outputs."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may use: the Report that it writes to, and what compiles a region (inductor in this process, if None)."""
+
+    report: Report = field(default_factory=Report)
+    compile_region: CompileRegion | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A change to a Graph; the fields of a subclass are its options.
+
+    A pass is pure: it leaves the graph that it is given as it is. Its file, named as the pass is, has it under ``PASS``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def require(self, graph: Graph) -> None:
+        """Raise PassError if this pass cannot work on `graph`."""
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        """The changed graph."""
+        raise NotImplementedError
+
+    def ensure(self, before: Graph, after: Graph) -> None:
+        """Raise PassError unless what this pass claims is true of its result."""
+
+    def __str__(self) -> str:
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + (f"{{{','.join(given)}}}" if given else "")
+
+
+def editable(graph: Graph) -> GraphModule:
+    """A copy of the graph's module that a pass may change; tensors and submodules are shared."""
+    copy, nodes = FxGraph(), dict[Node, Node]()
+    result = copy.graph_copy(graph.module.graph, nodes)
+    output = copy.output(result)
+    output.meta = dict(next(n for n in reversed(graph.module.graph.nodes) if n.op == "output").meta)
+    copy.set_codegen(graph.module.graph._codegen)
+    module = GraphModule(graph.module, copy, class_name=type(graph.module).__name__)
+    module.meta = dict(graph.module.meta)
+    return module
+
+
+def refuse_writes(name: str, graph: Graph) -> None:
+    """Raise PassError if the graph writes in place: nodes of such a graph cannot change places freely."""
+    for node in graph.module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise PassError(f"{name} moves nodes, but {node.name} ({node.target}) writes in place; expected a functional graph")

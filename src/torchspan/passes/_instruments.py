@@ -1,0 +1,85 @@
+"""Instruments: watch a pipeline and change nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+from torchspan.core.graph import Graph
+from torchspan.core.report import Report
+from torchspan.passes._base import Pass
+
+log = logging.getLogger("torchspan")
+
+
+class Instrument(Protocol):
+    """Called before each pass with its graph, and after it with both graphs."""
+
+    def before(self, one: Pass, graph: Graph) -> None:
+        """A pass is about to run on `graph`."""
+
+    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+        """A pass made `after` of `before`, and was verified."""
+
+
+class Timing:
+    """Writes how long each pass took, with its verification, to a Report, as the figure ``pass_<name>_s``."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._began: list[float] = []
+
+    def before(self, one: Pass, graph: Graph) -> None:
+        """Start the clock."""
+        self._began.append(time.perf_counter())
+
+    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+        """Stop it."""
+        self._report.figure(f"pass_{one.name}_s", time.perf_counter() - self._began.pop())
+
+
+class Counts:
+    """Keeps, of each pass, the numbers of nodes and collectives before and after."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, dict[str, int], dict[str, int]]] = []
+
+    def before(self, one: Pass, graph: Graph) -> None:
+        """Nothing to do before."""
+
+    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+        """Count both."""
+        self.rows.append((one.name, count(before), count(after)))
+
+
+class Dump:
+    """Writes each graph as readable text: to `folder`, one file a pass, or to the log."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._num_written = 0
+
+    def before(self, one: Pass, graph: Graph) -> None:
+        """The graph that the first pass is given is written too."""
+        if not self._num_written:
+            self._write("captured", graph)
+
+    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+        """Write the result."""
+        self._write(one.name, after)
+
+    def _write(self, name: str, graph: Graph) -> None:
+        text = graph.module.print_readable(print_output=False)
+        if self._folder is None:
+            log.info("graph after %s\n%s", name, text)
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{self._num_written:02}_{name}.py").write_text(text)
+        self._num_written += 1
+
+
+def count(graph: Graph) -> dict[str, int]:
+    """Nodes and collectives of a graph."""
+    return {"nodes": len(graph.module.graph.nodes), **graph.num_collectives()}

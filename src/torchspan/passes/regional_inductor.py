@@ -1,0 +1,134 @@
+"""Compile the annotated regions of a graph with inductor, and leave the rest as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchspan.core.errors import PassError
+from torchspan.core.graph import Graph
+from torchspan.core.regions import Region, cut_regions, list_regions, replace_region
+from torchspan.core.report import Attempt, Report
+from torchspan.passes._base import CompileRegion, Pass, PassContext, editable
+
+_KEY = "compile_with_inductor"
+
+
+@dataclass(frozen=True)
+class RegionalInductor(Pass):
+    """Cuts the graph into regions and compiles each; equal regions are compiled once.
+
+    A region is what the program annotated (``torch.fx.traceback.annotate({"compile_with_inductor": name})``), or, with
+    `modules`, what the submodules did whose paths answer to one of its patterns (``*.feed_forward``, several with ``|`` between them).
+    Collectives and waits stay outside, so that a region can be compiled in a process that has no process groups.
+    """
+
+    name: ClassVar[str] = "regional_inductor"
+    summary: ClassVar[str] = "compiles annotated regions with inductor, within the budget; the rest stays as it is"
+
+    modules: str = ""
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        module = editable(graph)
+        _annotate(module, self.modules)
+        cut = cut_regions(module, _KEY)
+        regions = list_regions(cut)
+        compiled = self._compile(regions, context)
+        for region, function in zip(regions, compiled):
+            if function is not None:
+                replace_region(cut, region, function)
+        return graph.with_module(cut, str(self))
+
+    def _compile(self, regions: list[Region], context: PassContext) -> list[Callable[..., Any] | None]:
+        compile_region = context.compile_region or _in_process(context.report)
+        done: dict[Hashable, Callable[..., Any] | None] = {}
+        for region in regions:
+            key = structure(region.module)
+            if key not in done:
+                inputs = region.example_inputs()
+                done[key] = compile_region(region.module, inputs, f"{region.name}_{len(done)}")
+        self._record(len(regions), len(done), context.report)
+        return [done[structure(region.module)] for region in regions]
+
+    def _record(self, num_regions: int, num_compiled: int, report: Report) -> None:
+        if num_regions:
+            report.decide("pass", self.name, f"{num_regions} regions, {num_compiled} compiled", "equal regions share one compile")
+        else:
+            reason = "no node is annotated with compile_with_inductor; annotate, or name modules: regional_inductor{modules=…}"
+            report.decide("pass", self.name, "nothing changed", reason)
+
+    def ensure(self, before: Graph, after: Graph) -> None:
+        """Every collective is where it was: outside of what was compiled."""
+        if before.num_collectives() != after.num_collectives():
+            raise PassError(
+                f"{self.name} changed the collectives: {dict(before.num_collectives())} before, {dict(after.num_collectives())} after"
+            )
+
+
+def _annotate(module: GraphModule, patterns: str) -> None:
+    """Annotate the nodes of the modules asked for, and take annotations off collectives."""
+    wanted = [pattern.strip() for pattern in patterns.split("|") if pattern.strip()]
+    for node in module.graph.nodes:
+        custom = dict(node.meta.get("custom") or {})
+        match = next((p for p in wanted if _answers(custom.get("module", ""), p)), None)
+        if match is not None:
+            custom[_KEY] = match.rpartition(".")[2]
+        if "c10d" in str(node.target):
+            custom.pop(_KEY, None)
+        if custom:
+            node.meta["custom"] = custom
+
+
+def _answers(path: str, pattern: str) -> bool:
+    """Whether a module's path, or that of a module that holds it, answers to `pattern`."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _in_process(report: Report) -> CompileRegion:
+    """Inductor in this process, each compile an Attempt."""
+    from torchspan.passes import _torch
+
+    def compile_region(module: GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
+        began = time.perf_counter()
+        function = _torch.compile_with_inductor(module, inputs)
+        report.attempt(Attempt("regional", name, "inductor", "compiled", time.perf_counter() - began))
+        return function
+
+    return compile_region
+
+
+def structure(module: GraphModule) -> Hashable:
+    """What is equal for two graphs that compute the same of inputs of the same shapes: one compile serves both."""
+    number: dict[Node, int] = {}
+    lines: list[Hashable] = []
+    for node in module.graph.nodes:
+        number[node] = len(number)
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        target = node.target if node.op == "call_function" else None
+        held = id(_held(module, node)) if node.op in ("get_attr", "call_module") else None
+        lines.append((node.op, target, repr(arguments), held, _shape(node) if node.op == "placeholder" else None))
+    return tuple(lines)
+
+
+def _held(module: GraphModule, node: Node) -> Any:
+    held: Any = module
+    for part in str(node.target).split("."):
+        held = getattr(held, part)
+    return held
+
+
+def _shape(node: Node) -> Hashable:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return (tuple(value.shape), value.stride(), value.dtype, value.device)
+
+
+PASS = RegionalInductor
