@@ -139,6 +139,20 @@ def test_a_sum_of_gradients_is_not_annotated() -> None:
     assert all(custom == {"a": 1} for name, custom in backward if name != "add.Tensor")
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_is_annotated(strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with traceback.annotate({"stage": 0}):
+                x = x.sin()
+            return x.cos()
+
+    with traceback.preserve_node_meta():
+        exported = torch.export.export(Model(), (torch.ones(2),), strict=strict)
+    stages = [(name, (custom or {}).get("stage")) for name, custom in customs(exported.graph_module)]
+    assert stages == [("sin", 0), ("cos", None)]
+
+
 def test_annotations_cross_a_checkpoint() -> None:
     from torch.utils.checkpoint import checkpoint
 

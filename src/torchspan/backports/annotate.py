@@ -120,17 +120,22 @@ def _copying_to_backward(create_graph: Callable[..., GraphModule]) -> Callable[.
 
 
 def _copy_to_backward(joint: GraphModule) -> None:
-    nodes = [node for part in joint.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
-    forward: dict[int, Node] = {}
-    for node in nodes:
-        if "seq_nr" in node.meta and not _is_backward(node):
-            forward.setdefault(node.meta["seq_nr"], node)  # later ones of that number made no autograd node
-    for node in nodes:
-        source = forward.get(node.meta.get("seq_nr", -1))
-        if source is None or "custom" not in source.meta or not _is_backward(node):
+    for part in joint.modules():  # each by itself: old torch does not keep sequence numbers when it traces a called graph again
+        if not isinstance(part, GraphModule):
             continue
-        if _GRADIENT_SUM not in (node.stack_trace or ""):
-            node.meta["custom"] = {**node.meta.get("custom", {}), **copy.deepcopy(source.meta["custom"])}
+        forward: dict[int, Node] = {}
+        for node in part.graph.nodes:
+            if "seq_nr" in node.meta and not _is_backward(node):
+                forward.setdefault(node.meta["seq_nr"], node)  # later ones of that number made no autograd node
+        for node in part.graph.nodes:
+            source = forward.get(node.meta.get("seq_nr", -1))
+            if source is not None and _is_backward(node) and _GRADIENT_SUM not in (node.stack_trace or ""):
+                _merge_annotation(source, node)
+
+
+def _merge_annotation(source: Node, target: Node) -> None:
+    if "custom" in source.meta:
+        target.meta["custom"] = {**target.meta.get("custom", {}), **copy.deepcopy(source.meta["custom"])}
 
 
 def _is_backward(node: Node) -> bool:
@@ -145,7 +150,10 @@ BACKPORT = Backport(
     target="torch.fx.traceback",
     since="2.10.0",
     upstream="https://github.com/pytorch/pytorch/pull/163673",
-    differs="views that functionalization replays carry the annotation of the node that asks for them, not of the first view",
+    differs=(
+        "views that functionalization replays carry the annotation of the node that asks for them, not of the first view; the "
+        "backward of a graph that a higher-order operator calls is annotated only where it is part of the outer graph"
+    ),
     names={"annotate": lambda: annotate, "annotate_fn": lambda: annotate_fn},
     also=(
         Change(_CONTEXT_MANAGERS, "supported_ctx_manager_classes", _with_annotate),
