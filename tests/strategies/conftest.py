@@ -1,0 +1,108 @@
+"""Shared by the tests of bounded compiles: a warm compile server, an own cache, and a look for what was left running."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from torchspan.strategies import Budget, Job, end_servers, run_bounded, server_pids
+from torchspan.strategies._transport import dumps
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[None]:
+    """A compile server that has imported torch, so that budgets of seconds measure the work."""
+    torch.set_num_threads(1)
+    ending = run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(seconds=180))
+    assert ending.outcome == "compiled", ending
+    yield
+    end_servers()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: None) -> Path:
+    """A cache folder of inductor's that starts empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def nothing_left() -> Callable[[], None]:
+    """Fail unless every process that a compile started is gone; only idle compile servers may stay."""
+
+    def check() -> None:
+        deadline = time.monotonic() + 1.0
+        left = _others()
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = _others()
+        assert left == []
+
+    return check
+
+
+def _others() -> list[str]:
+    servers = server_pids()
+    running = [child for child in psutil.Process().children(recursive=True) if child.pid not in servers]
+    return [f"{child.pid} {child.name()}" for child in running if child.status() != psutil.STATUS_ZOMBIE]
+
+
+class Block(nn.Module):
+    """A residual block with a norm and dropout."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
+
+
+class Stack(nn.Module):
+    """An embedding of sorts, equal blocks, a head."""
+
+    def __init__(self, num_blocks: int = 3, width: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Linear(width, width)
+        self.parts = nn.ModuleList(Block(width, dropout) for _ in range(num_blocks))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = part(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def stack() -> Callable[..., Stack]:
+    """Makes models with repeated blocks; the same seed, the same weights."""
+
+    def make(**sizes: float) -> Stack:
+        torch.manual_seed(0)
+        return Stack(**sizes)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Wait for a condition while calling something again and again, as a training loop would."""
+
+    def wait(condition: Callable[[], bool], step: Callable[[], object] = lambda: None, timeout_s: float = 120.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happened in time"
+            step()
+            time.sleep(0.02)
+
+    return wait
