@@ -11,6 +11,8 @@ import torch
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchspan.backports._base import REGISTRY, is_lacking
+
 pytestmark = [
     pytest.mark.usefixtures("environment"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # inductor's imports, from 2.13 on
@@ -83,6 +85,27 @@ def test_a_part_with_dynamic_shapes_is_compiled_once(compiles: list[bool]) -> No
     compiled = torch.compile(program, backend=backend(), fullgraph=True, dynamic=True)
     for size in (3, 5, 8):
         torch.testing.assert_close(compiled(torch.ones(size, 2)), program(torch.ones(size, 2)))
+    assert len(compiles) == 1
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_a_traced_graph_is_compiled_outside_of_torch_compile_too(compiles: list[bool], mode: str) -> None:
+    if not is_lacking(REGISTRY.get("regional_inductor").BACKPORT):
+        pytest.skip("torch's own needs the context of a torch.compile")
+    from torch.fx.passes.regional_inductor import regional_inductor
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return (x.sin() + x.shape[0]).cos()
+
+    gm = make_fx(program, tracing_mode=mode)(torch.ones(3, 2))
+    for node in gm.graph.nodes:
+        if node.name.startswith("add"):
+            node.meta["custom"] = {"compile_with_inductor": "part"}
+    compiled = regional_inductor(gm, torch.ones(3, 2))
+    for size in (3, 5) if mode == "symbolic" else (3,):
+        boxed = [torch.ones(size, 2)]
+        torch.testing.assert_close(compiled(boxed), program(torch.ones(size, 2)))
+        assert boxed == [], "the inputs are freed"
     assert len(compiles) == 1
 
 

@@ -50,17 +50,34 @@ def compile_part(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callabl
 
     Inside a compile of torch's, the part shares its shape environment; outside, one is taken from the inputs.
     """
-    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile
 
-    fake_mode = detect_fake_mode(inputs)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())  # the graph around it has its backward already
-        if TracingContext.try_get() is None and fake_mode is not None:
-            stack.enter_context(tracing(TracingContext(fake_mode)))
         if TracingContext.try_get() is None:
-            return standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs")
+            fake_mode, inputs = _in_one_fake_mode(inputs)
+            stack.enter_context(tracing(TracingContext(fake_mode)))
         return standalone_compile(module, list(inputs), dynamic_shapes="from_tracing_context")
+
+
+def _in_one_fake_mode(inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """The fake mode that the inputs share, and the inputs; where they share none, a new one and fake inputs of equal shapes."""
+    from torch._subclasses import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    modes = {value.fake_mode if isinstance(value, FakeTensor) else None for value in tensors}
+    if len(modes) == 1 and None not in modes:
+        return modes.pop(), inputs
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())  # a trace with real tensors gives each value a mode of its own
+    with fake_mode:
+        return fake_mode, [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            if isinstance(value, torch.Tensor)
+            else value
+            for value in inputs
+        ]
 
 
 def tensors_as_indices() -> AbstractContextManager[None]:
