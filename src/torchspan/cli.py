@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 import torchspan
@@ -26,8 +27,8 @@ from torchspan.core.errors import InputError, TorchspanError, unknown_name
 from torchspan.core.report import Attempt, Decision, Report
 
 _TOPICS = {
-    "backport": "backported: this torch lacks it",
-    "device": "redirected: this machine lacks it",
+    "backport": "backported",
+    "device": "redirected",
     "compile": "compiled",
     "precompile": "precompiled",
     "capture": "captured",
@@ -317,12 +318,23 @@ def draw_report(report: Report, console: Console) -> None:
 
 
 def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision]) -> None:
+    """A topic's decisions, those with the same reason under it."""
     if not decisions:
         return
-    table = _table(_TOPICS.get(topic, topic), "given", "times", "where", "why")
-    for decision in decisions:
-        table.add_row(decision.subject, decision.choice, str(decision.count), _short_site(decision.site), decision.reason)
-    console.print(table)
+    console.print(f"[bold]{_TOPICS.get(topic, topic)}")
+    width = min(48, max(len(decision.subject) for decision in decisions))
+    for reason in dict.fromkeys(decision.reason for decision in decisions):
+        console.print(f"  {reason}", style="italic", highlight=False)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(overflow="fold", width=width)
+        table.add_column(overflow="fold", min_width=9)
+        table.add_column(justify="right", no_wrap=True, min_width=5)
+        table.add_column(overflow="fold")
+        for decision in decisions:
+            if decision.reason == reason:
+                times = f"{decision.count}×" if decision.count > 1 else ""
+                table.add_row(decision.subject, f"→ {decision.choice}", times, _short_site(decision.site))
+        console.print(Padding(table, (0, 0, 0, 4)))
 
 
 def _draw_attempts(console: Console, attempts: Sequence[Attempt]) -> None:
@@ -340,9 +352,10 @@ def _draw_attempts(console: Console, attempts: Sequence[Attempt]) -> None:
 
 def _short_site(site: str | None) -> str:
     if site is None:
-        return "-"
+        return ""
     path, _, line = site.rpartition(":")
-    return f"{os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else Path(path).name}:{line}"
+    is_outside = os.path.isabs(path) and not path.startswith(os.getcwd() + os.sep)
+    return f"{Path(path).name if is_outside else os.path.relpath(path)}:{line}"
 
 
 def _table(*columns: str) -> Table:
