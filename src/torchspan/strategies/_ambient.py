@@ -19,12 +19,20 @@ CONFIGS = ("torch._dynamo.config", "torch._functorch.config", "torch._inductor.c
 _OWN = {"compile_threads", "worker_start_method", "quiesce_async_compile_pool"}
 _PLAIN = (bool, int, float, str, type(None))
 
+
+def _default_device() -> str:
+    try:
+        return str(torch.get_default_device())
+    except AttributeError:  # torch 2.8, after set_default_device(None): its own function reads a device that is not there
+        return "cpu"
+
+
 _Switch = tuple[Callable[[], Any], Callable[[Any], Any]]
 _cudnn, _cuda_matmul, _mkldnn = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn
 SWITCHES: Mapping[str, _Switch] = {
     "threads": (torch.get_num_threads, torch.set_num_threads),
     "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "default_device": (lambda: str(torch.get_default_device()), torch.set_default_device),
+    "default_device": (_default_device, torch.set_default_device),
     "matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "deterministic": (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
