@@ -176,7 +176,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.report:
             options.report.write_text(json.dumps(report.to_dict(), indent=1))
         if not options.quiet:
-            draw_report(report, Console(stderr=True))
+            draw_report(report, _console(stderr=True))
 
 
 def _check_program(target: str, is_module: bool) -> None:
@@ -251,7 +251,7 @@ def _precompile(options: argparse.Namespace) -> int:
     report = Report()
     artifact = precompile(model, inputs, compiler=options.compiler, report=report)
     artifact.save(options.output)
-    console = Console()
+    console = _console()
     draw_report(report, console)
     console.print(f"wrote {options.output} ({format_bytes(options.output.stat().st_size)})", highlight=False)
     return 0
@@ -280,7 +280,7 @@ def _train(arguments: list[str]) -> int:
     report = Report()
     code = train_main(arguments, report)
     if int(os.environ.get("RANK", "0")) == 0:
-        draw_report(report, Console(stderr=True))
+        draw_report(report, _console(stderr=True))
     return code
 
 
@@ -300,6 +300,12 @@ def _passes(options: argparse.Namespace) -> int:
 
 
 # drawing
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; 110 columns where the output goes to a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=110)
 
 
 def draw_report(report: Report, console: Console) -> None:
@@ -322,7 +328,7 @@ def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision])
     if not decisions:
         return
     console.print(f"[bold]{_TOPICS.get(topic, topic)}")
-    width = min(48, max(len(decision.subject) for decision in decisions))
+    width = min(40, max(len(decision.subject) for decision in decisions))
     for reason in dict.fromkeys(decision.reason for decision in decisions):
         console.print(f"  {reason}", style="italic", highlight=False)
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -378,4 +384,4 @@ def _emit(as_json: bool, values: Any, draw: Callable[[Console], None]) -> None:
     if as_json:
         print(json.dumps(values, indent=1))
     else:
-        draw(Console())
+        draw(_console())
