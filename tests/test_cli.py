@@ -21,7 +21,7 @@ TORCHSPAN = ("-m", "torchspan")
         (["run"], "no program to run; expected 'torchspan run script.py'"),
         (["run", "absent.py"], "no file 'absent.py' to run"),
         (["run", "-m", "absent.module"], "no module 'absent.module' to run"),
-        (["run", "--budget-seconds", "0", "PROGRAM"], "budget is 0"),
+        (["run", "--budget-seconds", "0", "PROGRAM"], "budget of 0 seconds"),
         (["run", "--budget-memory", "4 gigs", "PROGRAM"], "'4 gigs' is no size in bytes"),
         (["run", "--device", "cudaa", "PROGRAM"], "'cudaa'"),
         (["run", "--disable", "anotate", "PROGRAM"], "did you mean 'annotate'?"),
@@ -42,8 +42,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_exit_code_2(
     program = tmp_path / "program.py"
     program.write_text("print('it ran')\n")
     monkeypatch.chdir(tmp_path)
-    for name in ("TORCHSPAN", "TORCHSPAN_DEVICE", "TORCHSPAN_COMPILE", "TORCHSPAN_DISABLE"):
-        monkeypatch.setenv(name, "")
+    for name in ("", "_DEVICE", "_COMPILE", "_DISABLE", "_BUDGET_SECONDS", "_BUDGET_MEMORY"):
+        monkeypatch.setenv(f"TORCHSPAN{name}", "")
     try:
         code = main([str(program) if argument == "PROGRAM" else argument for argument in arguments])
     except SystemExit as stop:

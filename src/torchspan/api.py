@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torchspan.core.config import split_names
@@ -17,6 +17,7 @@ from torchspan.core.report import Report
 if TYPE_CHECKING:
     from torchspan.environment.patch import Patch
     from torchspan.environment.scope import Environment
+    from torchspan.strategies import Budget
 
 _lock = threading.RLock()
 _environment: Environment | None = None
@@ -27,6 +28,7 @@ def activate(
     *,
     backports: bool = True,
     compile: Literal["off", "bounded"] = "off",
+    budget: Budget | None = None,
     disable: Iterable[str] = (),
 ) -> Environment:
     """Make torch look like what programs for other torches and other devices expect; a context manager undoes it.
@@ -36,6 +38,7 @@ def activate(
             a device such as ``cpu`` gives that one; ``off`` leaves devices alone.
         backports: whether names that this torch lacks are provided.
         compile: ``bounded`` makes ``torch.compile`` compile in a child process within a budget while the program runs eagerly.
+        budget: what one bounded compile may spend; None is torchspan's default.
         disable: names of backports and device rules to leave out.
 
     Returns:
@@ -57,13 +60,16 @@ def activate(
         "TORCHSPAN_COMPILE": compile,
         "TORCHSPAN_DISABLE": ",".join(sorted(disable)),
     }
+    if budget is not None:
+        settings["TORCHSPAN_BUDGET_SECONDS"] = str(budget.seconds)
+        settings["TORCHSPAN_BUDGET_MEMORY"] = "" if budget.limit_bytes is None else str(budget.limit_bytes)
     with _lock:
         if _environment is not None and _environment.is_active:
             if _environment.settings == settings:
                 return _environment
             _environment.deactivate()
         report = Report()
-        patches = _patches(device, backports, compile, frozenset(disable), report)
+        patches = _patches(device, backports, compile, budget, frozenset(disable), report)
         from torchspan.environment.scope import Environment
 
         _environment = Environment(patches, report, settings).activate()
@@ -78,7 +84,7 @@ def deactivate() -> None:
 
 
 def autoload() -> None:
-    """Activate as the variables ``TORCHSPAN_DEVICE``, ``_BACKPORTS``, ``_COMPILE`` and ``_DISABLE`` say.
+    """Activate as the variables ``TORCHSPAN_DEVICE``, ``_BACKPORTS``, ``_COMPILE``, ``_BUDGET_…`` and ``_DISABLE`` say.
 
     torch calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
     """
@@ -89,11 +95,26 @@ def autoload() -> None:
         os.environ.get("TORCHSPAN_DEVICE", "auto"),
         backports=os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0",
         compile="bounded" if mode == "bounded" else "off",
+        budget=_budget_of(os.environ),
         disable=split_names(os.environ.get("TORCHSPAN_DISABLE")),
     )
 
 
-def _patches(device: str, backports: bool, compile: str, disable: frozenset[str], report: Report) -> list[Patch]:
+def _budget_of(variables: Mapping[str, str]) -> Budget | None:
+    seconds, memory = variables.get("TORCHSPAN_BUDGET_SECONDS"), variables.get("TORCHSPAN_BUDGET_MEMORY")
+    if seconds is None and memory is None:
+        return None
+    from torchspan.strategies import DEFAULT_BUDGET, Budget
+
+    try:
+        return Budget(float(seconds or DEFAULT_BUDGET.seconds), DEFAULT_BUDGET.memory if memory is None else memory or None)
+    except ValueError as cause:
+        raise InputError(f"TORCHSPAN_BUDGET_SECONDS is {seconds!r}; expected a number of seconds, such as 120") from cause
+
+
+def _patches(
+    device: str, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
+) -> list[Patch]:
     from torchspan.backports._base import REGISTRY, all_backports
 
     patches: list[Patch] = []
@@ -113,5 +134,5 @@ def _patches(device: str, backports: bool, compile: str, disable: frozenset[str]
     if compile == "bounded":
         from torchspan.strategies import torch_compile_patch
 
-        patches.append(torch_compile_patch())
+        patches.append(torch_compile_patch(budget=budget))
     return patches

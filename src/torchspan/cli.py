@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--compile", choices=("bounded", "off"), default="bounded", help="what torch.compile does (default: bounded)"
     )
-    run.add_argument("--budget-seconds", type=float, help="seconds that one compile may take")
+    run.add_argument("--budget-seconds", help="seconds that one compile may take")
     run.add_argument("--budget-memory", help="memory that one compile may take, such as 4GiB")
     run.add_argument("--disable", default="", help="backports and device rules to leave out, separated by commas")
     run.add_argument("--report", type=Path, help="also write the report to this JSON file")
@@ -160,13 +160,14 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
     target, *arguments = options.program
     _check_program(target, options.module)
-    _check_budget(options)
     os.environ |= {  # children that the program starts are activated by these, as this process is
         "TORCHSPAN": "1",
         "TORCHSPAN_DEVICE": options.device,
         "TORCHSPAN_COMPILE": options.compile,
         "TORCHSPAN_DISABLE": options.disable,
     }
+    budget = {"TORCHSPAN_BUDGET_SECONDS": options.budget_seconds, "TORCHSPAN_BUDGET_MEMORY": options.budget_memory}
+    os.environ |= {name: value for name, value in budget.items() if value is not None}
     autoload()
     report = current_report() or Report()
     try:
@@ -196,17 +197,6 @@ def _check_program(target: str, is_module: bool) -> None:
         )
         hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
         raise InputError(f"no file {target!r} to run{hint}")
-
-
-def _check_budget(options: argparse.Namespace) -> None:
-    from torchspan.strategies import Budget
-
-    given = {"seconds": options.budget_seconds, "memory": options.budget_memory}
-    Budget(**{name: value for name, value in given.items() if value is not None})
-    if options.budget_seconds is not None:
-        os.environ["TORCHSPAN_BUDGET_SECONDS"] = str(options.budget_seconds)
-    if options.budget_memory is not None:
-        os.environ["TORCHSPAN_BUDGET_MEMORY"] = options.budget_memory
 
 
 def _run_program(target: str, is_module: bool, arguments: list[str]) -> int:
