@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torchspan.core.registry import Registry
 from torchspan.core.report import Report
-from torchspan.devices._policy import ACCELERATORS, DeviceRequest, check_mode, choose
+from torchspan.devices._policy import DeviceRequest, check_mode, choose
 from torchspan.environment.facts import Facts
 from torchspan.environment.patch import Patch, Replacement
 
@@ -40,6 +40,3 @@ def device_patches(facts: Facts, device: str = "auto", report: Report | None = N
 def _rule(name: str, redirection: object) -> Iterable[Patch]:
     patches: Iterable[Patch] = REGISTRY.get(name).patches(redirection)
     return patches
-
-
-__all__ = ["ACCELERATORS", "REGISTRY", "device_patches"]

@@ -23,6 +23,8 @@ in_force: Redirection | None = None
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
 _OWN = ("torch.", "torchspan.")
+# What stands between the asker and the function that it called.
+_BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
 
 
 class Redirection:
@@ -82,7 +84,7 @@ class Redirection:
         if device is None:
             return 0
         self.lookup(device)
-        return device if isinstance(device, int) else torch.device(device).index or 0  # type: ignore[call-overload,no-any-return]
+        return device if isinstance(device, int) else torch.device(device).index or 0  # type: ignore[call-overload]
 
     # what was placed: a mark on the storage, which views and `.data` share with their tensor and pickles do not keep
 
@@ -92,7 +94,7 @@ class Redirection:
             try:
                 tensor.untyped_storage()._torchspan_placed = True  # type: ignore[attr-defined]
             except (RuntimeError, NotImplementedError):
-                pass  # sparse tensors and functorch's have no storage: a later move copies once more than it had to
+                return tensor  # sparse tensors and functorch's have no storage: a later move copies more than it had to
         return tensor
 
     def is_marked(self, tensor: Any) -> bool:
@@ -150,8 +152,10 @@ class _Quiet(threading.local):
 
 def _is_foreign(frame: FrameType) -> bool:
     """Whether a frame is torch's or torchspan's, not the program's."""
-    name = frame.f_globals.get("__name__", "")
-    return name == "torch" or name.startswith(_OWN) or name == "contextlib"
+    name = frame.f_globals.get("__name__") or ""
+    file = frame.f_code.co_filename
+    is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
+    return is_generated or name in ("torch", "contextlib", "collections") or name.startswith(_OWN)
 
 
 def asked_by_torch() -> bool:
@@ -159,10 +163,10 @@ def asked_by_torch() -> bool:
 
     It is told the truth: that there is no such device. The program is told what it needs to go on.
     """
-    frame = sys._getframe(2)  # the redefined function is the one above it
-    while frame is not None and frame.f_globals.get("__name__") in ("torch.cuda", "torchspan.environment.patch"):
-        frame = frame.f_back  # type: ignore[assignment]
-    name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (frame.f_globals.get("__name__") or "").startswith(_BETWEEN):
+        frame = frame.f_back
+    name = (frame.f_globals.get("__name__") or "") if frame is not None else ""
     return name.startswith(_OWN) and not name.startswith(_ON_BEHALF)
 
 

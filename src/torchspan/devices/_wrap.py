@@ -10,7 +10,7 @@ import torch
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection
-from torchspan.environment.patch import Patch, Redefinition, Replacement
+from torchspan.environment.patch import Patch, Redefinition
 
 Function = Callable[..., Any]
 is_compiling = torch.compiler.is_compiling

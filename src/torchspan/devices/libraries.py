@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchspan.devices._redirect import Redirection
+from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Replacement
 
@@ -25,12 +25,12 @@ def _impl(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def impl(self: Any, op_name: Any, fn: Any, dispatch_key: str = "", *args: Any, **kwargs: Any) -> Any:
         name = op_name if isinstance(op_name, str) else op_name._schema.name.partition("::")[2]
-        is_own = self.ns not in ("aten", "prims", "prim", "quantized")
+        is_own = self.ns != "aten"
         key = dispatch_key or self.dispatch_key
         if key == "CPU" and (self.ns, name) in stand_ins:
             stand_ins.pop((self.ns, name))._destroy()
         done = old(self, op_name, fn, dispatch_key, *args, **kwargs)
-        if key == "CUDA" and is_own and redirection.target == "cpu" and not _has_cpu_kernel(self.ns, name):
+        if key == "CUDA" and is_own and not asked_by_torch() and redirection.target == "cpu" and not _has_cpu_kernel(self.ns, name):
             redirection.note(f"the kernel of {self.ns}::{name}", "cuda")
             library = stand_ins[self.ns, name] = torch.library.Library(self.ns, "FRAGMENT")
             old(library, op_name, fn, "CPU", *args, **kwargs)

@@ -1,7 +1,7 @@
 """Memory statistics: figures of this process where a GPU would give its own.
 
-What is allocated is what the C library has given out since the rules came into force (glibc says so exactly, without touching the
-memory); elsewhere it is the growth of the process. What is reserved is the process's resident memory.
+What is allocated is what the C library has given out since the rules came into force (glibc says so exactly); elsewhere it is
+the growth of the process. What is reserved is the process's resident memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WHAT = "bytes that this process has allocated since the device rules came into f
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # fmt: skip
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 class Memory:
@@ -153,17 +154,18 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
 def _stats(memory: Memory) -> dict[str, Any]:
     """The names that ``torch.cuda.memory_stats`` documents; what has no counterpart is 0."""
     now, peak, reserved = memory.allocated(), memory.peak(), memory.reserved()
-    stats: dict[str, Any] = {}
-    groups = "allocation segment active inactive_split allocated_bytes reserved_bytes active_bytes inactive_split_bytes requested_bytes"
-    for group in groups.split():
-        bytes_now = {"reserved_bytes": reserved}.get(group, now if group.endswith("bytes") and "split" not in group else 0)
-        for pool in ("all", "large_pool", "small_pool"):
-            share = bytes_now if pool == "all" else 0
-            most = max(share, peak) if share else 0
-            stats.update({f"{group}.{pool}.{key}": share for key in ("current", "allocated", "freed")})
-            stats[f"{group}.{pool}.peak"] = most
-            stats[f"{group}.{pool}.freed"] = 0
-    stats.update(dict.fromkeys(("num_alloc_retries", "num_ooms", "num_sync_all_streams", "max_split_size"), 0))
+    figures = {
+        "allocated_bytes": (now, peak),
+        "active_bytes": (now, peak),
+        "requested_bytes": (now, peak),
+        "reserved_bytes": (reserved, max(reserved, _resident_peak())),
+        **dict.fromkeys(("allocation", "segment", "active", "inactive_split", "inactive_split_bytes"), (0, 0)),
+    }
+    stats: dict[str, Any] = dict.fromkeys(("num_alloc_retries", "num_ooms", "num_sync_all_streams", "max_split_size"), 0)
+    for name, (current, most) in figures.items():
+        for pool, share in (("all", 1), ("large_pool", 0), ("small_pool", 0)):
+            values = {"current": current, "peak": most, "allocated": current, "freed": 0}
+            stats.update({f"{name}.{pool}.{key}": value * share for key, value in values.items()})
     return OrderedDict(sorted(stats.items()))
 
 

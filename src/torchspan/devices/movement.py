@@ -1,7 +1,7 @@
 """Movement of tensors, storages and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
 
-On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. Both stay so: what the
-program moved or made there is marked, a move of something unmarked copies, a move back of something marked copies.
+On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. Both stay so: what
+the program moved or made there is marked, a move of something unmarked copies, a move back of something marked copies.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _generator_class(redirection: Redirection, real: Any) -> type:
         def __subclasscheck__(cls, subclass: type) -> bool:
             return issubclass(subclass, real)
 
-    class Generator(real, metaclass=Meta):  # type: ignore[misc]
+    class Generator(real, metaclass=Meta):
         __doc__ = real.__doc__
 
         def __new__(cls, device: Any = "cpu") -> Any:

@@ -24,7 +24,7 @@ def _restore(redirection: Redirection, old: Function) -> Function:
         if target is None:
             return old(storage, location)
         redirection.note("torch.load, storage at", location)
-        restored = old(storage, str(target))
+        restored: Any = old(storage, str(target))
         if redirection.target == "cpu":
             getattr(restored, "_untyped_storage", restored)._torchspan_placed = True
         return restored

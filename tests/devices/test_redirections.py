@@ -1,0 +1,228 @@
+"""Each redirection is recorded with the program's line, and means what it means on a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+
+from torchspan.core.report import Report
+
+
+def here() -> int:
+    """The line of the caller."""
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None
+    return frame.f_back.f_lineno
+
+
+def sites(report: Report) -> dict[str, tuple[str | None, int]]:
+    """What was decided: the place and the count, by subject."""
+    return {decision.subject: (decision.site, decision.count) for decision in report.decisions}
+
+
+def test_a_redirection_names_the_line_of_the_program_and_is_counted(redirected: Report) -> None:
+    for _ in range(3):
+        torch.zeros(2, device="cuda"); line = here()  # fmt: skip  # noqa: E702
+    assert sites(redirected) == {"torch.zeros(device='cuda')": (f"{__file__}:{line}", 3)}
+    (decision,) = redirected.decisions
+    assert (decision.topic, decision.choice) == ("device", "cpu")
+    assert decision.reason == "no CUDA device here, nor another accelerator"
+
+
+def test_a_module_is_one_redirection_at_the_line_that_moved_it(redirected: Report) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    model.to("cuda:0"); line = here()  # fmt: skip  # noqa: E702
+    assert sites(redirected) == {"Module.to()(device='cuda:0')": (f"{__file__}:{line}", 1)}
+
+
+def test_what_torch_does_on_behalf_of_the_program_is_the_programs_line(redirected: Report) -> None:
+    torch.nn.Linear(2, 3, device="cuda"); line = here()  # fmt: skip  # noqa: E702
+    assert {site for site, _ in sites(redirected).values()} == {f"{__file__}:{line}"}
+
+
+def test_what_is_only_simulated_says_so(redirected: Report) -> None:
+    torch.cuda.memory_allocated()
+    torch.cuda.Event(enable_timing=True)
+    assert all(decision.reason.startswith("simulated: ") for decision in redirected.decisions)
+    assert len(redirected.decisions) == 2
+
+
+def test_calls_that_name_no_device_or_the_cpu_are_not_recorded(redirected: Report) -> None:
+    x = torch.zeros(2, device="cpu").to("cpu").to(torch.float64).cpu()
+    torch.nn.Linear(2, 3).to("cpu").double()(x)
+    torch.manual_seed(0)
+    assert redirected.decisions == ()
+
+
+def test_a_move_there_copies_once_and_a_move_back_copies(redirected: Report) -> None:
+    x = torch.ones(3)
+    y = x.cuda()
+    assert y is not x and y.data_ptr() != x.data_ptr()
+    assert y.cuda() is y and y.to("cuda") is y and y.to(torch.device("cuda", 0)) is y
+    assert y.cpu().data_ptr() != y.data_ptr() and y.to("cpu").data_ptr() != y.data_ptr()
+    assert x.cpu() is x
+    assert y.view(3, 1).cuda().data_ptr() == y.data_ptr()
+    assert torch.as_tensor(x, device="cuda").data_ptr() != x.data_ptr()
+    assert torch.as_tensor(x) is x
+
+
+def test_a_snapshot_of_a_models_weights_does_not_follow_its_training(redirected: Report) -> None:
+    model = torch.nn.Linear(2, 2).cuda()
+    best = {name: value.cpu() for name, value in model.state_dict().items()}
+    before = best["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.equal(best["weight"], before)
+
+
+def test_leaves_stay_leaves_where_the_gpus_would(redirected: Report) -> None:
+    made_there = torch.ones(3, device="cuda", requires_grad=True)
+    assert made_there.to("cuda").is_leaf
+    moved = torch.ones(3, requires_grad=True).cuda()
+    assert not moved.is_leaf
+
+
+def test_devices_and_tensors_are_torchs_own_and_their_pickles_are_plain(redirected: Report) -> None:
+    x = torch.ones(3, device="cuda")
+    assert type(x.device) is torch.device and type(torch.device("cuda")) is torch.device
+    assert torch.device("cuda:1").type == "cuda" and torch.device("cuda:1").index == 1
+    for value in (x, torch.device("cuda"), torch.nn.Linear(2, 2).cuda(), torch.Generator("cuda").get_state(), torch.zeros):
+        assert b"torchspan" not in pickle.dumps(value)
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:x", "gpu", "cuda:-1", "", "cuda:0:1"])
+def test_a_malformed_device_gets_torchs_own_error(device: str, redirected: Report) -> None:
+    for make in (lambda: torch.zeros(2, device=device), lambda: torch.zeros(2).to(device)):
+        with pytest.raises(RuntimeError) as ours:
+            make()
+        with pytest.raises(RuntimeError) as theirs:
+            torch.device(device)
+        assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("device", [[], 1.5, object()])
+def test_what_is_no_device_at_all_gets_torchs_own_error(device: object, redirected: Report) -> None:
+    with pytest.raises(TypeError, match="device"):
+        torch.zeros(2, device=device)  # type: ignore[arg-type]
+
+
+def test_an_index_that_no_machine_has_is_an_error(redirected: Report) -> None:
+    for make in (lambda: torch.zeros(2, device="cuda:99"), lambda: torch.ones(2).cuda(99), lambda: torch.cuda.set_device(99)):
+        with pytest.raises(RuntimeError, match="CUDA error: invalid device ordinal"):
+            make()
+
+
+def test_other_threads_are_redirected_too(redirected: Report) -> None:
+    results: list[float] = []
+    thread = threading.Thread(target=lambda: results.append(torch.ones(2, device="cuda").cuda().sum().item()))
+    thread.start()
+    thread.join()
+    assert results == [2.0]
+
+
+def test_a_graph_replays_into_its_tensors_and_a_capture_changes_nothing(redirected: Report) -> None:
+    x, total = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    state = torch.get_rng_state()
+    with torch.cuda.graph(graph):
+        y = (x + 1).view(3, 1) * 2
+        noise = torch.rand(3, device="cuda")
+        total += y.squeeze(1)
+    assert torch.equal(total, torch.zeros(3)) and torch.equal(torch.get_rng_state(), state)
+    first = noise.clone()
+    x.fill_(4)
+    graph.replay()
+    graph.replay()
+    assert y.squeeze(1).tolist() == [10.0] * 3 and total.tolist() == [20.0] * 3
+    assert not torch.equal(noise, first)
+    assert isinstance(graph, torch.cuda.CUDAGraph)
+
+
+def test_a_whole_training_step_can_be_captured(redirected: Report) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1).cuda()
+    twin = torch.nn.Linear(4, 1)
+    twin.load_state_dict(model.state_dict())
+    inputs, graph = torch.zeros(8, 4, device="cuda"), torch.cuda.CUDAGraph()
+    optimizer, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(twin.parameters(), lr=0.1)
+    with torch.cuda.graph(graph):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+    for _ in range(3):
+        batch = torch.randn(8, 4)
+        inputs.copy_(batch)
+        graph.replay()
+        other.zero_grad(set_to_none=True)
+        expected = twin(batch).square().mean()
+        expected.backward()
+        other.step()
+        assert torch.equal(loss, expected)
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_streams_and_events_are_of_their_class_and_keep_time(redirected: Report) -> None:
+    stream, other = torch.cuda.Stream(priority=-1), torch.cuda.Stream()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with pytest.raises(ValueError, match="Both events must be recorded"):
+        begin.elapsed_time(end)
+    with torch.cuda.stream(stream):
+        assert torch.cuda.current_stream() == stream != other
+        with torch.cuda.stream(other):
+            assert torch.cuda.current_stream() == other
+        assert torch.cuda.current_stream() == stream
+        begin.record()
+        time.sleep(0.02)
+        stream.record_event(end)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert 15 < begin.elapsed_time(end) < 500
+    assert isinstance(stream, torch.cuda.Stream) and isinstance(begin, torch.cuda.Event)
+    assert stream.query() and end.query() and stream.cuda_stream != other.cuda_stream
+
+
+def test_memory_figures_are_those_of_the_process(redirected: Report) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x = torch.zeros(1 << 22, device="cuda")
+    during = torch.cuda.memory_allocated()
+    del x
+    assert during - before >= 16 << 20
+    assert torch.cuda.memory_allocated() - before < 16 << 20
+    assert torch.cuda.max_memory_allocated() >= during
+    assert torch.cuda.memory_stats()["allocated_bytes.all.peak"] >= during
+    assert torch.cuda.mem_get_info()[1] == torch.cuda.get_device_properties(0).total_memory
+
+
+def test_seeds_and_states_are_those_of_the_generator_that_draws(redirected: Report) -> None:
+    torch.cuda.manual_seed(3)
+    first = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed_all(3)
+    assert torch.equal(first, torch.rand(3, device="cuda"))
+    state = torch.cuda.get_rng_state()
+    second = torch.rand(3, device="cuda")
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(second, torch.rand(3, device="cuda"))
+
+
+def test_the_default_device_and_its_context_are_redirected(redirected: Report) -> None:
+    with torch.device("cuda"):
+        assert torch.zeros(2).device.type == "cpu"
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == "meta" and torch.zeros(2, device="cuda").device.type == "cpu"
+    assert "the default device(device='cuda')" in sites(redirected)
+
+
+def test_a_cuda_kernel_of_a_custom_operator_serves_until_there_is_one_for_the_cpu(redirected: Report) -> None:
+    @torch.library.custom_op("torchspan_test::triple", mutates_args=(), device_types="cuda")
+    def triple(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    assert triple(torch.ones(2, device="cuda")).tolist() == [3.0, 3.0]
+    triple.register_kernel("cpu")(lambda x: x * 4)
+    assert triple(torch.ones(2)).tolist() == [4.0, 4.0]
