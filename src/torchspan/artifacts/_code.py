@@ -60,9 +60,9 @@ def digest_class(cls: type, seen: Seen | None = None) -> str | None:
         if base.__module__.partition(".")[0] in ("torch", "builtins", "abc", "collections", "typing"):
             continue
         for name, member in sorted(vars(base).items()):
-            if callable(member) or isinstance(member, (staticmethod, classmethod, property, partial)):
-                if not isinstance(member, type):
-                    parts.append(f"{name} {digest_function(member, seen)}")
+            is_code = callable(member) or isinstance(member, (staticmethod, classmethod, property, partial))
+            if is_code and not isinstance(member, type):
+                parts.append(f"{name} {digest_function(member, seen)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
 
 
@@ -119,6 +119,10 @@ def _stable(value: Any) -> str:
         return f"{type(value).__name__}{sorted(map(_stable, value))}"
     if isinstance(value, tuple):
         return f"({','.join(map(_stable, value))})"
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)) or value is Ellipsis:
+    if (
+        value is None
+        or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device))
+        or value is Ellipsis
+    ):
         return repr(value)
     return type(value).__qualname__

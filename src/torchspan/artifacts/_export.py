@@ -47,7 +47,8 @@ def compiler_name(compiler: str | Callable[..., Any] | None) -> str:
     if getattr(compiler, "__name__", "") == "regional_inductor":
         return "regional_inductor"
     raise UnsupportedError(
-        f"an artifact cannot hold what {compiler!r} returns; expected one of {', '.join(COMPILERS)} (Precompile.aot_autograd takes any)"
+        f"an artifact cannot hold what {compiler!r} returns; expected one of {', '.join(COMPILERS)} "
+        "(Precompile.aot_autograd takes any)"
     )
 
 
@@ -83,7 +84,9 @@ def export_entry(prefix: str, module: GraphModule, guards: Guards, compiler: str
     parts.payloads[parts.program["plan"]] = json.dumps(plan).encode()
     parts.payloads[parts.program["guards"]] = json.dumps(guarded).encode()
     num_libraries = len(parts.program["libraries"])
-    report.decide("precompile", guards.program.name, compiler, f"{num_libraries} native libraries, {len(guarded['always'])} guards")
+    report.decide(
+        "precompile", guards.program.name, compiler, f"{num_libraries} native libraries, {len(guarded['always'])} guards"
+    )
     return parts
 
 
@@ -95,7 +98,9 @@ def _refuse_inputs(module: GraphModule, inputs: tuple[Any, ...]) -> None:
                 "leave dimensions unmarked, and take tensor subclasses apart"
             )
         if value.device.type != "cpu" or value.layout is not torch.strided:
-            raise UnsupportedError(f"artifacts are for dense tensors on a CPU so far; {node.name} is {value.layout} on {value.device}")
+            raise UnsupportedError(
+                f"artifacts are for dense tensors on a CPU so far; {node.name} is {value.layout} on {value.device}"
+            )
 
 
 # the plan: what happens around the graphs
@@ -139,9 +144,14 @@ def _placed(node: Any, base: Node) -> dict[str, Any]:
     value, whole = node.meta["val"], base.meta["val"]
     if value.dtype != whole.dtype or value.is_conj() or value.is_neg():
         raise UnsupportedError(
-            f"an artifact cannot hold an output that is a view of another type ({value.dtype} of {whole.dtype}); return a copy of it"
+            f"an artifact cannot hold an output that is a view of another type "
+            f"({value.dtype} of {whole.dtype}); return a copy of it"
         )
-    return {"shape": list(value.shape), "stride": list(value.stride()), "offset": value.storage_offset() - whole.storage_offset()}
+    return {
+        "shape": list(value.shape),
+        "stride": list(value.stride()),
+        "offset": value.storage_offset() - whole.storage_offset(),
+    }
 
 
 def _backward_plan(lowered: Lowered, saved: list[str]) -> dict[str, Any]:
@@ -156,10 +166,13 @@ def _backward_plan(lowered: Lowered, saved: list[str]) -> dict[str, Any]:
     num_inputs = sum(node.op == "placeholder" for node in lowered.forward.graph.nodes)
     if len(tangents) != len(differentiable) or num_gradients != num_inputs:
         raise UnsupportedError(
-            f"an artifact cannot hold this backward: it takes {len(tangents)} gradients for {len(differentiable)} outputs and gives "
+            f"an artifact cannot hold this backward: it takes {len(tangents)} gradients for {len(differentiable)} outputs "
+            "and gives "
             f"{num_gradients} for {num_inputs} inputs"
         )
-    order = [["saved", saved.index(node.name)] if node.name in saved else ["tangent", tangents.index(node)] for node in placeholders]
+    order = [
+        ["saved", saved.index(node.name)] if node.name in saved else ["tangent", tangents.index(node)] for node in placeholders
+    ]
     return {
         "tangents": [_tangent(node, result) for node, result in zip(tangents, differentiable)],
         "backward_inputs": order,

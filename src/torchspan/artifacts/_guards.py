@@ -52,14 +52,19 @@ def _tensor(expected: Any) -> Check:
             if name_of(kind) != type_name:
                 return f"expected a {type_name.partition(':')[2]}, found a {kind.__qualname__}"
             kinds.add(kind)
-        if value.dtype is dtype and value.shape == shape and value.requires_grad is wants_grad and value.device == device:
-            if plain and value.layout is torch.strided and value.stride() == stride and not value.is_conj() and not value.is_neg():
-                return None
+        same = value.dtype is dtype and value.shape == shape and value.requires_grad is wants_grad and value.device == device
+        if same and plain and value.layout is torch.strided and value.stride() == stride and not _is_lazy(value):
+            return None
         found = describe_tensor(value)
         differ = [f"{key} {found[key]} (expected {expected[key]})" for key in expected if found[key] != expected[key]]
         return f"has {', '.join(differ)}" if differ else None
 
     return check
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are the conjugates or the negatives of what its memory holds."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _constant(expected: Any) -> Check:
@@ -219,7 +224,6 @@ def ambient_state() -> dict[str, Any]:
         "inference_mode": torch.is_inference_mode_enabled(),
         "autocast": _autocast_state(),
         "default_dtype": str(torch.get_default_dtype()),
-        "default_device": str(_device.CURRENT_DEVICE),
         "deterministic": [torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()],
         "torch_function": torch._C._is_torch_function_enabled(),
         "torch_function_modes": _mode_stack(),
@@ -244,8 +248,9 @@ def _autocast_state() -> dict[str, str]:
 
 
 def _mode_stack() -> list[str]:
-    count = torch._C._len_torch_function_stack()
-    return [name_of(type(torch._C._get_function_stack_at(index))) for index in range(count)]
+    """The modes of torch_function that are on, by name; that of a default device with the device."""
+    modes = [torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack())]
+    return [name_of(type(mode)) + (f" {mode.device}" if isinstance(mode, _device.DeviceContext) else "") for mode in modes]
 
 
 # the walk
@@ -266,8 +271,8 @@ class Checker:
     """Checks the guards of one entry of an artifact, and gathers the inputs of its graph from the model and the arguments.
 
     `guards` are objects with the keys ``at`` (a path), ``check``, ``expected``; `same` are groups of paths that lead to one
-    object; `ambient` is the state that torch must be in; `inputs` are the paths of the graph's inputs. All distinct input tensors
-    must be distinct objects; with `unshared`, those must also not share memory with any other.
+    object; `ambient` is the state that torch must be in; `inputs` are the paths of the graph's inputs. Inputs must be distinct
+    objects, and those of `unshared` may not share memory with any other.
     """
 
     def __init__(
@@ -359,4 +364,3 @@ def _walk(place: _Place, value: Any, inputs: list[Any], named: dict[str, Any]) -
         except (AttributeError, LookupError, TypeError) as cause:
             raise Failed(f"{show_path(behind.path)} is not there ({type(cause).__name__}: {cause})") from None
         _walk(behind, found, inputs, named)
-

@@ -21,7 +21,7 @@ def parse_inputs(text: str) -> tuple[torch.Tensor, ...]:
     [(torch.float32, (4, 10)), (torch.int64, (2,))]
     >>> parse_inputs("float32(4)")
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: cannot read the inputs 'float32(4)' from '(4)' on; expected such as 'float32[4,10],int64[2]'
+    torchspan.core.errors.InputError: cannot read the inputs 'float32(4)' from '(4)' on; expected such as float32[4,10],int64[2]
 
     Raises:
         InputError: the text is not of that form, or names no dtype of torch.
@@ -36,12 +36,12 @@ def _split(text: str) -> Iterator[tuple[torch.dtype, list[int]]]:
         match = _INPUT.match(text, position)
         end = match.end() if match else position
         if match is None or (end < len(text) and text[end] != ","):
-            raise InputError(
-                f"cannot read the inputs {text!r} from {text[end:]!r} on; expected such as 'float32[4,10],int64[2]'"
-            )
+            raise InputError(f"cannot read the inputs {text!r} from {text[end:]!r} on; expected such as float32[4,10],int64[2]")
         dtype = getattr(torch, match[1], None)
         if not isinstance(dtype, torch.dtype):
-            raise InputError(f"{match[1]!r} in the inputs {text!r} is no dtype of torch; expected such as float32, bfloat16, int64")
+            raise InputError(
+                f"{match[1]!r} in the inputs {text!r} is no dtype of torch; expected such as float32, bfloat16, int64"
+            )
         yield dtype, [int(size) for size in (match[2] or "").split(",") if size.strip()]
         position = end + 1
 

@@ -19,8 +19,10 @@ from torchspan.core.errors import IntegrityError, ManifestMismatchError
 FORMAT = 1
 
 # Instruction sets that a compiler asked for this machine's may use: a library runs where all of those it was made with are.
-_ISA_PREFIXES = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "amx", "popcnt", "abm", "adx", "aes", "vaes", "pclmul", "vpclmul")
-_ISA_PREFIXES += ("gfni", "sha", "movbe", "rdrand", "rdseed", "xsave", "fsgsbase", "asimd", "neon", "sve", "fp", "bf16", "i8mm")
+_X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "amx", "popcnt", "abm", "adx", "aes", "vaes", "pclmul", "vpclmul", "gfni")
+_X86_ELSE = ("sha", "movbe", "rdrand", "rdseed", "xsave", "fsgsbase")
+_ARM = ("asimd", "neon", "sve", "fp", "bf16", "i8mm")
+_INSTRUCTION_SETS = (*_X86, *_X86_ELSE, *_ARM)
 
 
 def digest_of(value: Any) -> str:
@@ -60,7 +62,7 @@ def _cpu_flags() -> list[str]:
         return []
     with path.open() as lines:
         line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_ISA_PREFIXES))
+    return sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_INSTRUCTION_SETS))
 
 
 def model_entries(target: Any) -> dict[str, Any]:
@@ -76,7 +78,9 @@ def model_entries(target: Any) -> dict[str, Any]:
     return {
         "model": name_of(type(target)),
         "code": digest_of(codes),
-        "state": {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), str(tensor.device)] for name, tensor in named},
+        "state": {
+            name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), str(tensor.device)] for name, tensor in named
+        },
         "tied": sorted(sorted(names) for names in shared.values() if len(names) > 1),
     }
 
@@ -105,10 +109,14 @@ def read_manifest(data: bytes) -> dict[str, Any]:
         stated = manifest["digest"]
         entries = {name: (entry["value"], entry["digest"]) for name, entry in body["entries"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-        raise IntegrityError(f"the artifact's manifest cannot be read ({type(cause).__name__}: {cause}); make the artifact again") from cause
+        raise IntegrityError(
+            f"the artifact's manifest cannot be read ({type(cause).__name__}: {cause}); make the artifact again"
+        ) from cause
     changed = sorted(name for name, (value, digest) in entries.items() if digest_of(value) != digest)
     if changed or digest_of(body) != stated:
-        raise IntegrityError(f"the artifact's manifest is not as it was written (entries {changed or 'none'} differ); make it again")
+        raise IntegrityError(
+            f"the artifact's manifest is not as it was written (entries {changed or 'none'} differ); make it again"
+        )
     return dict(manifest)
 
 
@@ -118,7 +126,7 @@ def values_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Mapping[str, Any], target: Any) -> None:
-    """Raise ManifestMismatchError, which names the entries that differ and says how to rebuild, unless the artifact fits here."""
+    """Raise ManifestMismatchError, with the entries that differ and how to rebuild, unless the artifact fits here."""
     expected = values_of(manifest)
     found = {**platform_entries(), **model_entries(target)}
     differ = [name for name in found if _differs(name, expected.get(name), found[name])]
@@ -139,7 +147,9 @@ def _differs(name: str, expected: Any, found: Any) -> bool:
 def _show(name: str, expected: Any, found: Any) -> str:
     if name == "isa" and isinstance(expected, dict):
         lacking = sorted(set(expected["flags"]) - set(found["flags"]))
-        return f"{expected['capability']}, this is {found['capability']}" + (f" without {', '.join(lacking)}" if lacking else "")
+        return f"{expected['capability']}, this is {found['capability']}" + (
+            f" without {', '.join(lacking)}" if lacking else ""
+        )
     if name == "state" and isinstance(expected, dict):
         names = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
         parts = [f"{key} {expected.get(key, 'absent')}, this has {found.get(key, 'none')}" for key in names[:3]]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -47,14 +48,22 @@ def _type(guard: Guard, seen: Seen) -> Portable:
 
 def _identity(guard: Guard, seen: Seen) -> Portable:
     value = guard.value
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+    if value is None or isinstance(
+        value, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    ):
         return _constant(guard)
     if isinstance(value, (FunctionType, MethodType, CodeType)):
         return "function", digest_function(value, seen)
     if isinstance(value, type):
         digest_class(value, seen)
         return "named", identity_of(value)
-    if type(value).__qualname__ in ("module", "builtin_function_or_method", "OpOverload", "OpOverloadPacket", "method_descriptor"):
+    if type(value).__qualname__ in (
+        "module",
+        "builtin_function_or_method",
+        "OpOverload",
+        "OpOverloadPacket",
+        "method_descriptor",
+    ):
         return "named", identity_of(value)
     return _constant(guard)  # an enum or another constant; anything else is refused there
 
@@ -85,7 +94,16 @@ _CONVERTERS: Mapping[str, Callable[[Guard, Seen], Portable]] = {
         lambda guard, seen: _identity(guard, seen),
     ),
     **dict.fromkeys(
-        ("ID_MATCH", "MODULE_MATCH", "PYMODULE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "CODE_MATCH"),
+        (
+            "ID_MATCH",
+            "MODULE_MATCH",
+            "PYMODULE_MATCH",
+            "BUILTIN_MATCH",
+            "CLASS_MATCH",
+            "FUNCTION_MATCH",
+            "CLOSURE_MATCH",
+            "CODE_MATCH",
+        ),
         _identity,
     ),
 }
@@ -110,6 +128,10 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
             if guard.kind == "DUPLICATE_INPUT":
                 same.append([encode_path(at), encode_path(parse_path(guard.arguments["source_b"], frame.scope))])
                 continue
+            if (
+                guard.kind == "HASATTR" and "attr" not in guard.arguments
+            ):  # torch 2.8 has the attribute as the end of the source
+                at, guard = _attribute_guard(at, guard, guards.program)
             check, expected = _convert(guard, seen)
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
             found.setdefault(json.dumps([entry["at"], check, expected]), entry)
@@ -121,13 +143,26 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     else:
         ambient["grad_mode"] = guards.frame.grad_mode
     once, always = _split(list(found.values()))
-    return {"always": always, "at_load": once, "same": same, "ambient": ambient, "inputs": [encode_path(path) for path in paths]}
+    return {
+        "always": always,
+        "at_load": once,
+        "same": same,
+        "ambient": ambient,
+        "inputs": [encode_path(path) for path in paths],
+    }
+
+
+def _attribute_guard(at: Path, guard: Guard, program: Program) -> tuple[Path, Guard]:
+    values = {"target": program.target, "args": program.args, "kwargs": program.kwargs}
+    return at[:-1], replace(guard, value=follow(at[:-1], values), arguments={"attr": at[-1][1]})
 
 
 def _convert(guard: Guard, seen: Seen) -> Portable:
     converter = _CONVERTERS.get(guard.kind)
     if converter is None:
-        raise UnsupportedError(f"an artifact cannot check the guard {guard.kind} on {guard.source}; compile it with torch.compile")
+        raise UnsupportedError(
+            f"an artifact cannot check the guard {guard.kind} on {guard.source}; compile it with torch.compile"
+        )
     try:
         return converter(guard, seen)
     except UnsupportedError as cause:
@@ -141,7 +176,8 @@ def _refuse_modes(ambient: Mapping[str, Any]) -> None:
     foreign = [mode for mode in modes if not mode.startswith(("torchspan.", "torch.utils._device:"))]
     if foreign or ambient["functorch"]:
         raise UnsupportedError(
-            f"an artifact cannot be made inside {', '.join(foreign) or 'a functorch transform'}: make it outside, without the mode"
+            f"an artifact cannot be made inside {', '.join(foreign) or 'a functorch transform'}: "
+            "make it outside, without the mode"
         )
 
 
@@ -185,8 +221,8 @@ def _source_of(code: CodeType) -> tuple[str, str]:
             digest = hashlib.sha256(FilePath(code.co_filename).read_bytes()).hexdigest()
             return "__main__" if name == "__mp_main__" else name, digest
     raise UnsupportedError(
-        f"an artifact cannot tell in another process whether {code.co_name} ({code.co_filename}:{code.co_firstlineno}) is the same "
-        "code; define it in a module or in the model's class"
+        f"an artifact cannot tell in another process whether {code.co_name} ({code.co_filename}:{code.co_firstlineno}) "
+        "is the same code; define it in a module or in the model's class"
     )
 
 
@@ -201,12 +237,13 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
     frame = guards.frame
     if frame.changes:
         raise UnsupportedError(
-            f"an artifact cannot hold {guards.program.name}: its forward changes {', '.join(frame.changes)}; return the new value instead"
+            f"an artifact cannot hold {guards.program.name}: its forward changes {', '.join(frame.changes)}; "
+            "return the new value instead"
         )
     output = next(node for node in reversed(frame.module.graph.nodes) if node.op == "output")
     marks = tuple(torch.empty(0) for _ in output.args[0])
     result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
-    known = {id(mark): {"output": index} for index, mark in enumerate(marks)}
+    known: dict[int, Any] = {id(mark): {"output": index} for index, mark in enumerate(marks)}
     values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
     for source in frame.sources:
         path = parse_path(source, frame.scope)
@@ -236,10 +273,12 @@ def _structure(value: Any, known: Mapping[int, Any], name: str) -> Any:
         return {kind.__name__: [[encode(key), _structure(item, known, name)] for key, item in value.items()]}
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return {"call": name_of(kind), "args": [_structure(item, known, name) for item in value], "kwargs": []}
-    if isinstance(value, dict) and hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__dataclass_fields__"):
+    if hasattr(kind, "__dataclass_fields__"):
         fields = [(field, getattr(value, field)) for field in kind.__dataclass_fields__]
         kwargs = [[field, _structure(item, known, name)] for field, item in fields if item is not None]
         return {"call": name_of(kind), "args": [], "kwargs": kwargs}
     if isinstance(value, torch.Tensor):
-        raise UnsupportedError(f"an artifact cannot hold {name}: it returns a tensor that is neither computed nor one of its inputs")
+        raise UnsupportedError(
+            f"an artifact cannot hold {name}: it returns a tensor that is neither computed nor one of its inputs"
+        )
     return {"constant": encode(value)}

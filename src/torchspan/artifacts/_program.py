@@ -51,7 +51,7 @@ def write_program(module: GraphModule, libraries: Mapping[str, str]) -> tuple[di
 
 
 def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str, str]) -> dict[str, Any]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "args": [_write(value, numbers) for value in node.args],
         "kwargs": {name: _write(value, numbers) for name, value in node.kwargs.items()},
     }
@@ -111,11 +111,15 @@ class Runner:
     [tensor([2., 2.]), tensor(2.)]
     """
 
-    def __init__(self, program: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, program: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]
+    ) -> None:
         self._num_inputs = int(program["inputs"])
         self._outputs = [_read(value) for value in program["outputs"]]
         last: dict[int, int] = {}
-        read = [(_read(step["args"]), {name: _read(value) for name, value in step["kwargs"].items()}) for step in program["steps"]]
+        read = [
+            (_read(step["args"]), {name: _read(value) for name, value in step["kwargs"].items()}) for step in program["steps"]
+        ]
         for number, (args, kwargs) in enumerate(read, start=self._num_inputs):
             for index in _references([args, list(kwargs.values())]):
                 if index >= number:
@@ -124,7 +128,9 @@ class Runner:
         kept = set(_references(self._outputs))
         self._steps: list[_Step] = []
         for number, (step, (args, kwargs)) in enumerate(zip(program["steps"], read), start=self._num_inputs):
-            free = tuple(index for index, user in last.items() if user == number and index not in kept and index >= self._num_inputs)
+            free = tuple(
+                index for index, user in last.items() if user == number and index not in kept and index >= self._num_inputs
+            )
             self._steps.append(_Step(_function(step, libraries, constants), tuple(args), kwargs, free))
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -132,13 +138,17 @@ class Runner:
         values = list(inputs)
         assert len(values) == self._num_inputs, f"{len(values)} inputs for a program of {self._num_inputs}"
         for step in self._steps:
-            values.append(step.run(*_fill(step.args, values), **{name: _fill(value, values) for name, value in step.kwargs.items()}))
+            values.append(
+                step.run(*_fill(step.args, values), **{name: _fill(value, values) for name, value in step.kwargs.items()})
+            )
             for index in step.free:
                 values[index] = None
         return [_fill(value, values) for value in self._outputs]
 
 
-def _function(step: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+def _function(
+    step: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]
+) -> Callable[..., Any]:
     if "operator" in step:
         return find_operator(step["operator"])
     if "item" in step:

@@ -20,7 +20,7 @@ KEPT = ("non_alias", "unsafe_view_alias", "custom_function_view")
 class Entry:
     """One compiled form of a program: for one set of shapes and settings, which its `checker` holds.
 
-    `plan` is what `torchspan.artifacts.precompile` writes: which inputs are changed, how outputs are made, what the backward takes.
+    `plan` is what `torchspan.artifacts.precompile` writes: which inputs are changed, how outputs are made, what backward takes.
     """
 
     def __init__(self, plan: Mapping[str, Any], checker: Checker, forward: Runner, backward: Runner | None) -> None:
@@ -31,7 +31,9 @@ class Entry:
         self._outputs = tuple(plan["outputs"])
         self._num_results = len(self._outputs) + int(plan["num_bases"])
         self._kept = [i for i in range(self._num_results) if i >= len(self._outputs) or self._outputs[i]["kind"] in KEPT]
-        self._without_grad = [place for place, i in enumerate(self._kept) if i < len(self._outputs) and not self._outputs[i]["grad"]]
+        self._without_grad = [
+            place for place, i in enumerate(self._kept) if i < len(self._outputs) and not self._outputs[i]["grad"]
+        ]
         self._tangents = [_Tangent(spec, self._kept.index(spec["result"])) for spec in plan["tangents"]]
         self._backward_inputs = tuple((str(kind), int(index)) for kind, index in plan["backward_inputs"])
         self._result = _builder(plan["result"])

@@ -1,4 +1,4 @@
-"""The file of an artifact: a stored zip of a manifest and payloads; written whole or not at all, read with every digest held."""
+"""The file of an artifact: a stored zip of a manifest and payloads; written whole or not at all, read with digests held."""
 
 from __future__ import annotations
 
@@ -82,11 +82,15 @@ class Store:
         members = self._archive.infolist()
         names = [member.filename for member in members]
         if not members or names[0] != MANIFEST or len(set(names)) != len(names):
-            raise IntegrityError(f"{self.path} is no artifact: its members are {names[:5]}; expected {MANIFEST} first, each once")
+            raise IntegrityError(
+                f"{self.path} is no artifact: its members are {names[:5]}; expected {MANIFEST} first, each once"
+            )
         if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
             raise IntegrityError(f"{self.path} has compressed or encrypted members; an artifact has neither")
         if members[0].file_size > _MANIFEST_LIMIT:
-            raise IntegrityError(f"{self.path} has a manifest of {members[0].file_size} bytes; at most {_MANIFEST_LIMIT} are read")
+            raise IntegrityError(
+                f"{self.path} has a manifest of {members[0].file_size} bytes; at most {_MANIFEST_LIMIT} are read"
+            )
         manifest = read_manifest(self._read(members[0]))
         listed = {payload["name"]: payload["size"] for payload in manifest["payloads"]}
         if names[1:] != list(listed) or any(member.file_size != listed[member.filename] for member in members[1:]):
@@ -103,7 +107,9 @@ class Store:
         for listed in self.manifest["payloads"]:
             data = self._read(self._archive.getinfo(listed["name"]))
             if hashlib.sha256(data).hexdigest() != listed["sha256"]:
-                raise IntegrityError(f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); make it again")
+                raise IntegrityError(
+                    f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); make it again"
+                )
             found[listed["name"]] = data
         return found
 
@@ -111,7 +117,9 @@ class Store:
         try:
             return self._archive.read(member)
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, struct.error, zlib.error) as cause:
-            raise IntegrityError(f"{self.path}: {member.filename!r} cannot be read ({cause}); make the artifact again") from cause
+            raise IntegrityError(
+                f"{self.path}: {member.filename!r} cannot be read ({cause}); make the artifact again"
+            ) from cause
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class Output:
 class Lowered:
     """Operator graphs of a program: `forward`, and `backward` when it trains, with what has to happen around them.
 
-    The forward gives new values for the inputs at `mutated`, then `outputs`, then `num_bases` tensors of which outputs are views,
-    then what the backward needs.
+    The forward gives new values for the inputs at `mutated`, then `outputs`, then `num_bases` tensors of which outputs are
+    views, then what the backward needs.
     """
 
     forward: GraphModule
@@ -94,12 +94,12 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
         seen["forward"], seen["backward"] = min_cut_rematerialization_partition(joint, joint_inputs, **settings)
         return seen["forward"], seen["backward"]
 
-    def keep(graph: GraphModule, _: Any) -> Any:
+    def keep(gm: GraphModule, example_inputs: Any) -> Any:
         from torch._guards import TracingContext
 
-        seen.setdefault("forward", graph)
+        seen.setdefault("forward", gm)
         seen.setdefault("metadata", TracingContext.get().fw_metadata)
-        return graph.forward
+        return gm.forward
 
     with _compiling(context), config.patch(fallback_random=True):
         aot_module_simplified(
@@ -124,7 +124,7 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
     changed = [metadata.input_info[index] for index in metadata.mutated_inp_runtime_indices]
     reasons = {
         "it orders side effects by tokens": bool(metadata.tokens),
-        "its random numbers are made functional (torch._functorch.config.functionalize_rng_ops)": metadata.is_rng_op_functionalized,
+        "its random numbers are made functional (config.functionalize_rng_ops)": metadata.is_rng_op_functionalized,
         "two of its inputs share memory and one is changed in place": num_placeholders != num_inputs,
         "it changes the shape or strides of an input in place": any(info.mutates_metadata for info in changed),
         "it changes an input that gradients flow to in place": any(

@@ -24,16 +24,17 @@ from torchspan.core.report import Attempt, Report, current_report
 
 
 def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Report | None = None) -> Compiled:
-    """A callable that does what `model` does, from the artifact at `path`; nothing is traced or compiled, dynamo is not imported.
+    """A callable that does what `model` does, from the artifact at `path`; traces and compiles nothing, imports no dynamo.
 
-    The manifest is read and compared first: torch, Python, platform, instruction sets, the code of the model's classes, names, shapes
-    and dtypes of its parameters and buffers. Then every payload's digest; only then are payloads opened. Nothing is unpickled.
+    The manifest is read and compared first: torch, Python, platform, instruction sets, the code of the model's classes, names,
+    shapes and dtypes of its parameters and buffers. Then every payload's digest; only then are payloads opened. Nothing is
+    unpickled.
     Weights are not in the artifact: the callable takes them from `model`, by name, at every call.
 
     At every call the guards are checked: of inputs and parameters type, shape, strides, dtype, device and requires_grad; every
-    attribute, global and container that the program read; the code of functions that it called; forward hooks, its own and global
-    ones; grad mode (unless the program does the same in both), inference mode, autocast, default dtype and device, determinism,
-    and modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own functions.
+    attribute, global and container that the program read; the code of functions that it called; hooks, its own and global ones;
+    grad mode (unless the program does the same in both), inference mode, autocast, default dtype and device, determinism, and
+    modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own functions.
     Not checked: methods that are replaced on a class after loading (``forward`` is), and what C extensions do.
 
     Args:
@@ -74,7 +75,9 @@ def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folde
     guards = json.loads(payloads[program["guards"]])
     libraries = {name: _open_library(payloads, name, folder) for name in program["libraries"]}
     constants = _read_tensors(payloads[program["constants"]]) if program["constants"] else {}
-    forward = Runner(plan["forward"], libraries, {name.partition("/")[2]: t for name, t in constants.items() if name[:8] == "forward/"})
+    forward = Runner(
+        plan["forward"], libraries, {name.partition("/")[2]: t for name, t in constants.items() if name[:8] == "forward/"}
+    )
     backward = None
     if plan["backward"] is not None:
         kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name[:9] == "backward/"}
@@ -139,4 +142,6 @@ class Dispatcher:
                 return entry.call(self._model, args, kwargs)
             except Failed as cause:
                 said.append(str(cause))
-        raise GuardError(f"no entry of {self._origin} is for this call: {'; or '.join(said)}. Add an entry for it, or call the model")
+        raise GuardError(
+            f"no entry of {self._origin} is for this call: {'; or '.join(said)}. Add an entry for it, or call the model"
+        )

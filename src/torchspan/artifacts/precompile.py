@@ -47,9 +47,9 @@ class Precompile:
             example_kwargs: its keyword inputs.
 
         Returns:
-            The graph, whose placeholders are the parameters, buffers and inputs that it uses; the bytecode (``types.CodeType``) that
-            dynamo wrote to fetch those, call the graph and make the result; the guards (iterable, ``holds``, ``check``); and the
-            example inputs, as a tuple.
+            The graph, whose placeholders are the parameters, buffers and inputs that it uses; the bytecode (``types.CodeType``)
+            that dynamo wrote to fetch those, call the graph and make the result; the guards (iterable, ``holds``, ``check``);
+            and the example inputs, as a tuple.
 
         Raises:
             CaptureError: the model is not one graph; names the file and line that stands in the way, and what to do.
@@ -71,8 +71,8 @@ class Precompile:
                 None is inductor. ``torch.fx.passes.regional_inductor.regional_inductor`` compiles annotated regions only.
 
         Returns:
-            A function of the tuple of inputs, as the model takes them, through which gradients flow to the model's parameters; and
-            the guards, which it checks at every call.
+            A function of the tuple of inputs, as the model takes them, through which gradients flow to the model's parameters;
+            and the guards, which it checks at every call.
 
         Raises:
             CompileError: the compiler failed; its own error is the cause.
@@ -80,9 +80,9 @@ class Precompile:
 
         >>> gm, _, guards, inputs = Precompile.dynamo(torch.nn.Linear(2, 3), torch.ones(1, 2))
         >>> compiled, _ = Precompile.aot_autograd(gm, guards, compiler=lambda graph, example_inputs: graph)
-        >>> compiled((torch.ones(5, 2),))
+        >>> compiled((torch.ones(5, 2),))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        torchspan.core.errors.GuardError: the graph of Linear is not for this call: tensor 'L['args'][0]' size mismatch at index 0. expected 1, actual 5; capture it again for such inputs
+        torchspan.core.errors.GuardError: the graph of Linear is not for this call: tensor ... expected 1, actual 5; ...
         """
         if not isinstance(guards, Guards):
             raise InputError(f"guards are what Precompile.dynamo returned, not a {type(guards).__name__}")
@@ -112,7 +112,9 @@ class _Checked:
 
     def __call__(self, inputs: tuple[Any, ...] | list[Any], **kwargs: Any) -> Any:
         if not isinstance(inputs, (tuple, list)):
-            raise InputError(f"a precompiled function takes the tuple of inputs, not a {type(inputs).__name__}; write (x,) for one")
+            raise InputError(
+                f"a precompiled function takes the tuple of inputs, not a {type(inputs).__name__}; write (x,) for one"
+            )
         args = tuple(inputs)
         self.guards.check(args, kwargs)
         return self._run(args, kwargs)
@@ -155,15 +157,16 @@ def precompile(
 ) -> Artifact:
     """Compile `model` for inputs like `args` into an Artifact, forward and backward; weights stay outside.
 
-    It is compiled for the grad mode of the caller: with gradients on, the forward keeps what the backward needs; it may also be called
-    without, if the program does the same in both.
+    It is compiled for the grad mode of the caller: with gradients on, the forward keeps what the backward needs; it may also be
+    called without, if the program does the same in both.
 
     Args:
         model: a module or a function, on a CPU.
         args: example inputs; shapes are static.
         kwargs: example keyword inputs.
-        compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are native,
-            the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is native).
+        compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are
+            native, the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is
+            native).
         report: where decisions and the attempt are recorded; a new Report by default.
 
     Returns:
@@ -171,7 +174,7 @@ def precompile(
 
     Raises:
         CaptureError: the model is not one graph; names the user's file and line.
-        UnsupportedError: it is, and an artifact cannot hold it (side effects on Python objects, symbolic shapes, subclasses, …).
+        UnsupportedError: it is, and an artifact cannot hold it (changes to Python objects, symbolic shapes, subclasses, …).
         CompileError: the compiler failed.
 
     >>> artifact = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
@@ -200,7 +203,7 @@ def _entries(program: Program, compiler: str, guards: Guards) -> dict[str, Any]:
         "compiler": compiler,
         "passes": [],
         "config": {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
-        "rebuild": f"torchspan precompile <module:factory> --inputs '{_inputs_text(program.args)}' --compiler {compiler} -o <file>",
+        "rebuild": f"torchspan precompile module:factory --inputs '{_inputs_text(program.args)}' --compiler {compiler} -o FILE",
     }
 
 

@@ -40,7 +40,7 @@ class Frame:
     """What dynamo made of one call, in one grad mode.
 
     `module` takes `inputs`, which stand at `sources`; `bytecode` runs in `scope`, where it calls the graph by `graph_name`;
-    `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the code that was inlined.
+    `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the inlined code.
     """
 
     module: GraphModule
@@ -60,8 +60,9 @@ class Frame:
 class Guards:
     """The conditions under which a captured graph may be used: dynamo's, real, and checked at every call.
 
-    Iterating gives each as a `Guard`; `check` raises; `managers` are dynamo's guard managers, by grad mode. A program that does the
-    same with gradients on and off has one of each, and may be called either way; any other is held to the mode of its capture.
+    Iterating gives each as a `Guard`; `check` raises; `managers` are dynamo's guard managers, by grad mode. A program that does
+    the same with gradients on and off has one of each, and may be called either way; any other is held to the mode of its
+    capture.
 
     >>> gm, bytecode, guards, inputs = capture_dynamo(Program(torch.nn.Linear(2, 3), (torch.ones(1, 2),)))
     >>> guards.holds((torch.zeros(1, 2),)), guards.holds((torch.zeros(5, 2),))
@@ -95,7 +96,7 @@ class Guards:
         """The first condition that does not hold, or None."""
         manager = self.managers.get(torch.is_grad_enabled())
         if manager is None:
-            return f"grad mode is {torch.is_grad_enabled()}; the program was captured with {self.frame.grad_mode}, and does otherwise"
+            return f"grad mode is {torch.is_grad_enabled()}, the program was captured with {self.frame.grad_mode}"
         values = {"target": self.program.target, "args": args, "kwargs": dict(kwargs or {})}
         if manager.check(values):
             return None
@@ -106,7 +107,9 @@ class Guards:
         """Raise GuardError, which names the condition, unless the graph may be used for these inputs, now."""
         failed = self.failure(args, kwargs)
         if failed is not None:
-            raise GuardError(f"the graph of {self.program.name} is not for this call: {failed}; capture it again for such inputs")
+            raise GuardError(
+                f"the graph of {self.program.name} is not for this call: {failed}; capture it again for such inputs"
+            )
 
     def bind(self, graph: Callable[..., Any]) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
         """A function of (args, kwargs) that runs the captured bytecode with `graph` in the place of the captured graph."""
@@ -123,8 +126,8 @@ def capture_dynamo(program: Program) -> tuple[GraphModule, CodeType, Guards, tup
         program: a module or function with example inputs; shapes are static unless marked by ``torch._dynamo.mark_dynamic``.
 
     Returns:
-        The graph (its inputs are the parameters, buffers and tensors that it uses), the bytecode that calls it, its Guards, and the
-        example inputs.
+        The graph (its inputs are the parameters, buffers and tensors that it uses), the bytecode that calls it, its Guards, and
+        the example inputs.
 
     Raises:
         CaptureError: the program is not one graph (a graph break, control flow that depends on data); names the file and line.
@@ -151,7 +154,9 @@ def _consts(code: CodeType) -> tuple[Any, ...]:
 
 
 def _written(module: GraphModule) -> list[Any]:
-    nodes: list[Any] = [(node.op, node.name, str(node.target), repr(node.args), repr(node.kwargs)) for node in module.graph.nodes]
+    nodes: list[Any] = [
+        (node.op, node.name, str(node.target), repr(node.args), repr(node.kwargs)) for node in module.graph.nodes
+    ]
     for name, child in sorted(module.named_modules()):
         if name and isinstance(child, GraphModule):
             nodes.append((name, _written(child)))
@@ -184,7 +189,13 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
     code = _call.__code__.replace()  # a code object of its own: dynamo keeps state by code
     values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
     frame = SimpleNamespace(
-        f_code=code, f_globals=scope, f_locals=values, f_builtins=vars(builtins), closure=(), f_lasti=0, f_lineno=code.co_firstlineno
+        f_code=code,
+        f_globals=scope,
+        f_locals=values,
+        f_builtins=vars(builtins),
+        closure=(),
+        f_lasti=0,
+        f_lineno=code.co_firstlineno,
     )
     with torch.set_grad_enabled(grad_mode):
         try:
@@ -194,7 +205,9 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
     if guarded is None or "module" not in seen:
         raise CaptureError(f"{program.name} does no work on tensors that could be captured; call it as it is")
     graph_name = next(name for name in scope if name.startswith("__compiled_fn"))
-    return Frame(bytecode=guarded.code, manager=guarded.guard_manager, scope=scope, graph_name=graph_name, grad_mode=grad_mode, **seen)
+    return Frame(
+        bytecode=guarded.code, manager=guarded.guard_manager, scope=scope, graph_name=graph_name, grad_mode=grad_mode, **seen
+    )
 
 
 def _guard(entry: Any) -> Guard:
@@ -217,7 +230,10 @@ def _capture_error(program: Program, cause: Exception) -> CaptureError:
     what = lines[0] if lines else type(cause).__name__
     told = [line for line in lines[1:] if line.startswith(("Explanation:", "Hint:"))]
     told = [re.sub(r"^(Explanation|Hint):\s*", "", line) for line in told][:2]
-    advice = " ".join(told) or "Move what Python decides on a tensor's value out of the captured part, or use torch.where or torch.cond."
+    advice = (
+        " ".join(told)
+        or "Move what Python decides on a tensor's value out of the captured part, or use torch.where or torch.cond."
+    )
     where = f" at {site}" if site else ""
     return CaptureError(f"{program.name} cannot be captured as one graph{where}: {what}. {advice}")
 
