@@ -45,6 +45,21 @@ def test_activating_twice_is_activating_once() -> None:
     assert active_environment() is None
 
 
+def test_activating_before_torch_is_imported_is_activating_once(run_python) -> None:
+    run_python(
+        """
+        import torchspan
+        environment = torchspan.activate()
+        from torchspan.environment import scope
+        assert scope._active == [environment]
+        import torch
+        torchspan.deactivate()
+        assert not hasattr(torch, "Precompile") and scope._active == []
+        """,
+        env={"TORCHSPAN": "1"},
+    )
+
+
 def test_it_is_a_context_manager() -> None:
     with torchspan.activate() as environment:
         assert environment.is_active

@@ -53,6 +53,8 @@ def activate(
     True
     """
     global _environment
+    import torch  # noqa: F401 - first: it calls autoload, which may do what is asked for here
+
     settings = {
         "TORCHSPAN": "1",
         "TORCHSPAN_DEVICE": device,
