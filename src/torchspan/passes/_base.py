@@ -38,6 +38,8 @@ class Pass:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    compiles: ClassVar[bool] = False
+    """Whether it calls `PassContext.compile_region`: then one rank goes first."""
 
     def require(self, graph: Graph) -> None:
         """Raise PassError if this pass cannot work on `graph`."""

@@ -142,20 +142,13 @@ def default_of(option: Field[Any]) -> Any:
 # listing
 
 
-@dataclass(frozen=True)
-class PassListing:
-    """One line of ``torchspan passes``: `options` are names with their defaults."""
+def describe_passes() -> list[dict[str, Any]]:
+    """Every pass by name: ``name``, ``summary``, and ``options``, which are names with their defaults.
 
-    name: str
-    summary: str
-    options: dict[str, Any]
-
-
-def list_passes() -> list[PassListing]:
-    """Every pass there is, by name.
-
-    >>> [listing.name for listing in list_passes()]
+    >>> [row["name"] for row in describe_passes()]
     ['regional_inductor', 'transformer_block_bucketing']
     """
     kinds: list[type[Pass]] = [REGISTRY.get(name).PASS for name in REGISTRY.names()]
-    return [PassListing(kind.name, kind.summary, {f.name: default_of(f) for f in fields(kind)}) for kind in kinds]
+    return [
+        {"name": kind.name, "summary": kind.summary, "options": {f.name: default_of(f) for f in fields(kind)}} for kind in kinds
+    ]

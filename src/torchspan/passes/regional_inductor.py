@@ -31,6 +31,7 @@ class RegionalInductor(Pass):
 
     name: ClassVar[str] = "regional_inductor"
     summary: ClassVar[str] = "compiles annotated regions with inductor, within the budget; the rest stays as it is"
+    compiles: ClassVar[bool] = True
 
     modules: str = ""
 
