@@ -11,9 +11,14 @@ from torchspan.core.errors import InputError
 
 def test_each_part_is_a_tensor_of_that_dtype_and_shape() -> None:
     found = parse_inputs(" float32[4, 10],int64[2] , bool[3],bfloat16[1,2,3],complex64[2],float64")
-    assert [
-        str(tensor.dtype).removeprefix("torch.") for tensor in found
-    ] == "float32 int64 bool bfloat16 complex64 float64".split()
+    assert [str(tensor.dtype).removeprefix("torch.") for tensor in found] == [
+        "float32",
+        "int64",
+        "bool",
+        "bfloat16",
+        "complex64",
+        "float64",
+    ]
     assert [tuple(tensor.shape) for tensor in found] == [(4, 10), (2,), (3,), (1, 2, 3), (2,), ()]
     assert set(found[1].tolist()) <= {0, 1}
     assert all(torch.equal(one, two) for one, two in zip(found, parse_inputs("float32[4,10],int64[2]")))

@@ -13,6 +13,9 @@ import torch
 from torchspan.artifacts import describe, load, precompile
 from torchspan.core.errors import CaptureError, GuardError, InputError, UnsupportedError
 
+# torch scripts a module of its own when inductor is first imported, and deprecated that
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning")
+
 FRESH = """
 import os, sys, time
 os.environ["PATH"] = ""  # no compiler can be called

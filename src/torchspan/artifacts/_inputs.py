@@ -32,7 +32,7 @@ def parse_inputs(text: str) -> tuple[torch.Tensor, ...]:
 
 def _split(text: str) -> Iterator[tuple[torch.dtype, list[int]]]:
     position = 0
-    while position < len(text) or position == 0:
+    while True:
         match = _INPUT.match(text, position)
         end = match.end() if match else position
         if match is None or (end < len(text) and text[end] != ","):
@@ -43,6 +43,8 @@ def _split(text: str) -> Iterator[tuple[torch.dtype, list[int]]]:
                 f"{match[1]!r} in the inputs {text!r} is no dtype of torch; expected such as float32, bfloat16, int64"
             )
         yield dtype, [int(size) for size in (match[2] or "").split(",") if size.strip()]
+        if end == len(text):
+            return
         position = end + 1
 
 
