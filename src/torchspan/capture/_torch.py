@@ -22,8 +22,8 @@ def follow_backward(loss: Tensor) -> None:
 def kernels_kept_whole() -> Iterator[None]:
     """While this is open, make_fx records operators as eager calls them, also those that could be decomposed.
 
-    ``silu_backward`` has kernels of its own and also a composite implementation. Autograd calls the kernel; make_fx of torch before
-    2.10 traced the composite, whose rounding differs (1e-9): with it, a captured step is not bitwise eager's. Newer ones ask
+    ``silu_backward`` has kernels of its own and also a composite implementation. Autograd calls the kernel; make_fx of older torch
+    (2.8) traced the composite, whose rounding differs (1e-9): with it, a captured step is not bitwise eager's. Newer ones ask
     ``autograd_would_have_decomposed`` first, and nothing is done here.
     """
     from torch._C import DispatchKey
@@ -54,14 +54,15 @@ def _with_kernel_and_composite() -> tuple[Any, ...]:
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and "." not in name)
     return tuple(getattr(torch.ops.aten, name.removeprefix("aten::")).default for name in names if has_all(name))
 
+
 # dynamo: one frame traced, without running it
 
 
 def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
     """What dynamo makes of a `frame`: its ``GuardedCode`` (bytecode and guard manager), or None where it found no tensor work.
 
-    Nothing of the frame is run. `backend` gets the graph and its example inputs, `keep_guards` every guard with its value. Shapes
-    are static unless marked; module hooks are guarded on.
+    Nothing of the frame is run. `backend` gets the graph and its example inputs, `keep_guards` every guard with its value.
+    Shapes are static unless marked; module hooks are guarded on.
     """
     from torch._dynamo import config
     from torch._dynamo.convert_frame import convert_frame_assert
@@ -74,6 +75,11 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
         "specialize_int": True,
         "guard_nn_modules": True,
         "skip_nnmodule_hook_guards": False,
+        # not to be skipped because a dict is the same dict: requires_grad of a parameter may have changed
+        "guard_nn_modules_using_dict_tags": False,
+        "skip_tensor_guards_with_matching_dict_tags": False,
+        "use_recursive_dict_tags_for_guards": False,
+        "skip_no_tensor_aliasing_guards_on_parameters": False,
     }
     with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
         done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
@@ -81,7 +87,7 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
 
 
 def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...]]:
-    """Inside a dynamo backend: the tracing context, the code objects traced so far, and the Python objects that will be changed."""
+    """Inside a dynamo backend: the tracing context, the code traced so far, and the Python objects that will be changed."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import TracingContext
 
