@@ -127,7 +127,12 @@ class Region:
         if self._plan.settings.is_inductor and filled.graphs == 0:
             self._give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
             return
-        prepare_to_load(filled.isas)
+        try:
+            prepare_to_load(filled.isas)
+        except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
+            failed = Ending("failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor")
+            self._give_up(generation, failed)
+            return
         self._attempt(ending)
         generation.stage = "ready"
         generation.done.set()
