@@ -1,8 +1,8 @@
 """Regions: the annotated parts of a graph, each cut out as a submodule that can be compiled as one unit.
 
 A region is convex (no value leaves it and comes back through a node outside), holds nodes of one annotation only, and stays on
-one side of every in-place change. torch's own `CapabilityBasedPartitioner` is not used: it knows one kind of part, and asked once
-for each kind it proposes parts that wait for each other (137 of 300 random graphs of two kinds could not be fused, on torch
+one side of every in-place change. torch's own `CapabilityBasedPartitioner` is not used: it knows one kind of part, and asked
+once for each it proposes parts that wait for each other (137 of 300 random graphs of two kinds could not be fused, on torch
 2.8.0, 2.13.0 and 2.15.0 alike); it knows nothing of in-place changes either.
 """
 
