@@ -10,6 +10,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 SNAPSHOT = """
 import sys, types, torch, torch.profiler
 import torch.distributed.device_mesh, torch.distributed.fsdp
+import torch._dynamo  # which changes torch itself when it is imported
 
 MODULES = [name for name in sys.modules if name == "torch" or name.startswith("torch.")]
 
@@ -47,7 +48,7 @@ before = snapshot()
 environment = Environment(device_patches(Facts(), "auto", Report()))
 environment.activate()
 during = snapshot()
-changed = {name for name in before if during[name][:2] != before[name][:2]}
+changed = {name for name in before if during.get(name, (0, 0))[:2] != before[name][:2]}
 assert len(changed) > 150, len(changed)
 for name in ("torch.zeros", "torch.Tensor.to", "torch.cuda.is_available", "torch.nn.modules.module.Module.cuda",
              "torch.amp.autocast_mode.autocast.__init__", "torch.cuda.streams.Stream.__new__"):
