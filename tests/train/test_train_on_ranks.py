@@ -142,4 +142,6 @@ def test_impossible_degrees_are_clear_errors(answers: dict[str, Any]) -> None:
 
 
 def test_ranks_that_would_wait_for_each_other_are_told_apart_before_they_do(answers: dict[str, Any]) -> None:
-    assert answers["uneven"].startswith("CaptureError: the graphs of ranks [1, 2, 3] call other collectives than that of rank 0")
+    assert answers["uneven"].startswith(
+        "CaptureError: the graphs of ranks [1, 2, 3] call other collectives than that of rank 0"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Layout:
     """How a DTensor is made of its local tensor."""
 
     mesh: DeviceMesh
-    placements: tuple[object, ...]
+    placements: tuple[Any, ...]
     shape: torch.Size
     stride: tuple[int, ...]
 
@@ -28,7 +29,12 @@ class Layout:
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride  # type: ignore[arg-type]
+            local,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=self.shape,
+            stride=self.stride,
         )
 
 
@@ -50,7 +56,7 @@ class Slot:
             return gradient
         if getattr(gradient, "placements", None) is None:
             raise CaptureError(f"the gradient of {self.spec.name} is a {type(gradient).__name__}; expected a DTensor, as it is")
-        return gradient.redistribute(placements=self.layout.placements).to_local()  # type: ignore[attr-defined, no-any-return]
+        return gradient.redistribute(placements=self.layout.placements).to_local()  # type: ignore[attr-defined]
 
 
 def slots(module: nn.Module) -> list[Slot]:
@@ -76,7 +82,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of `tensor`, outside of autograd."""
-    return tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined, no-any-return]
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def check_program(program: Program) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ def follow_backward(loss: Tensor) -> None:
 def kernels_kept_whole() -> Iterator[None]:
     """While this is open, make_fx records operators as eager calls them, also those that could be decomposed.
 
-    ``silu_backward`` has kernels of its own and also a composite implementation. Autograd calls the kernel; make_fx of older torch
-    (2.8) traced the composite, whose rounding differs (1e-9): with it, a captured step is not bitwise eager's. Newer ones ask
-    ``autograd_would_have_decomposed`` first, and nothing is done here.
+    ``silu_backward`` has kernels of its own and also a composite implementation. Autograd calls the kernel; make_fx of old
+    torch (2.8) traced the composite, whose rounding differs (1e-9): with it, a captured step is not bitwise eager's. Newer
+    ones ask ``autograd_would_have_decomposed`` first, and nothing is done here.
     """
     from torch._C import DispatchKey
     from torch.fx.experimental import proxy_tensor
@@ -35,7 +35,7 @@ def kernels_kept_whole() -> Iterator[None]:
     key = DispatchKey.CompositeImplicitAutograd
     kept = [operator for operator in _with_kernel_and_composite() if key not in operator.py_kernels]
     for operator in kept:
-        operator.py_kernels[key] = lambda *args, **kwargs: NotImplemented
+        operator.py_kernels[key] = partial(_composite_unless_recorded, operator)
     try:
         yield
     finally:
@@ -43,12 +43,22 @@ def kernels_kept_whole() -> Iterator[None]:
             del operator.py_kernels[key]
 
 
+def _composite_unless_recorded(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """The composite implementation for fake tensors, which need shapes; no decomposition for what records the graph."""
+    from torch._C import DispatchKey
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        return NotImplemented
+    return operator._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
 @cache
 def _with_kernel_and_composite() -> tuple[Any, ...]:
-    """Operators that have a CPU, a Meta and a composite kernel: torch 2.8 and 2.13 have exactly ``silu_backward``."""
+    """Operators that have a CPU and a composite kernel: ``silu_backward``, ``mish_backward``, ``native_channel_shuffle``."""
 
     def has_all(name: str) -> bool:
-        keys = ("CompositeImplicitAutograd", "CPU", "Meta")
+        keys = ("CompositeImplicitAutograd", "CPU")
         return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and "." not in name)

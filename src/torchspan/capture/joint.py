@@ -44,10 +44,10 @@ def capture_joint(program: Program) -> Graph:
             "capture with train_step, which every supported torch can"
         )
     with ExitStack() as stack, torch.fx.traceback.preserve_node_meta(), stamped_with_module_paths(module):
-        joint = export(stack, _Checked(module), program.args)
+        joint = export(stack, _Flat(module), program.args)
     _check_placements(module, _torch.joint_gradient_placements(joint))
-    inputs = _input_specs(joint.graph_module.graph)
-    outputs = _output_specs(joint.graph_module.graph)
+    names = {f"_{index}": slot.spec.name for index, slot in enumerate(slots(module))}
+    inputs, outputs = _input_specs(joint.graph_module.graph, names), _output_specs(joint.graph_module.graph, names)
     _drop_meshes(joint.graph_module.graph)
     joint.graph_module.graph.set_codegen(CodeGen())  # flat arguments, and not a list of primals and one of tangents
     clean(joint.graph_module)
@@ -56,15 +56,27 @@ def capture_joint(program: Program) -> Graph:
     return graph
 
 
-class _Checked(nn.Module):
-    """A module whose loss is checked while it is traced."""
+class _Flat(nn.Module):
+    """A module with all of its state on one level, each tensor once, under its index in `slots`.
+
+    AOTAutograd would make two inputs, with a gradient each, of a parameter that is tied.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self._module = (module,)  # in a tuple, so that it is no submodule
+        self._names = [slot.spec.name for slot in slots(module)]
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        for index, name in enumerate(self._names):
+            if name in parameters:
+                self.register_parameter(f"_{index}", parameters[name])  # type: ignore[arg-type]
+            else:
+                self.register_buffer(f"_{index}", buffers[name])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return check_loss(self.module(*inputs), type(self.module).__name__)
+        state = {name: getattr(self, f"_{index}") for index, name in enumerate(self._names)}
+        module = self._module[0]
+        return check_loss(torch.func.functional_call(module, state, inputs), type(module).__name__)
 
 
 def _check_placements(module: nn.Module, found: list[Any] | None) -> None:
@@ -92,17 +104,17 @@ def _plain(descriptor: Any) -> Any:
     return descriptor
 
 
-def _input_specs(graph: FxGraph) -> tuple[InputSpec, ...]:
+def _input_specs(graph: FxGraph, names: dict[str, str]) -> tuple[InputSpec, ...]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and not _is_mesh(node.meta["desc"])]
-    return tuple(_input_spec(_plain(node.meta["desc"])) for node in placeholders)
+    return tuple(_input_spec(_plain(node.meta["desc"]), names) for node in placeholders)
 
 
-def _input_spec(descriptor: Any) -> InputSpec:
+def _input_spec(descriptor: Any, names: dict[str, str]) -> InputSpec:
     kind = type(descriptor).__name__
     if kind == "ParamAOTInput":
-        return InputSpec("parameter", _name(descriptor))
+        return InputSpec("parameter", names[descriptor.target])
     if kind == "BufferAOTInput":
-        return InputSpec("buffer", _name(descriptor))
+        return InputSpec("buffer", names[descriptor.target])
     if kind == "PlainAOTInput":
         return InputSpec("input", str(descriptor.idx))
     if kind == "TangentAOTInput":
@@ -110,24 +122,20 @@ def _input_spec(descriptor: Any) -> InputSpec:
     raise CaptureError(f"the joint graph takes {descriptor}, which a training step has not; capture with train_step")
 
 
-def _name(descriptor: Any) -> str:
-    return str(descriptor.target).removeprefix("module.")  # of _Checked
-
-
-def _output_specs(graph: FxGraph) -> tuple[OutputSpec, ...]:
+def _output_specs(graph: FxGraph, names: dict[str, str]) -> tuple[OutputSpec, ...]:
     descriptors, values = _outputs(graph)
     kept = [(d, value) for d, value in zip(descriptors, values) if not _is_mesh(d) and value is not None]
-    return tuple(_output_spec(_plain(descriptor)) for descriptor, _ in kept)
+    return tuple(_output_spec(_plain(descriptor), names) for descriptor, _ in kept)
 
 
-def _output_spec(descriptor: Any) -> OutputSpec:
+def _output_spec(descriptor: Any, names: dict[str, str]) -> OutputSpec:
     kind = type(descriptor).__name__
     if kind == "PlainAOTOutput":
         return OutputSpec("loss", "loss")
     if kind == "GradAOTOutput":
-        return OutputSpec("gradient", _name(_plain(descriptor.grad_of)))
+        return OutputSpec("gradient", names[_plain(descriptor.grad_of).target])
     if kind == "InputMutationAOTOutput":
-        return OutputSpec("mutation", _name(_plain(descriptor.mutated_input)))
+        return OutputSpec("mutation", names[_plain(descriptor.mutated_input).target])
     raise CaptureError(f"the joint graph gives {descriptor}, which a training step has not; capture with train_step")
 
 

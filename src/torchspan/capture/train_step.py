@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchspan.core.graph import Graph, InputSpec, OutputSpec
-from torchspan.core.program import Program
 from torchspan.capture._clean import clean
 from torchspan.capture._origins import copy_origins_to_backward, stamped_as_backward, stamped_with_module_paths
 from torchspan.capture._state import Slot, check_loss, check_program, local, slots
+from torchspan.core.graph import Graph, InputSpec, OutputSpec
+from torchspan.core.program import Program
 
 SUMMARY = "forward, loss and backward as autograd runs them, traced by make_fx"
 
@@ -17,8 +17,8 @@ SUMMARY = "forward, loss and backward as autograd runs them, traced by make_fx"
 def capture_train_step(program: Program) -> Graph:
     """The training step of a module whose forward gives a scalar loss.
 
-    The Graph takes the module's parameters and buffers (of a DTensor: this rank's part), then the inputs, and gives the loss and
-    the gradient of each parameter that has one, in the parameters' order. It is traced on fake tensors: nothing is computed.
+    The Graph takes the module's parameters and buffers (of a DTensor: this rank's part), then the inputs, and gives the loss
+    and the gradient of each parameter that has one, in the parameters' order. Traced on fake tensors: nothing is computed.
 
     >>> class Loss(torch.nn.Module):
     ...     def __init__(self):

@@ -27,8 +27,8 @@ activation split along the sequence, result gathered.
 class ModelSpec:
     """One model: `flavours` are configurations by name, `build` makes the module of one.
 
-    `tensor_parallel` maps patterns of submodule names (``layers.*.attention.wq``) to how they shard. `sizes` says which numbers of
-    a configuration the tensor-parallel degree must divide, by their names in it.
+    `tensor_parallel` maps patterns of submodule names (``layers.*.attention.wq``) to how they shard. `sizes` says which numbers
+    of a configuration the tensor-parallel degree must divide, by their names in it.
     """
 
     name: str

@@ -3,8 +3,8 @@
 Shapes, as suffixes of names: B batch, S sequence, D model width, H query heads, K key and value heads, E width of a head,
 F width of the feed-forward, V vocabulary.
 
-Sources: RMSNorm https://arxiv.org/abs/1910.07467, rotary embedding https://arxiv.org/abs/2104.09864 (in the layout that turns the
-two halves of a head against each other), grouped-query attention https://arxiv.org/abs/2305.13245, SwiGLU
+Sources: RMSNorm https://arxiv.org/abs/1910.07467, rotary embedding https://arxiv.org/abs/2104.09864 (in the layout that turns
+the two halves of a head against each other), grouped-query attention https://arxiv.org/abs/2305.13245, SwiGLU
 https://arxiv.org/abs/2002.05202, the sizes https://arxiv.org/abs/2407.21783.
 """
 
@@ -26,8 +26,8 @@ from torchspan.models._base import ModelSpec
 class ModelConfig:
     """Sizes of a Llama 3.
 
-    `annotate_regions` marks attention and feed-forward with ``torch.fx.traceback.annotate({"compile_with_inductor": …})``, which
-    torch has since 2.10 and torchspan's backport gives to older ones; without it the model is plain torch.
+    `annotate_regions` marks attention and feed-forward with ``torch.fx.traceback.annotate({"compile_with_inductor": …})``,
+    which torch has since 2.10 and torchspan's backport gives to older ones; without it the model is plain torch.
 
     >>> ModelConfig(dim=100, num_heads=3)
     Traceback (most recent call last):

@@ -17,9 +17,9 @@ TP = "tp"
 class Degrees:
     """How many processes share each axis.
 
-    >>> Degrees(dp_shard=2, tp=2).check(world_size=8)
+    >>> Degrees(dp_shard=2, tp=2).check(world_size=8)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: dp_shard 2 × tp 2 are 4 processes, this job has 8; set the degrees so that their product is 8
+    torchspan.core.errors.InputError: dp_shard 2 × tp 2 are 4 processes, this job has 8; set the degrees so that ...
     """
 
     dp_shard: int = 1

@@ -124,8 +124,8 @@ def _outer_shard(tp_placements: tuple[Placement, ...], tp_mesh: DeviceMesh | Non
 def _gathering_class(base: type, gathers: dict[str, Gather]) -> type:
     """A subclass of `base` on which reading one of the parameters gathers it.
 
-    A subclass, because Python finds a property before an instance's attribute; what is stored stays in ``_parameters``, where the
-    optimizer and the state dict find it.
+    A subclass, because Python finds a property before an instance's attribute; what is stored stays in ``_parameters``, where
+    the optimizer and the state dict find it.
     """
 
     def reader(name: str) -> property:

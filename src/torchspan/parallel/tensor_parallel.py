@@ -59,9 +59,7 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str
         if not any(_answers(name, pattern) for name in names):
             raise InputError(f"no submodule answers to {pattern!r} of the tensor-parallel plan; did the model change?")
     # src_data_rank=None: every rank drew the same weights, none needs to be sent
-    return parallelize_module(
-        module, mesh, {pattern: styles[style] for pattern, style in plan.items()}, src_data_rank=None
-    )
+    return parallelize_module(module, mesh, {pattern: styles[style] for pattern, style in plan.items()}, src_data_rank=None)
 
 
 def _answers(name: str, pattern: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from itertools import pairwise
 
 from torch.fx import Graph, Node
 
@@ -32,5 +33,5 @@ def reorder(graph: Graph, wanted: Mapping[Node, float]) -> None:
     if len(order) != len(nodes):
         stuck = [node.name for node in nodes if waiting[node]]
         raise PassError(f"{len(stuck)} nodes wait for each other: {', '.join(stuck[:5])}")
-    for before, node in zip(order, order[1:]):
+    for before, node in pairwise(order):
         before.append(node)

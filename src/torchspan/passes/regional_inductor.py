@@ -25,7 +25,7 @@ class RegionalInductor(Pass):
     """Cuts the graph into regions and compiles each; equal regions are compiled once.
 
     A region is what the program annotated (``torch.fx.traceback.annotate({"compile_with_inductor": name})``), or, with
-    `modules`, what the submodules did whose paths answer to one of its patterns (``*.feed_forward``, several with ``|`` between them).
+    `modules`, what the submodules did whose paths answer to one of its patterns (``*.feed_forward``, several by ``|``).
     Collectives and waits stay outside, so that a region can be compiled in a process that has no process groups.
     """
 
@@ -59,7 +59,9 @@ class RegionalInductor(Pass):
 
     def _record(self, num_regions: int, num_compiled: int, report: Report) -> None:
         if num_regions:
-            report.decide("pass", self.name, f"{num_regions} regions, {num_compiled} compiled", "equal regions share one compile")
+            report.decide(
+                "pass", self.name, f"{num_regions} regions, {num_compiled} compiled", "equal regions share one compile"
+            )
         else:
             reason = "no node is annotated with compile_with_inductor; annotate, or name modules: regional_inductor{modules=…}"
             report.decide("pass", self.name, "nothing changed", reason)
@@ -68,7 +70,8 @@ class RegionalInductor(Pass):
         """Every collective is where it was: outside of what was compiled."""
         if before.num_collectives() != after.num_collectives():
             raise PassError(
-                f"{self.name} changed the collectives: {dict(before.num_collectives())} before, {dict(after.num_collectives())} after"
+                f"{self.name} changed the collectives: {dict(before.num_collectives())} before, "
+                f"{dict(after.num_collectives())} after"
             )
 
 

@@ -206,10 +206,7 @@ class _Writer:
     def cut(self, node: Node, dim: int, sizes: list[int]) -> list[Node]:
         """Pieces of `node` along `dim`."""
         ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-        return [
-            self.call(torch.ops.aten.slice.Tensor, node, dim, end - size, end)
-            for size, end in zip(sizes, ends)
-        ]
+        return [self.call(torch.ops.aten.slice.Tensor, node, dim, end - size, end) for size, end in zip(sizes, ends)]
 
 
 def _writer(graph: FxGraph, bucket: list[_Member], at: Node, places: dict[Node, float]) -> _Writer:

@@ -99,13 +99,14 @@ class TrainConfig:
 def parse_config(argv: Sequence[str]) -> TrainConfig | None:
     """The configuration that `argv` writes, or None if it asked for help, which is then printed.
 
-    ``llama3 debugmodel`` in front stand for ``--module llama3 --config debugmodel``; ``--no-compile`` for ``--compile.no-enable``.
+    ``llama3 debugmodel`` in front stand for ``--module llama3 --config debugmodel``, ``--no-compile`` for
+    ``--compile.no-enable``.
 
     >>> parse_config(["llama3", "tiny", "--training.steps", "5", "--no-compile"]).compile.enable
     False
-    >>> parse_config(["--training.stepps", "5"])
+    >>> parse_config(["--training.stepps", "5"])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: Unrecognized options: --training.stepps, 5; perhaps --training.steps? 'torchspan train --help' lists them
+    torchspan.core.errors.InputError: Unrecognized options: --training.stepps, 5; perhaps --training.steps? ...
     """
     import tyro
 
@@ -121,7 +122,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig | None:
 
 def _spelled_out(argv: Sequence[str]) -> list[str]:
     """`argv` with positions and short forms written as flags."""
-    positions = []
+    positions: list[str] = []
     rest = list(argv)
     while rest and not rest[0].startswith("-") and len(positions) < 2:
         positions.append(rest.pop(0))

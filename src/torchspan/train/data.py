@@ -13,10 +13,12 @@ from torchspan.core.errors import InputError
 
 VOCAB_SIZE = 256
 
-_SUBJECTS = "the miller|a young captain|the old clock|her brother|every gull|the schoolmaster|a patient dog|the river".split("|")
-_VERBS = "watched|carried|forgot|mended|followed|remembered|counted|painted".split("|")
-_OBJECTS = "the boats|a letter|the long road|her silence|the lanterns|seven stones|the harbour|a borrowed coat".split("|")
-_TAILS = "before dawn|without a word|in the rain|as if nothing had happened|until the bells rang|once more".split("|")
+_WORDS = """
+the miller|a young captain|the old clock|her brother|every gull|the schoolmaster|a patient dog|the river
+watched|carried|forgot|mended|followed|remembered|counted|painted
+the boats|a letter|the long road|her silence|the lanterns|seven stones|the harbour|a borrowed coat
+before dawn|without a word|in the rain|as if nothing had happened|until the bells rang|once more
+"""
 
 
 def generated_text(num_sentences: int = 4000) -> str:
@@ -26,7 +28,8 @@ def generated_text(num_sentences: int = 4000) -> str:
     'The old clock followed a letter in the rain.'
     """
     draw = random.Random(20)
-    sentences = [" ".join(draw.choice(words) for words in (_SUBJECTS, _VERBS, _OBJECTS, _TAILS)) for _ in range(num_sentences)]
+    parts = [line.split("|") for line in _WORDS.split("\n") if line]  # subject, verb, object, adverbial
+    sentences = [" ".join(draw.choice(words) for words in parts) for _ in range(num_sentences)]
     return " ".join(sentence.capitalize() + "." for sentence in sentences)
 
 

@@ -64,9 +64,9 @@ def degrees_of(parallelism: Parallelism, world_size: int) -> Degrees:
 
     >>> degrees_of(Parallelism(tensor_parallel_degree=2), 8)
     Degrees(dp_shard=4, tp=2)
-    >>> degrees_of(Parallelism(data_parallel_shard_degree=2), 1)
+    >>> degrees_of(Parallelism(data_parallel_shard_degree=2), 1)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: dp_shard 2 × tp 1 are 2 processes, this job has 1; set the degrees so that their product is 1
+    torchspan.core.errors.InputError: dp_shard 2 × tp 1 are 2 processes, this job has 1; set the degrees so that ...
     """
     tp, dp = parallelism.tensor_parallel_degree, parallelism.data_parallel_shard_degree
     if dp == -1 and tp > 0 and world_size % tp == 0:
@@ -78,7 +78,7 @@ def degrees_of(parallelism: Parallelism, world_size: int) -> Degrees:
 
 @contextmanager
 def joined(parallelism: Parallelism, report: Report) -> Iterator[Job]:
-    """The job that this process is part of: the process group that is there, or what torchrun's environment says, or one process.
+    """The job that this process is part of: of the process group there is, or of torchrun's environment, or alone.
 
     A process group that was made here is destroyed at the end.
     """
@@ -149,7 +149,7 @@ def check_same_collectives(graph: Graph, job: Job) -> None:
     if len(set(all_digests)) > 1:
         differing = [rank for rank, digest in enumerate(all_digests) if digest != all_digests[0]]
         raise CaptureError(
-            f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for each other for ever; "
+            f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for ever; "
             "does the model branch on its rank?"
         )
 

@@ -125,7 +125,9 @@ def _make_step(
 ) -> Step:
     """The step as a function of tokens and labels that leaves gradients in the parameters and returns the loss."""
     if not settings.enable:
-        reason = "asked for" if not pipeline.passes else f"asked for; without a graph the passes {pipeline} have nothing to work on"
+        reason = (
+            "asked for" if not pipeline.passes else f"asked for; without a graph the passes {pipeline} have nothing to work on"
+        )
         report.decide("capture", program.model.__class__.__name__, "eager", reason)
         return _eager(program)
     began = time.perf_counter()
@@ -140,7 +142,7 @@ def _make_step(
 def _eager(program: Loss) -> Step:
     def step(tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         loss: Tensor = program(tokens_BS, labels_BS)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     return step
@@ -155,7 +157,9 @@ def _transformed(graph: Graph, settings: Compile, pipeline: Pipeline, job: Job, 
     context = PassContext(report, bounded(settings, report))
     takes_turns = job.mesh is not None and any(one.compiles for one in pipeline.passes)
     if takes_turns:
-        report.decide("compile", "ranks", "rank 0 first", "its code is in the caches when the other ranks compile the same regions")
+        report.decide(
+            "compile", "ranks", "rank 0 first", "its code is in the caches when the other ranks compile the same regions"
+        )
         if job.rank != 0:
             job.wait()
     graph = pipeline.run(graph, context, instruments)
