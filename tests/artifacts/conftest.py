@@ -99,7 +99,7 @@ class Annotated(nn.Module):
     def forward(self, x):
         from torch.fx import traceback
 
-        x = self.first(x).tanh()
+        x = self.first(x).tanh() + torch.arange(8)
         with traceback.annotate({"compile_with_inductor": "gate"}):
             x = x * torch.sigmoid(x) + 1
         return self.last(x)
@@ -209,8 +209,9 @@ def make(models: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 def run_with_models(run_python: Callable[..., object], models: types.ModuleType) -> Callable[..., object]:
     """Run code in a fresh process that can import the models."""
 
-    def run(code: str, *argv: str, **options: object) -> object:
-        return run_python(code, *argv, env={"PYTHONPATH": str(Path(str(models.__file__)).parent)}, **options)
+    def run(code: str, *argv: str, env: dict[str, str] | None = None, **options: object) -> object:
+        path = {"PYTHONPATH": str(Path(str(models.__file__)).parent)}
+        return run_python(code, *argv, env=path | (env or {}), **options)
 
     return run
 

@@ -12,7 +12,7 @@ import torch
 
 from torchspan.artifacts import load
 from torchspan.capture.dynamo import capture_dynamo
-from torchspan.core.errors import GuardError
+from torchspan.core.errors import GuardError, ManifestMismatchError
 from torchspan.core.program import Program
 
 
@@ -193,3 +193,12 @@ def test_the_guards_of_the_artifact_and_those_of_dynamo_agree(
         assert guards.holds(args, kwargs)
         change(model, models)
         assert not guards.holds(args, kwargs), change.__name__
+
+
+def test_a_function_of_torch_that_somebody_replaced_is_noticed_at_load(
+    models: types.ModuleType, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("mlp")
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: torch.zeros(4, 20))
+    with pytest.raises(ManifestMismatchError, match=r"torch\.nn\.modules\.linear\.F\.linear is .*<lambda>, not torch's"):
+        load(path, models.mlp())

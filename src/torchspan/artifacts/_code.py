@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
+_OWN_ROOT = str(Path(__file__).parents[1])
 
 
 class Seen:
@@ -34,6 +35,11 @@ class Seen:
 def is_torch_code(code: CodeType) -> bool:
     """Whether code is torch's own: an artifact is held to one torch, which covers it."""
     return code.co_filename.startswith((_TORCH_ROOT, "<"))
+
+
+def is_own_code(code: CodeType) -> bool:
+    """Whether code is torchspan's: what a capture calls the program through, backports and wrappers of device rules."""
+    return code.co_filename.startswith(_OWN_ROOT)
 
 
 def digest_function(function: Any, seen: Seen | None = None) -> str:

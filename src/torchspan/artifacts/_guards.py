@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _device
 
-from torchspan.artifacts._code import digest_class, digest_function
+from torchspan.artifacts._code import digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._values import STEPS, Path, decode, decode_path, name_of, show_path
 from torchspan.core.errors import IntegrityError
 
@@ -127,6 +127,17 @@ def _named(expected: Any) -> Check:
     return check
 
 
+def _torch_function(expected: Any) -> Check:
+    """Of a function that torch has by that name: it is still torch's, or torchspan's in its place; not anybody else's."""
+
+    def check(value: Any) -> str | None:
+        code = getattr(value, "__code__", None)
+        is_known = code is None or is_torch_code(code) or is_own_code(code)
+        return None if is_known and name_of(value) == expected else f"is {name_of(value)}, not torch's {expected}"
+
+    return check
+
+
 def identity_of(value: Any) -> list[str]:
     """What names an object that exists once in every process: a module, class, builtin or operator.
 
@@ -206,6 +217,7 @@ CHECKS: Mapping[str, Callable[[Any], Check]] = {
     "has_attribute": _has_attribute,
     "not_none": _not_none,
     "file": _file,
+    "torch_function": _torch_function,
 }
 
 

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
-from torchspan.artifacts._code import Seen, digest_class, digest_function, is_torch_code
+from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of
-from torchspan.artifacts._values import Path, encode, encode_path, follow, name_of, parse_path
+from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
 from torchspan.capture.dynamo import Frame, Guard, Guards
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.program import Program
@@ -132,7 +132,12 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
                 guard.kind == "HASATTR" and "attr" not in guard.arguments
             ):  # torch 2.8 has the attribute as the end of the source
                 at, guard = _attribute_guard(at, guard, guards.program)
-            check, expected = _convert(guard, seen)
+            if _is_in_torch(encode_path(at)) and _passes_own(at):
+                continue  # what torchspan's own wrapper of a torch function holds
+            if _is_in_torch(encode_path(at)) and isinstance(guard.value, (FunctionType, BuiltinFunctionType)):
+                check, expected = "torch_function", name_of(guard.value)
+            else:
+                check, expected = _convert(guard, seen)
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
             found.setdefault(json.dumps([entry["at"], check, expected]), entry)
         _cover_traced(frame, guards.program, seen, found)
@@ -150,6 +155,16 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         "ambient": ambient,
         "inputs": [encode_path(path) for path in paths],
     }
+
+
+def _passes_own(path: Path) -> bool:
+    """Whether a path leads into a function of torchspan, such as a device rule's wrapper: there with it, absent without."""
+    found: Any = {}
+    for kind, key in path[:-1]:
+        found = STEPS[kind](key)(found)
+        if isinstance(found, FunctionType) and is_own_code(found.__code__):
+            return True
+    return False
 
 
 def _attribute_guard(at: Path, guard: Guard, program: Program) -> tuple[Path, Guard]:
@@ -203,16 +218,11 @@ def _cover_traced(frame: Frame, program: Program, seen: Seen, found: dict[str, d
     else:
         digest_function(target, seen)
     for code in frame.traced:
-        if is_torch_code(code) or code in seen or _is_call(code):
+        if is_torch_code(code) or code in seen or is_own_code(code):
             continue
         name, digest = _source_of(code)
         entry = {"at": [["module", name], ["attr", "__file__"]], "check": "file", "expected": digest, "kind": "INLINED"}
         found.setdefault(f"file {name}", entry)
-
-
-def _is_call(code: CodeType) -> bool:
-    """Whether this is the function that a capture calls the program through."""
-    return code.co_filename.endswith(("/capture/dynamo.py", "\\capture\\dynamo.py")) and code.co_name == "_call"
 
 
 def _source_of(code: CodeType) -> tuple[str, str]:

@@ -28,7 +28,27 @@ def compile_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, co
             return compile_fx(copy_of(module), list(inputs))
         from torch._dynamo.backends.common import aot_autograd
 
-        return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(copy_of(module), list(inputs))
+        boxed = _boxing(compiler)
+        return aot_autograd(fw_compiler=boxed, bw_compiler=boxed)(copy_of(module), list(inputs))
+
+
+def _boxing(compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler, whose functions take their inputs in one list and clear it: AOTAutograd calls those without a warning."""
+
+    def compile_boxed(graph: GraphModule, example_inputs: Any) -> Any:
+        compiled = compiler(graph, example_inputs)
+        if getattr(compiled, "_boxed_call", False):
+            return compiled
+
+        def boxed(inputs: list[Any]) -> Any:
+            given = tuple(inputs)
+            inputs.clear()
+            return compiled(*given)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    return compile_boxed
 
 
 def copy_of(module: GraphModule) -> GraphModule:
