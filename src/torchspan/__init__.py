@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torchspan.api import activate as activate
     from torchspan.api import deactivate as deactivate
     from torchspan.artifacts import Precompile as Precompile
-    from torchspan.artifacts import load as load
-    from torchspan.artifacts import precompile as precompile
+    from torchspan.artifacts.load import load as load
+    from torchspan.artifacts.precompile import precompile as precompile
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report
     from torchspan.strategies import Budget as Budget
