@@ -16,6 +16,7 @@ from torchspan.core.graph import Graph
 from torchspan.core.regions import Region, cut_regions, list_regions, replace_region
 from torchspan.core.report import Attempt, Report
 from torchspan.passes._base import CompileRegion, Pass, PassContext, editable
+from torchspan.passes._blocks import block_of
 
 _KEY = "compile_with_inductor"
 
@@ -80,19 +81,24 @@ def _annotate(module: GraphModule, patterns: str) -> None:
     wanted = [pattern.strip() for pattern in patterns.split("|") if pattern.strip()]
     for node in module.graph.nodes:
         custom = dict(node.meta.get("custom") or {})
-        match = next((p for p in wanted if _answers(custom.get("module", ""), p)), None)
-        if match is not None:
-            custom[_KEY] = match.rpartition(".")[2]
+        path = custom.get("module", "")
+        asked = next((found for found in (_answer(path, pattern) for pattern in wanted) if found), None)
+        if asked is not None:
+            custom[_KEY] = asked
+        elif isinstance(custom.get(_KEY), str) and (block := block_of(path)) is not None:
+            # a region stays within its block: the blocks' regions are then equal, and one compile serves them all
+            custom[_KEY] = f"{block}.{custom[_KEY]}"
         if "c10d" in str(node.target):
             custom.pop(_KEY, None)
         if custom:
             node.meta["custom"] = custom
 
 
-def _answers(path: str, pattern: str) -> bool:
-    """Whether a module's path, or that of a module that holds it, answers to `pattern`."""
+def _answer(path: str, pattern: str) -> str | None:
+    """The path of this module, or of the outermost module around it, that answers to `pattern`."""
     parts = path.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((one for one in paths if fnmatchcase(one, pattern)), None)
 
 
 def _in_process(report: Report) -> CompileRegion:

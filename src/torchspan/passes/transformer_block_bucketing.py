@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from torch.fx import Node
 from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph
 from torchspan.passes._base import Pass, PassContext, editable, refuse_writes
+from torchspan.passes._blocks import block_of
 from torchspan.passes._order import reorder
-
-_BLOCK = re.compile(r"((?:.*?\.)?\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -96,16 +94,6 @@ def _buckets(members: Iterator[_Member]) -> list[list[_Member]]:
     for member in members:
         found[member.block, member.key].append(member)
     return [bucket for bucket in found.values() if len(bucket) > 1]
-
-
-def block_of(parameter: str) -> str | None:
-    """The block that a parameter belongs to by its name, or None.
-
-    >>> block_of("model.layers.3.attention.wq.weight"), block_of("model.norm.weight")
-    ('model.layers.3', None)
-    """
-    match = _BLOCK.match(parameter)
-    return match[1] if match else None
 
 
 def _is_call(node: object, name: str) -> bool:
