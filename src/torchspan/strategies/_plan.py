@@ -142,7 +142,7 @@ class BlockCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._block._call_impl(*args, **kwargs)
-        # activation checkpointing calls the block again in the backward, which must do as its forward did
+        # activation checkpointing calls the block again in the backward, where this thread is in no call of the plan
         is_inside = self._was_inside if torch._C._current_graph_task_id() != -1 else is_within(self._plan)
         self._was_inside = is_inside
         if not is_inside:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from torchspan.core.errors import InputError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import log
@@ -46,6 +48,14 @@ class Generation:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass
+class _Pending:
+    """Forwards inside activation checkpointing that wait for their recomputation, all run by the same generation."""
+
+    generation: Generation | None
+    count: int = 1
+
+
 class Region:
     """One Part of a Plan, at run time."""
 
@@ -56,22 +66,53 @@ class Region:
         self.has_compiled = False
         self._plan = plan
         self._generations: dict[Hashable, Generation] = {}
+        self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
-        generation = self._generations.get(signature(target, args, kwargs))
-        if generation is not None and generation.stage == "swapped" and self._plan.verify != "always":
-            return self._run(generation, target, args, kwargs)
-        with self._plan.overhead():
-            generation = generation or self._open(target, args, kwargs)
-            if generation.stage == "ready" or (generation.stage == "swapped" and self._plan.verify == "always"):
-                self._take_over(generation, target, args, kwargs)
-        if generation.stage == "swapped":
+        is_recomputing = torch._C._current_graph_task_id() != -1
+        if is_recomputing or _saves_are_hooked():
+            generation = self._as_checkpointed(is_recomputing, target, args, kwargs)
+        else:
+            generation = self._current(target, args, kwargs)
+        if generation is not None:
             return self._run(generation, target, args, kwargs)
         if self.has_failed and self._plan.is_waiting and not self.part.is_block:
             return self._plan.call_next(self, args, kwargs)
         return self.eager(target, *args, **kwargs)
+
+    def _current(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation | None:
+        """The swapped generation for this call, which may be swapped just now; None to run eagerly."""
+        generation = self._generations.get(signature(target, args, kwargs))
+        if generation is None or generation.stage != "swapped" or self._plan.verify == "always":
+            with self._plan.overhead():
+                generation = generation or self._open(target, args, kwargs)
+                if generation.stage == "ready" or (generation.stage == "swapped" and self._plan.verify == "always"):
+                    self._take_over(generation, target, args, kwargs)
+        return generation if generation.stage == "swapped" else None
+
+    def _as_checkpointed(
+        self, is_recomputing: bool, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Generation | None:
+        """The generation of a call that activation checkpointing runs again in the backward: both must be of one kind.
+
+        While a forward waits for its recomputation, nothing is swapped for this target.
+        """
+        with self._lock:
+            pending = self._pending.get(id(target))
+            if pending is not None:
+                pending.count += -1 if is_recomputing else 1
+                if pending.count == 0:
+                    del self._pending[id(target)]
+                return pending.generation
+        if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
+            known = self._generations.get(signature(target, args, kwargs))
+            return known if known is not None and known.stage == "swapped" else None
+        generation = self._current(target, args, kwargs)
+        with self._lock:
+            self._pending[id(target)] = _Pending(generation)
+        return generation
 
     def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `target` as torch does."""
@@ -227,6 +268,11 @@ class Region:
 
     def _attempt(self, ending: Ending) -> None:
         self._plan.report.attempt(ending.attempt(self.strategy, self.part.name, self._plan.settings.backend_name))
+
+
+def _saves_are_hooked() -> bool:
+    """Whether what autograd saves passes through hooks, as it does inside activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def prepare_to_load(isas: Mapping[str, bool]) -> None:

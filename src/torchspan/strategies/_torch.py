@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import threading
 import types
@@ -113,8 +114,31 @@ def caching() -> Iterator[None]:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
 
-    with inductor_config.patch(fx_graph_cache=True, compile_threads=1), functorch_config.patch(enable_autograd_cache=True):
+    with (
+        _portable_keys(),
+        inductor_config.patch(fx_graph_cache=True, compile_threads=1),
+        functorch_config.patch(enable_autograd_cache=True),
+    ):
         yield
+
+
+@contextmanager
+def _portable_keys() -> Iterator[None]:
+    """Have a memory format enter a cache key by its name.
+
+    Pickle names it by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a program
+    imported before torch, and two processes disagree about the same graph.
+    """
+    with patch.dict(copyreg.dispatch_table, {kind: _reduce_by_name for kind in (torch.memory_format, torch.layout)}):
+        yield
+
+
+def _reduce_by_name(value: Any) -> tuple[Callable[..., Any], tuple[str]]:
+    return _torch_name, (str(value).removeprefix("torch."),)
+
+
+def _torch_name(name: str) -> Any:
+    return getattr(torch, name)
 
 
 @contextmanager

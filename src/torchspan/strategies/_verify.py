@@ -82,7 +82,7 @@ def mismatch(eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapp
     if the program draws any.
     """
     first, second = copied(*call), copied(*call)
-    with preserved_random():
+    with preserved_random(), _without_saving_hooks():
         before = random_state()
         expected, expected_gradients = _run(eager, first)
         is_drawn = _differ(before, random_state())
@@ -107,6 +107,20 @@ def _run(function: Call, call: Copied) -> tuple[Any, list[torch.Tensor | None]]:
         return outputs, []
     found = torch.autograd.grad(wanted, _unique(sources), [_cotangent(one) for one in wanted], allow_unused=True)
     return outputs, list(found)
+
+
+@contextmanager
+def _without_saving_hooks() -> Iterator[None]:
+    """Set aside the hooks on what autograd saves: activation checkpointing counts what passes through its own."""
+    aside = []
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        aside.append(hooks)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(aside):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _unique(values: list[torch.Tensor]) -> list[torch.Tensor]:
