@@ -55,8 +55,7 @@ def difference(actual: Any, expected: Any, *through: torch.dtype, name: str = "o
     >>> difference([torch.zeros(2)], [torch.ones(2)])
     'output[0]: 2 of 2 elements differ, by up to 1 (tolerance 0.000201)'
     """
-    found = next(_differences(actual, expected, through, name), None)
-    return found
+    return next(_differences(actual, expected, through, name), None)
 
 
 def _differences(actual: Any, expected: Any, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
@@ -108,9 +107,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for _, item in parts(value) for tensor in tensors(item)]
 
 
-def _tensor_difference(
-    actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str
-) -> Iterator[str]:
+def _tensor_difference(actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
     if not isinstance(actual, torch.Tensor):
         yield f"{name}: {type(actual).__name__} instead of a tensor"
         return
@@ -125,9 +122,9 @@ def _tensor_difference(
 
 def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tolerance, name: str) -> Iterator[str]:
     if not (expected.dtype.is_floating_point or expected.dtype.is_complex):
-        wrong = int((actual != expected).sum())
-        if wrong:
-            yield f"{name}: {wrong} of {expected.numel()} elements differ"
+        num_wrong = int((actual != expected).sum())
+        if num_wrong:
+            yield f"{name}: {num_wrong} of {expected.numel()} elements differ"
         return
     wide = torch.complex128 if expected.dtype.is_complex else torch.float64
     actual, expected = actual.to(wide), expected.to(wide)

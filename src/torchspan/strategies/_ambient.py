@@ -1,7 +1,7 @@
 """The state of a process that a compile depends on besides its program: threads, precision, autocast, grad mode, settings.
 
-Each enters a cache key, so a child must have the caller's; and each is set only where it differs, because setting some of them (the
-precision of matrix products) to the value that they have changes the key.
+Each enters a cache key, so a child must have the caller's; and each is set only where it differs, because setting some of
+them (the precision of matrix products) to the value that they have changes the key.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Cut:
 
 def cut(strategy: str, program: Callable[..., Any]) -> Cut:
     """How the strategy of this name cuts `program`; raises UnknownNameError for a name that nothing answers to."""
-    return REGISTRY.get(strategy).cut(program)  # type: ignore[no-any-return]
+    return REGISTRY.get(strategy).cut(program)
 
 
 def program_name(program: Callable[..., Any]) -> str:

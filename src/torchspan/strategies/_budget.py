@@ -41,7 +41,6 @@ class Budget:
         return f"{self.seconds:g} s, {memory}"
 
 
-
 def _check_seconds(seconds: object) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or math.isnan(seconds):
         raise InputError(f"budget of {seconds!r} seconds; expected a number, such as Budget(seconds=120)")

@@ -37,17 +37,17 @@ def compile_bounded(
 ) -> Program:
     """`model` (a module or a function), compiled inside a `budget` while it already runs.
 
-    The first calls run eagerly; a child process compiles meanwhile, and can be ended with everything that it started. When it is
-    done, the next call takes its code over, checks it against eager once (``verify="first"``; ``"always"``, ``"off"``), and goes
-    on compiled. Whatever goes wrong, the program goes on eagerly and the Report says what it was.
+    The first calls run eagerly; a child process compiles meanwhile, and can be ended with everything that it started. When it
+    is done, the next call takes its code over, checks it against eager once (``verify="first"``; ``"always"``, ``"off"``), and
+    goes on compiled. Whatever goes wrong, the program goes on eagerly and the Report says what it was.
 
     `strategy` is ``auto`` (by size), ``whole``, ``per_block`` or ``eager``. With `wait`, the first call waits for the compile.
     `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. A module comes back as a module of the
     same class that shares everything with `model` (state_dict keys, hooks, train and eval); ``_orig_mod`` is `model`, which
     itself stays as it is. ``report`` is what was decided and tried.
 
-    Random numbers are eager's own (inductor's option ``fallback_random``), so that a run does not depend on when it was swapped;
-    ``options={"fallback_random": False}`` lets inductor draw its own.
+    Random numbers are eager's own (inductor's option ``fallback_random``), so that a run does not depend on when it was
+    swapped; ``options={"fallback_random": False}`` lets inductor draw its own.
 
     >>> doubled = compile_bounded(lambda x: x * 2, strategy="eager")
     >>> doubled(torch.ones(2)), [d.choice for d in doubled.report.decisions]
@@ -56,7 +56,9 @@ def compile_bounded(
     if not callable(model):
         raise InputError(f"what is compiled is a module or a function, not {type(model).__name__}")
     if strategy != "auto" and strategy not in REGISTRY.names():
-        raise unknown_name("strategy", strategy, ["auto", *REGISTRY.names()], f"there are: {', '.join(['auto', *REGISTRY.names()])}")
+        raise unknown_name(
+            "strategy", strategy, ["auto", *REGISTRY.names()], f"there are: {', '.join(['auto', *REGISTRY.names()])}"
+        )
     if verify not in get_args(Verify):
         raise InputError(f"verify={verify!r}; expected one of {', '.join(get_args(Verify))}")
     if budget is not None and not isinstance(budget, Budget):
@@ -107,7 +109,7 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     }
     if not hasattr(module, "report"):
         names["report"] = property(lambda self: plan.report)
-    bounded = object.__new__(type(own.__name__, (own,), names))
+    bounded: torch.nn.Module = object.__new__(type(own.__name__, (own,), names))
     object.__setattr__(bounded, "__dict__", module.__dict__)
     return bounded
 
@@ -149,11 +151,10 @@ class _Caller:
 def _bounded_function(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     caller = _Caller(plan)
 
-    @functools.wraps(function, updated=())
     def bounded(*args: Any, **kwargs: Any) -> Any:
         return caller(*args, **kwargs)
 
-    bounded._torchspan_plan = plan  # type: ignore[attr-defined]
-    bounded.report = plan.report  # type: ignore[attr-defined]
+    functools.update_wrapper(bounded, function, updated=())
+    for name, value in (("_torchspan_plan", plan), ("report", plan.report)):
+        setattr(bounded, name, value)
     return bounded
-

@@ -160,8 +160,11 @@ def describe(module: GraphModule) -> GraphSpec:
     """The graph of `module` as plain values; raises InputError for shapes that are symbols."""
     numbers = {node: index for index, node in enumerate(module.graph.nodes)}
 
+    def refer(node: Node) -> Any:
+        return NodeRef(numbers[node])
+
     def plain(value: Any) -> Any:
-        return map_arg(value, lambda node: NodeRef(numbers[node]))
+        return map_arg(value, refer)
 
     nodes = tuple((n.op, n.name, n.target, plain(n.args), plain(n.kwargs)) for n in module.graph.nodes)
     names = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}

@@ -3,8 +3,8 @@
 Two ways, in order of preference::
 
     artifact   the child leaves a file that loads without tracing
-    caches     the child fills torch's caches; here dynamo traces again (its bytecode and guards belong to a process) and inductor
-               loads: where it would generate or build instead, the generation is given up
+    caches     the child fills torch's caches; here dynamo traces again (its bytecode and guards belong to a process) and
+               inductor loads: where it would generate or build instead, the generation is given up
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class LoadOnly:
                 loaded = self._inductor(graph, inputs, **kwargs)
         except _torch.CacheMiss as cause:
             self.misses.append(str(cause))
-            return graph.forward  # type: ignore[no-any-return]
+            return graph.forward
         except Exception as cause:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly and the generation is given up
             self.misses.append(f"{type(cause).__name__}: {cause}")
-            return graph.forward  # type: ignore[no-any-return]
+            return graph.forward
         return self._counted(loaded)
 
     def _counted(self, loaded: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,8 +22,8 @@ class Ladder:
 def ladder_for(strategy: str, program: Callable[..., Any], *, has_budget: bool) -> Ladder:
     """The ladder that a named strategy, or ``auto``, stands for.
 
-    ``auto`` goes by size: under 1 billion parameters the whole program, then its blocks; from 1 to 10 the same, inside the budget
-    that every compile has; from 10 to 40 its blocks only; above that nothing is compiled unless a budget was given.
+    ``auto`` goes by size: under 10 billion parameters the whole program, then its blocks; from 10 to 40 its blocks only; above
+    that nothing is compiled unless a budget was given.
 
     >>> ladder_for("auto", torch.nn.Linear(2, 2), has_budget=False).strategies
     ('whole', 'per_block', 'eager')

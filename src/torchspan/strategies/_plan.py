@@ -29,7 +29,14 @@ class Plan:
     """Cuts `program` by the first strategy of `ladder` that has parts, and by the next when all of them fail."""
 
     def __init__(
-        self, program: Callable[..., Any], ladder: Ladder, budget: Budget, settings: Settings, verify: Verify, wait: bool, report: Report
+        self,
+        program: Callable[..., Any],
+        ladder: Ladder,
+        budget: Budget,
+        settings: Settings,
+        verify: Verify,
+        wait: bool,
+        report: Report,
     ) -> None:
         self.program = program
         self.settings = settings
@@ -92,7 +99,7 @@ class Plan:
         for region in regions:
             if region.part.is_block:
                 for block in region.part.targets:
-                    block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined]
+                    block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
         self._root = next((region for region in regions if not region.part.is_block), None)
 
     def region_failed(self, region: Region) -> None:
@@ -177,4 +184,3 @@ def inside(plan: Plan) -> Iterator[None]:
 def is_within(plan: Plan) -> bool:
     """Whether this thread is inside a call of `plan`."""
     return plan in _within.__dict__.get("plans", ())
-

@@ -1,8 +1,9 @@
 """A region at run time: eager from the first call, compiled once a child has done the work and the result is proven.
 
-Each input signature has a Generation. Its life: ``compiling`` (a child works, calls run eagerly) → ``ready`` (the next call takes
-it over, at its beginning, in its own thread, because dynamo's tracing saves and restores the global random state) → ``swapped``
-(calls run compiled), or ``eager`` (given up). A call runs in one generation from beginning to end, and its backward belongs to it.
+Each input signature has a Generation. Its life: ``compiling`` (a child works, calls run eagerly) → ``ready`` (the next call
+takes it over, at its beginning, in its own thread, because dynamo's tracing saves and restores the global random state) →
+``swapped`` (calls run compiled), or ``eager`` (given up). A call runs in one generation from beginning to end, and its backward
+belongs to it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,7 +172,9 @@ class Region:
         try:
             prepare_to_load(filled.isas)
         except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
-            failed = Ending("failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor")
+            failed = Ending(
+                "failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor"
+            )
             self._give_up(generation, failed)
             return
         self._attempt(ending)

@@ -32,9 +32,10 @@ def torch_compile_patch(
             arguments.pop("disable", None)
             if arguments.get("backend", "") is None:  # newer torch: its default
                 del arguments["backend"]
-            bounded = functools.partial(
-                compile_bounded, budget=budget, strategy=strategy, wait=wait, verify=verify, **arguments
-            )
+
+            def bounded(program: Callable[..., Any]) -> Callable[..., Any]:
+                return compile_bounded(program, budget=budget, strategy=strategy, wait=wait, verify=verify, **arguments)
+
             return bounded if model is None else bounded(model)
 
         return compile

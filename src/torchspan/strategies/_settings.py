@@ -44,8 +44,8 @@ class Settings:
     def compile(self, entry: Callable[..., Any], wrap: Callable[..., Any] = lambda backend: backend) -> Callable[..., Any]:
         """``torch.compile(entry)`` with these arguments; inductor goes through `wrap` first.
 
-        Shapes are static unless dynamic ones were asked for: a generation serves one signature, and what dynamo would learn from
-        an earlier one must not tell the caller's process from the child, which has not seen it.
+        Shapes are static unless dynamic ones were asked for: a generation serves one signature, and what dynamo would learn
+        from an earlier one must not tell the caller's process from the child, which has not seen it.
         """
         arguments: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": bool(self.dynamic), **self.extra}
         if self.is_inductor:

@@ -42,4 +42,4 @@ def _add(value: Any, found: list[Hashable]) -> None:
     elif isinstance(value, torch.nn.Module):
         found.append((type(value), id(value), value.training))
     else:
-        found.append(type(value))
+        found.append(f"{type(value).__module__}.{type(value).__qualname__}")

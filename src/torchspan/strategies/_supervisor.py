@@ -62,7 +62,6 @@ class Ending:
         return Attempt(strategy, region, backend, self.outcome, self.seconds, self.peak_bytes, self.cause, self.where)
 
 
-
 def run_bounded(job: Job, budget: Budget, cancel: threading.Event | None = None) -> Ending:
     """Run `job` in a child process inside `budget`; blocks until it ended, and leaves none of its processes running.
 
@@ -94,7 +93,7 @@ def _write_job(folder: Path, job: Job) -> None:
 
 
 def child_environ() -> dict[str, str]:
-    """The environment variables of a child: the caller's, those that put the active Environment in force, and no compile in it."""
+    """The environment variables of a child: the caller's, and those that put the active Environment in force there too."""
     environment = active_environment()
     settings: Mapping[str, str] = getattr(environment, "settings", {}) if environment else {}
     return {**os.environ, **settings, "TORCHSPAN_COMPILE": "off"}
@@ -115,7 +114,7 @@ def _ask_server(
             break
     verdict = folder / "verdict.json"
     if verdict.exists():
-        return json.loads(verdict.read_text())  # type: ignore[no-any-return]
+        return dict(json.loads(verdict.read_text()))
     return {"outcome": "timeout", "where": None, "in_server": True} if time.monotonic() > deadline else None
 
 

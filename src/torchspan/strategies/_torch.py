@@ -18,7 +18,7 @@ _loading = threading.RLock()
 
 
 class CacheMiss(BaseException):
-    """Inductor was about to do work where it may only load; no Exception, so that torch does not take it for a failed lookup."""
+    """Inductor was about to work where it may only load; no Exception, so that torch does not take it for a bad entry."""
 
 
 def torch_compile() -> Callable[..., Any]:
@@ -129,7 +129,7 @@ def _portable_keys() -> Iterator[None]:
     Pickle names it by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a program
     imported before torch, and two processes disagree about the same graph.
     """
-    with patch.dict(copyreg.dispatch_table, {kind: _reduce_by_name for kind in (torch.memory_format, torch.layout)}):
+    with patch.dict(copyreg.dispatch_table, dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)):
         yield
 
 

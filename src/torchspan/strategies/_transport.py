@@ -1,8 +1,8 @@
 """Sends a program to another process without its weights: tensors travel as descriptions, and arrive as zeros.
 
-Aliasing is kept: tensors that share a storage (tied weights, views) share one on the other side. What a program may index with or
-divide by (small integer tensors, small buffers) travels by value; parameters never do. Code of ``__main__`` and of modules that the
-other process could not import travels by value, so that a script is never run again.
+Aliasing is kept: tensors that share a storage (tied weights, views) share one on the other side. What a program may index
+with or divide by (small integer tensors, small buffers) travels by value; parameters never do. Code of ``__main__`` and of
+modules that the other process could not import travels by value, so that a script is never run again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 import torch
 
 from torchspan.core.errors import InputError
@@ -38,10 +38,7 @@ class _Pickler(cloudpickle.Pickler):
         if type(obj) not in _PLAIN or obj.layout is not torch.strided or obj.is_quantized:
             return None
         is_parameter = type(obj) is torch.nn.Parameter
-        if obj.device.type == "meta":
-            key = None
-        else:
-            key = self._storage(obj, is_parameter)
+        key = None if obj.device.type == "meta" else self._storage(obj, is_parameter)
         return (
             "tensor", key, obj.dtype, str(obj.device), tuple(obj.shape), obj.stride(), obj.storage_offset(), obj.requires_grad,
             is_parameter,
@@ -106,7 +103,7 @@ class _Unpickler(pickle.Unpickler):
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         else:
             tensor = torch.empty(0, dtype=dtype, device=device)
-            tensor.set_(self._storage(key), offset, shape, stride)  # type: ignore[call-overload]
+            tensor.set_(self._storage(key), offset, shape, stride)
         if is_parameter:
             return torch.nn.Parameter(tensor, requires_grad=requires_grad)
         return tensor.requires_grad_(requires_grad)
@@ -172,7 +169,7 @@ def _by_value(modules: list[types.ModuleType]) -> Iterator[None]:
 
 def _content(tensor: torch.Tensor) -> bytes:
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    whole.set_(tensor.detach().untyped_storage())  # type: ignore[call-overload]
+    whole.set_(tensor.detach().untyped_storage())
     return whole.cpu().numpy().tobytes()
 
 

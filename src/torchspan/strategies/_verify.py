@@ -1,4 +1,4 @@
-"""Checks compiled code against eager on copies, so that the program's state, its gradients and its random numbers do not notice.
+"""Checks compiled code against eager on copies: the program's state, gradients and random numbers do not notice.
 
 The copies share the parameters (which are only read) and own everything else: buffers, inputs, Python attributes.
 """
@@ -75,11 +75,13 @@ def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return own.requires_grad_(tensor.requires_grad)
 
 
-def mismatch(eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, is_random: bool) -> str | None:
+def mismatch(
+    eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, is_random: bool
+) -> str | None:
     """What `compiled` gives that `eager` does not, for one call: outputs, gradients, buffers; None if they agree.
 
-    With `is_random` the two are known to draw different random numbers: only what the results are is compared, not their values,
-    if the program draws any.
+    With `is_random` the two are known to draw different random numbers: if the program draws any, only the shapes of the
+    results are compared.
     """
     first, second = copied(*call), copied(*call)
     with preserved_random(), _without_saving_hooks():
@@ -101,7 +103,7 @@ def mismatch(eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapp
 def _run(function: Call, call: Copied) -> tuple[Any, list[torch.Tensor | None]]:
     outputs = function(call.target, *call.args, **call.kwargs)
     wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
-    sources = [p for module in call.modules() for p in module.parameters() if p.requires_grad]
+    sources: list[torch.Tensor] = [p for module in call.modules() for p in module.parameters() if p.requires_grad]
     sources += [one for one in call.inputs() if one.requires_grad and one.is_leaf]
     if not (wanted and sources):
         return outputs, []

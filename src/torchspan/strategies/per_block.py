@@ -1,7 +1,7 @@
 """Each repeated block is a region, and one compile serves all that are equal: compile time does not grow with depth.
 
-Blocks are found by structure, not by name: modules of the same class whose parameters and buffers have the same names, shapes and
-dtypes, and which hold other modules. What lies outside the blocks (embedding, head) runs eagerly.
+Blocks are found by structure, not by name: modules of the same class whose parameters and buffers have the same names, shapes
+and dtypes, and which hold other modules. What lies outside the blocks (embedding, head) runs eagerly.
 """
 
 from __future__ import annotations
