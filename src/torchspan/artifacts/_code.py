@@ -34,7 +34,7 @@ class Seen:
 
 def is_torch_code(code: CodeType) -> bool:
     """Whether code is torch's own: an artifact is held to one torch, which covers it."""
-    return code.co_filename.startswith((_TORCH_ROOT, "<"))
+    return code.co_filename.startswith(_TORCH_ROOT)
 
 
 def is_own_code(code: CodeType) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,13 +130,32 @@ def _named(expected: Any) -> Check:
 
 def _torch_function(expected: Any) -> Check:
     """Of a function that torch has by that name: it is still torch's, or torchspan's in its place; not anybody else's."""
+    module, name = expected
+    known: list[Any] = []
 
     def check(value: Any) -> str | None:
-        code = getattr(value, "__code__", None)
-        is_known = code is None or is_torch_code(code) or is_own_code(code)
-        return None if is_known and name_of(value) == expected else f"is {name_of(value)}, not torch's {expected}"
+        if any(value is seen for seen in known):
+            return None
+        is_builtin = not hasattr(value, "__code__")
+        is_right = getattr(value, "__module__", None) == module if is_builtin else is_torch_made(value)
+        if not is_right or getattr(value, "__name__", None) != name:
+            return f"is {name_of(value)}, not torch's {name}"
+        known.append(value)
+        return None
 
     return check
+
+
+def is_torch_made(value: Any) -> bool:
+    """Whether a Python function is torch's, or torchspan's stand-in for one of torch.
+
+    >>> is_torch_made(torch.nn.functional.relu), is_torch_made(lambda x: x)
+    (True, False)
+    """
+    code = value.__code__
+    if code.co_filename == contextlib.__file__:  # a context manager: what it is made of counts
+        return is_torch_made(value.__wrapped__)
+    return is_torch_code(code) or is_own_code(code)
 
 
 def identity_of(value: Any) -> list[str]:
@@ -230,7 +250,6 @@ def ambient_state() -> dict[str, Any]:
     >>> ambient_state()["grad_mode"], ambient_state()["default_dtype"]
     (True, 'torch.float32')
     """
-    module = torch.nn.modules.module
     return {
         "grad_mode": torch.is_grad_enabled(),
         "inference_mode": torch.is_inference_mode_enabled(),
@@ -241,8 +260,35 @@ def ambient_state() -> dict[str, Any]:
         "torch_function_modes": _mode_stack(),
         "dispatch_modes": torch._C._len_torch_dispatch_stack(),
         "functorch": torch._C._functorch.peek_interpreter_stack() is not None,
-        "global_module_hooks": sum(len(getattr(module, name)) for name in _GLOBAL_HOOKS if hasattr(module, name)),
+        "global_module_hooks": sum(map(len, _global_hooks())),
     }
+
+
+def _ambient_key() -> tuple[Any, ...]:
+    """The same, as it is: quick to take and to compare, and equal only where `ambient_state` is equal."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch._C._is_torch_function_enabled(),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._functorch.peek_interpreter_stack(),
+        *[len(hooks) for hooks in _global_hooks()],
+    )
+
+
+def _is_plain(key: tuple[Any, ...]) -> bool:
+    """Whether a key says all: without autocast and without modes, of which `ambient_state` has more to say."""
+    return not key[2] and key[7:10] == (0, 0, None)
+
+
+def _global_hooks() -> list[Any]:
+    module = torch.nn.modules.module
+    return [getattr(module, name) for name in _GLOBAL_HOOKS if hasattr(module, name)]
 
 
 _GLOBAL_HOOKS = (
@@ -268,7 +314,7 @@ def _mode_stack() -> list[str]:
 # the walk
 
 
-@dataclass
+@dataclass(slots=True)
 class _Place:
     """One object on the way: what is checked of it, as which input it is wanted, and what lies behind it."""
 
@@ -297,6 +343,7 @@ class Checker:
     ) -> None:
         self._root = _Place(())
         self._ambient = dict(ambient)
+        self._fine: set[tuple[Any, ...]] = set()
         self._unshared = tuple(unshared)
         self._num_inputs = len(inputs)
         self._same: list[list[str]] = [[str(decode_path(path)) for path in group] for group in same]
@@ -329,9 +376,7 @@ class Checker:
         Raises:
             Failed: a guard does not hold; says which, what was expected and what was found.
         """
-        state = ambient_state()
-        if state != self._ambient:
-            self._refuse_state(state)
+        self._check_state()
         inputs: list[Any] = [None] * self._num_inputs
         named: dict[str, Any] = {}
         _walk(self._root, {"target": target, "args": args, "kwargs": kwargs}, inputs, named)
@@ -341,10 +386,16 @@ class Checker:
         self._refuse_aliases(inputs)
         return inputs
 
-    def _refuse_state(self, state: Mapping[str, Any]) -> None:
+    def _check_state(self) -> None:
+        key = _ambient_key()
+        if key in self._fine:
+            return
+        state = ambient_state()
         for name, expected in self._ambient.items():
             if state.get(name) != expected:
                 raise Failed(f"{name} is {state.get(name)}, expected {expected}")
+        if _is_plain(key):
+            self._fine.add(key)
 
     def _refuse_aliases(self, inputs: list[Any]) -> None:
         if len({id(tensor) for tensor in inputs}) != len(inputs):

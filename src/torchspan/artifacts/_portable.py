@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
-from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of
+from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
 from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
 from torchspan.capture.dynamo import Frame, Guard, Guards
 from torchspan.core.errors import UnsupportedError
@@ -132,10 +132,10 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
                 guard.kind == "HASATTR" and "attr" not in guard.arguments
             ):  # torch 2.8 has the attribute as the end of the source
                 at, guard = _attribute_guard(at, guard, guards.program)
-            if _is_in_torch(encode_path(at)) and _passes_own(at):
+            if _passes_own(at):
                 continue  # what torchspan's own wrapper of a torch function holds
-            if _is_in_torch(encode_path(at)) and isinstance(guard.value, (FunctionType, BuiltinFunctionType)):
-                check, expected = "torch_function", name_of(guard.value)
+            if _is_torch_function(guard.value):
+                check, expected = "torch_function", [guard.value.__module__, guard.value.__name__]
             else:
                 check, expected = _convert(guard, seen)
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
@@ -157,8 +157,16 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     }
 
 
+def _is_torch_function(value: Any) -> bool:
+    if isinstance(value, BuiltinFunctionType):
+        return (value.__module__ or "torch").partition(".")[0] == "torch"  # those of torch._C._nn have no module
+    return isinstance(value, FunctionType) and is_torch_made(value) and value.__name__ != "<lambda>"
+
+
 def _passes_own(path: Path) -> bool:
     """Whether a path leads into a function of torchspan, such as a device rule's wrapper: there with it, absent without."""
+    if path[0][0] != "module":
+        return False
     found: Any = {}
     for kind, key in path[:-1]:
         found = STEPS[kind](key)(found)
@@ -218,7 +226,8 @@ def _cover_traced(frame: Frame, program: Program, seen: Seen, found: dict[str, d
     else:
         digest_function(target, seen)
     for code in frame.traced:
-        if is_torch_code(code) or code in seen or is_own_code(code):
+        is_generated = code.co_filename.startswith("<")  # such as a dataclass's __init__: it follows from code that is covered
+        if is_torch_code(code) or is_own_code(code) or is_generated or code in seen:
             continue
         name, digest = _source_of(code)
         entry = {"at": [["module", name], ["attr", "__file__"]], "check": "file", "expected": digest, "kind": "INLINED"}

@@ -6,6 +6,7 @@ import ast
 import builtins
 import enum
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -239,16 +240,12 @@ def show_path(path: Path) -> str:
     return text
 
 
-def _local(key: Any) -> Callable[[Any], Any]:
-    return lambda values: values[key]
-
-
 STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
-    "local": _local,
+    "local": lambda name: operator.itemgetter(name),
     "module": lambda name: lambda _: loaded_module(name),
     "builtins": lambda _: lambda _values: vars(builtins),
-    "attr": lambda name: lambda value: getattr(value, name),
-    "item": lambda key: lambda value: value[key],
+    "attr": lambda name: operator.attrgetter(name) if "." not in name else lambda value: getattr(value, name),
+    "item": lambda key: operator.itemgetter(key),
     "type": lambda _: type,
     "list": lambda _: list,
     "keys": lambda _: lambda value: dict.keys(value),

@@ -93,14 +93,14 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
     }
     with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
         done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
-    guarded = getattr(done, "guarded_code", done) or None
+    guarded: Any = getattr(done, "guarded_code", done) or None
     if guarded is not None:
         _forget_cleanup(guarded.code)
     return guarded
 
 
 def _forget_cleanup(code: Any) -> None:
-    """Leave the scope of a capture, which is its own, as it is when its bytecode goes: at exit torch's hook finds half of it."""
+    """Leave the scope of a capture, which is its own, alone when its bytecode goes: at exit, torch's hook finds half of it."""
     from torch._dynamo.utils import CleanupManager
 
     CleanupManager.instance.values.pop(id(code), None)
