@@ -70,6 +70,7 @@ def test_without_regions_nothing_changes_and_it_is_said(graph: Graph) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_inductor_in_this_process_gives_the_gradients_of_eager(
     program: Program, graph: Graph, tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

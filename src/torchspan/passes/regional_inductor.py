@@ -43,13 +43,13 @@ class RegionalInductor(Pass):
         regions = list_regions(cut)
         compiled = self._compile(regions, context)
         for region, function in zip(regions, compiled):
-            if function is not None:
-                replace_region(cut, region, function)
+            # a bound call: a module that is made an attribute of another would become its submodule
+            replace_region(cut, region, function.__call__ if isinstance(function, torch.nn.Module) else function)
         return graph.with_module(cut, str(self))
 
-    def _compile(self, regions: list[Region], context: PassContext) -> list[Callable[..., Any] | None]:
+    def _compile(self, regions: list[Region], context: PassContext) -> list[Callable[..., Any]]:
         compile_region = context.compile_region or _in_process(context.report)
-        done: dict[Hashable, Callable[..., Any] | None] = {}
+        done: dict[Hashable, Callable[..., Any]] = {}
         for region in regions:
             key = structure(region.module)
             if key not in done:
