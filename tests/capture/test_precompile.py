@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from torchspan.artifacts import Precompile
 from torchspan.capture.dynamo import Guard
-from torchspan.core.errors import CaptureError, CompileError, GuardError, InputError
+from torchspan.core.errors import CaptureError, CompileError, GuardError, InputError, UnsupportedError
 
 SCALE = 2.0
 
@@ -172,3 +172,28 @@ def test_a_compiler_that_fails_is_the_cause_of_one_clear_error() -> None:
         Precompile.aot_autograd(gm, guards, compiler=broken)
     with pytest.raises(InputError, match=r"guards are what Precompile\.dynamo returned, not a list"):
         Precompile.aot_autograd(gm, [])  # type: ignore[arg-type]
+
+
+def test_a_marked_dimension_is_dynamic_within_its_guards() -> None:
+    model = nn.Linear(4, 2)
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    gm, _, guards, _ = Precompile.dynamo(model, x)
+    compiled, _ = Precompile.aot_autograd(gm, guards, compiler=as_it_is)
+    for size in (2, 5, 9):
+        y = torch.randn(size, 4)
+        torch.testing.assert_close(compiled((y,)), model(y))
+    with pytest.raises(GuardError, match=r"2 <= .*size\(\)\[0\]"):
+        compiled((torch.ones(1, 4),))
+
+
+def test_a_compiler_that_fixes_a_marked_dimension_is_refused() -> None:
+    def fixing(graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        size = next(value for value in example_inputs if isinstance(value, torch.SymInt))
+        return graph if size == 6 else None
+
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    gm, _, guards, _ = Precompile.dynamo(lambda x: x + 1, x)
+    with pytest.raises(UnsupportedError, match="the compiler fixed a dimension that was marked as dynamic"):
+        Precompile.aot_autograd(gm, guards, compiler=fixing)

@@ -21,15 +21,29 @@ from torchspan.core.errors import UnsupportedError
 
 def compile_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, compiler: Callable[..., Any] | None) -> Any:
     """A callable of the graph's inputs: forward and backward by AOTAutograd, each compiled by `compiler` (None: inductor)."""
+    before = _num_specializations(context)
     with _compiling(context):
-        if compiler is None:
-            from torch._inductor.compile_fx import compile_fx
+        compiled = _compiled(module, inputs, compiler)
+    if _num_specializations(context) != before:  # the guards were made before; these would be in none
+        raise UnsupportedError("the compiler fixed a dimension that was marked as dynamic; leave that dimension unmarked")
+    return compiled
 
-            return compile_fx(copy_of(module), list(inputs))
-        from torch._dynamo.backends.common import aot_autograd
 
-        boxed = _boxing(compiler)
-        return aot_autograd(fw_compiler=boxed, bw_compiler=boxed)(copy_of(module), list(inputs))
+def _compiled(module: GraphModule, inputs: tuple[Any, ...], compiler: Callable[..., Any] | None) -> Any:
+    if compiler is None:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(copy_of(module), list(inputs))
+    from torch._dynamo.backends.common import aot_autograd
+
+    boxed = _boxing(compiler)
+    return aot_autograd(fw_compiler=boxed, bw_compiler=boxed)(copy_of(module), list(inputs))
+
+
+def _num_specializations(context: Any) -> int:
+    """How many conditions on dynamic shapes there are, also those that a compiler asked for after the guards were made."""
+    shapes = getattr(context.fake_mode, "shape_env", None)
+    return 0 if shapes is None else len(shapes.guards) + shapes.counter["ignored_backward_guard"]
 
 
 def _boxing(compiler: Callable[..., Any]) -> Callable[..., Any]:
