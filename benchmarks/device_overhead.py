@@ -30,19 +30,20 @@ PLAIN: dict[str, Callable[[], object]] = {
     "torch.randn(64, 64)": lambda: torch.randn(64, 64),
     "torch.zeros_like(x)": lambda: torch.zeros_like(x),
     "x.to(torch.float64)": lambda: x.to(torch.float64),
-    "x.cpu()": lambda: x.cpu(),
 }
 NAMED: dict[str, Callable[[str], object]] = {
     "torch.zeros(3, device=…)": lambda device: torch.zeros(3, device=device),
     "torch.arange(3, device=…)": lambda device: torch.arange(3, device=device),
     "torch.tensor([1.], device=…)": lambda device: torch.tensor([1.0], device=device),
     "x.to(…, copy=True)": lambda device: small.to(device, copy=True),
+    "x.cuda().cpu(), x.cpu().cpu()": lambda device: getattr(small, device)().cpu(),
 }
 
 
 def main() -> None:
     """Measure and write."""
     options = harness.arguments(__doc__ or "", repeats=41, calls=3000)
+    torch.set_num_threads(1)  # other work on the machine would show in the time that threads wait for each other
     report = Report()
     rules = Environment(device_patches(Facts(), "auto", report), report)
     rows = [_plain(name, call, rules, options) for name, call in PLAIN.items()]

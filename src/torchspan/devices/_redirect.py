@@ -20,6 +20,8 @@ TOPIC = "device"
 in_force: Redirection | None = None
 """The Redirection whose patches are in force; a function that outlives them finds None here and does what torch does."""
 
+_DEVICE = torch.device
+_MARKED = (torch.Tensor, torch.nn.Parameter)
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
 _OWN = ("torch.", "torchspan.")
@@ -53,7 +55,7 @@ class Redirection:
         `device` is anything that torch takes for one; what torch would refuse is left to torch to refuse.
         """
         kind = type(device)
-        if kind is str or kind is torch.device:
+        if kind is str or kind is _DEVICE:
             try:
                 return self._devices[device]
             except KeyError:
@@ -90,9 +92,9 @@ class Redirection:
 
     def mark(self, tensor: Any) -> Any:
         """Remember that the program believes this tensor to be on the device it asked for; returns it."""
-        if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+        if type(tensor) in _MARKED:
             try:
-                tensor.untyped_storage()._torchspan_placed = True  # type: ignore[attr-defined]
+                tensor.untyped_storage()._torchspan_placed = True
             except (RuntimeError, NotImplementedError):
                 return tensor  # sparse tensors and functorch's have no storage: a later move copies more than it had to
         return tensor

@@ -44,6 +44,8 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
     kinds, target = redirection.kinds, redirection.target
 
     def function(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs:
+            return old(*args)
         if "device" not in kwargs and "pin_memory" not in kwargs:
             return old(*args, **kwargs)
         if is_compiling():

@@ -30,7 +30,13 @@ def _impl(redirection: Redirection, old: Any) -> Function:
         if key == "CPU" and (self.ns, name) in stand_ins:
             stand_ins.pop((self.ns, name))._destroy()
         done = old(self, op_name, fn, dispatch_key, *args, **kwargs)
-        if key == "CUDA" and is_own and not asked_by_torch() and redirection.target == "cpu" and not _has_cpu_kernel(self.ns, name):
+        if (
+            key == "CUDA"
+            and is_own
+            and not asked_by_torch()
+            and redirection.target == "cpu"
+            and not _has_cpu_kernel(self.ns, name)
+        ):
             redirection.note(f"the kernel of {self.ns}::{name}", "cuda")
             library = stand_ins[self.ns, name] = torch.library.Library(self.ns, "FRAGMENT")
             old(library, op_name, fn, "CPU", *args, **kwargs)

@@ -42,6 +42,8 @@ def _to(redirection: Redirection, old: Function) -> Function:
     dtype = torch.dtype
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and args and type(args[0]) is dtype:
+            return old(self, *args)
         first = args[0] if args else kwargs.get("device", kwargs.get("other"))
         if first is None or type(first) is dtype:
             return old(self, *args, **kwargs)
@@ -55,21 +57,26 @@ def _move(
 ) -> Any:
     if _redirect.in_force is not redirection:
         return old(tensor, *args, **kwargs)
-    if isinstance(first, torch.Tensor):
-        if redirection.is_marked(first) and not redirection.is_marked(tensor):
-            return redirection.mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
-        return old(tensor, *args, **kwargs)
     target = redirection.lookup(first)
-    is_back = target is None and redirection.is_marked(tensor)
-    if target is None and not is_back:
-        return old(tensor, *args, **kwargs)
-    kwargs = {**dict(zip(_TO_POSITIONAL, args)), **kwargs}
-    if is_back:
-        kwargs["copy"] = True
-        return old(tensor, **kwargs)
+    if target is None:
+        return _move_elsewhere(redirection, old, tensor, first, args, kwargs)
+    for name, value in zip(_TO_POSITIONAL, args):
+        kwargs[name] = value
     kwargs["device"] = target
     redirection.note("Tensor.to", first)
     return _placed(redirection, old, tensor, kwargs)
+
+
+def _move_elsewhere(
+    redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """To where another tensor is, or back to the CPU."""
+    if isinstance(first, torch.Tensor):
+        if redirection.is_marked(first) and not redirection.is_marked(tensor):
+            return redirection.mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
+    elif redirection.is_marked(tensor):
+        return old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "copy": True})
+    return old(tensor, *args, **kwargs)
 
 
 def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
