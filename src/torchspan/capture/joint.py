@@ -69,7 +69,7 @@ class _Flat(nn.Module):
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         for index, name in enumerate(self._names):
             if name in parameters:
-                self.register_parameter(f"_{index}", parameters[name])  # type: ignore[arg-type]
+                self.register_parameter(f"_{index}", parameters[name])
             else:
                 self.register_buffer(f"_{index}", buffers[name])
 

@@ -131,10 +131,11 @@ def _spelled_out(argv: Sequence[str]) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """What tyro's framed message says, as one line."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    body = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    end = next((i for i, line in enumerate(body) if set(line) <= {"─"}), len(body))
-    close = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(body))
+    """What tyro's framed message says, as one line; the frame is drawn in ASCII where the terminal is."""
+    lines = [line.strip("│|╭╮╰╯+ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    is_border = [re.search(r"[─-]{4}", line) is not None for line in lines]
+    first = is_border.index(True) + 1 if True in is_border else 0
+    end = is_border.index(True, first) if True in is_border[first:] else len(lines)
+    close = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(lines))
     hint = f"; perhaps {close[1]}?" if close else ";"
-    return f"{' '.join(body[:end]).rstrip('.')}{hint} 'torchspan train --help' lists them"
+    return f"{' '.join(line for line in lines[first:end] if line).rstrip('.')}{hint} 'torchspan train --help' lists them"
