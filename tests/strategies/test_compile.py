@@ -199,12 +199,15 @@ def _train(model: nn.Module, num_steps: int, x: torch.Tensor) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("strategy", "region"), [("whole", "Stack"), ("per_block", "Block ×3")])
+@pytest.mark.parametrize(
+    ("strategy", "region", "handback"),
+    [("whole", "Stack", "artifact"), ("whole", "Stack", "caches"), ("per_block", "Block ×3", "caches")],
+)
 def test_training_goes_on_compiled_with_eagers_numbers(
-    strategy: str, region: str, stack: Callable[..., nn.Module], until: Wait, nothing_left: Callable[[], None]
+    strategy: str, region: str, handback: Any, stack: Callable[..., nn.Module], until: Wait, nothing_left: Callable[[], None]
 ) -> None:
     reference, model, x = stack(dropout=0.1), stack(dropout=0.1), torch.randn(8, 16)
-    compiled = compile_bounded(model, strategy=strategy, budget=SOON)
+    compiled = compile_bounded(model, strategy=strategy, budget=SOON, handback=handback)
     assert isinstance(compiled, type(model)) and type(compiled).__name__ == "Stack"
     assert list(compiled.state_dict()) == list(reference.state_dict())
     torch.manual_seed(3)
@@ -216,7 +219,7 @@ def test_training_goes_on_compiled_with_eagers_numbers(
     report = compiled.report
     assert [(a.strategy, a.region, a.outcome, a.cause) for a in report.attempts] == [(strategy, region, "compiled", None)]
     assert (report.attempts[0].peak_bytes or 0) > 100 << 20
-    assert "caches" in [decision.choice for decision in report.decisions]
+    assert {"caches", "artifact"} & {decision.choice for decision in report.decisions} == {handback}
     assert "compiled again" not in [decision.choice for decision in report.decisions]
     assert report.figures["first_step_wait_s"] < 1.0 and report.figures["swap_stall_s"] < 30
     assert difference(losses, expected, torch.float32) is None

@@ -14,7 +14,7 @@ from torchspan.core.report import Report, current_report
 from torchspan.strategies._base import REGISTRY
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._ladder import ladder_for
-from torchspan.strategies._plan import Plan, Verify
+from torchspan.strategies._plan import Conduct, Handback, Plan, Verify
 from torchspan.strategies._settings import Settings
 
 Program = TypeVar("Program", bound=Callable[..., Any])
@@ -32,6 +32,7 @@ def compile_bounded(
     options: Mapping[str, Any] | None = None,
     wait: bool = False,
     verify: Verify = "first",
+    handback: Handback = "auto",
     report: Report | None = None,
     **extra: Any,
 ) -> Program:
@@ -42,6 +43,8 @@ def compile_bounded(
     goes on compiled. Whatever goes wrong, the program goes on eagerly and the Report says what it was.
 
     `strategy` is ``auto`` (by size), ``whole``, ``per_block`` or ``eager``. With `wait`, the first call waits for the compile.
+    `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
+    artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.
     `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. A module comes back as a module of the
     same class that shares everything with `model` (state_dict keys, hooks, train and eval); ``_orig_mod`` is `model`, which
     itself stays as it is. ``report`` is what was decided and tried.
@@ -59,15 +62,16 @@ def compile_bounded(
         raise unknown_name(
             "strategy", strategy, ["auto", *REGISTRY.names()], f"there are: {', '.join(['auto', *REGISTRY.names()])}"
         )
-    if verify not in get_args(Verify):
-        raise InputError(f"verify={verify!r}; expected one of {', '.join(get_args(Verify))}")
+    for name, value, choices in (("verify", verify, get_args(Verify)), ("handback", handback, get_args(Handback))):
+        if value not in choices:
+            raise InputError(f"{name}={value!r}; expected one of {', '.join(choices)}")
     if budget is not None and not isinstance(budget, Budget):
         raise InputError(f"budget is {budget!r}; expected a Budget, such as Budget(seconds=120, memory='4GiB')")
     program = _original(model)
     own_report = report or Report(parent=current_report())
     settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra)
     ladder = ladder_for(strategy, program, has_budget=budget is not None)
-    plan = Plan(program, ladder, budget or DEFAULT_BUDGET, settings, verify, wait, own_report)
+    plan = Plan(program, ladder, budget or DEFAULT_BUDGET, settings, Conduct(verify, wait, handback), own_report)
     if isinstance(program, torch.nn.Module):
         return _bounded_module(program, plan)  # type: ignore[return-value]
     return _bounded_function(program, plan)  # type: ignore[return-value]

@@ -9,9 +9,13 @@ Two ways, in order of preference::
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from torchspan.artifacts.load import Dispatcher, load
+from torchspan.core.report import Report
 from torchspan.strategies import _torch
 from torchspan.strategies._settings import Settings
 
@@ -44,6 +48,28 @@ class LoadOnly:
             return loaded(*args)
 
         return call
+
+
+class FromArtifact:
+    """Compiled code from an artifact: it traces nothing, and needs neither dynamo nor inductor here."""
+
+    name = "artifact"
+    is_counting = False
+    num_calls = 0
+
+    def __init__(self, content: bytes, target: Callable[..., Any]) -> None:
+        with tempfile.TemporaryDirectory(prefix="torchspan-") as folder:
+            path = Path(folder) / "artifact"
+            path.write_bytes(content)
+            loaded = load(path, target, report=Report())
+        self._entries = loaded.function._entries  # type: ignore[attr-defined]
+        self.misses: list[str] = []
+
+    def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call; raises GuardError before anything runs if the program's state is not what it was compiled for."""
+        return Dispatcher(target, self._entries, "what was compiled")(*args, **kwargs)
+
+    trace = run
 
 
 class FromCaches:

@@ -7,22 +7,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from torchspan.core.report import Report, current_report
-from torchspan.strategies._base import cut, program_name
+from torchspan.strategies._base import Part, cut, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
 
 Verify = Literal["first", "off", "always"]
+Handback = Literal["auto", "artifact", "caches"]
 FIRST_SHARE = 0.6  # of what is left of the budget, for a rung that has another one below it
 _turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))
 _within = threading.local()
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a Plan goes about it: how often compiled code is checked, whether calls wait for it, how it is handed back."""
+
+    verify: Verify = "first"
+    wait: bool = False
+    handback: Handback = "auto"
 
 
 class Plan:
@@ -34,14 +44,14 @@ class Plan:
         ladder: Ladder,
         budget: Budget,
         settings: Settings,
-        verify: Verify,
-        wait: bool,
+        conduct: Conduct,
         report: Report,
     ) -> None:
         self.program = program
         self.settings = settings
-        self.verify = verify
-        self.is_waiting = wait
+        self.verify = conduct.verify
+        self.is_waiting = conduct.wait
+        self._conduct = conduct
         self.report = report
         self._budget = budget
         self._ladder = ladder
@@ -59,7 +69,7 @@ class Plan:
     def for_program(self, program: Callable[..., Any]) -> Plan:
         """A plan of its own for a copy of this one's program."""
         report = Report(parent=current_report())
-        return Plan(program, self._ladder, self._budget, self.settings, self.verify, self.is_waiting, report)
+        return Plan(program, self._ladder, self._budget, self.settings, self._conduct, report)
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the program: whole, in blocks, or eagerly, as far as that has come."""
@@ -81,6 +91,16 @@ class Plan:
     def call_next(self, failed: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """For callers that wait: go on with the rung that followed `failed`."""
         return self._call(args, kwargs) if self._root is not failed else failed.eager(self.program, *args, **kwargs)
+
+    def wants_artifact(self, part: Part) -> bool:
+        """Whether the child is to make an artifact of `part`, which falls back to torch's caches if it cannot.
+
+        By default for a whole program, which is then taken over without a stall. An artifact checks its guards in Python at
+        each call (about 0.1 ms), which a block, called many times a step, would feel more than one trace at the swap.
+        """
+        if not self.settings.is_plain or self._conduct.handback == "caches":
+            return False
+        return self._conduct.handback == "artifact" or not part.is_block
 
     # the ladder
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from torchspan.core.errors import InputError
+from torchspan.core.errors import GuardError, InputError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import log
 from torchspan.strategies import _ambient, _torch, _transport, _verify
 from torchspan.strategies._base import Part
-from torchspan.strategies._handback import FromCaches
+from torchspan.strategies._handback import FromArtifact, FromCaches
 from torchspan.strategies._signature import signature
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
 from torchspan.strategies._worker import Filled, Task
@@ -42,7 +42,8 @@ class Generation:
     """What serves one input signature."""
 
     stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
-    code: FromCaches | None = None
+    code: FromArtifact | FromCaches | None = None
+    wants_artifact: bool = False
     is_traced: bool = False
     stale: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -127,7 +128,7 @@ class Region:
             known = self._generations.get(key)
             if known is not None:
                 return known
-            generation = self._generations[key] = Generation()
+            generation = self._generations[key] = Generation(wants_artifact=self._plan.wants_artifact(self.part))
             is_full = len(self._generations) > MAX_GENERATIONS
         if is_full:
             generation.stage = "eager"
@@ -140,21 +141,24 @@ class Region:
 
     def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         try:
-            payload = self._payload(target, args, kwargs)
+            payload = self._payload(generation, target, args, kwargs)
         except InputError as cause:
             self._give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
         work = threading.Thread(
-            target=self._compile, args=(generation, payload, _is_on_accelerator(args)), name="torchspan-compile", daemon=True
+            target=self._compile,
+            args=(generation, target, payload, _is_on_accelerator(args)),
+            name="torchspan-compile",
+            daemon=True,
         )
         work.start()
 
-    def _payload(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        settings = self._plan.settings
-        task = Task(target, self.part.is_block, args, dict(kwargs), settings.to_send(), _ambient.capture(), dict(_isas))
+    def _payload(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        settings, ambient = self._plan.settings.to_send(), _ambient.capture()
+        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas), generation.wants_artifact)
         return _transport.dumps(task)
 
-    def _compile(self, generation: Generation, payload: bytes, is_fresh: bool) -> None:
+    def _compile(self, generation: Generation, target: Any, payload: bytes, is_fresh: bool) -> None:
         """In a thread of its own: have a child compile, then make ready to take over."""
         with self._plan.turn(self) as budget:
             if budget is None:
@@ -170,7 +174,7 @@ class Region:
             self._give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
             return
         try:
-            prepare_to_load(filled.isas)
+            self._prepare(generation, target, filled)
         except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
             failed = Ending(
                 "failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor"
@@ -180,6 +184,19 @@ class Region:
         self._attempt(ending)
         generation.stage = "ready"
         generation.done.set()
+
+    def _prepare(self, generation: Generation, target: Any, filled: Filled) -> None:
+        """What needs no call to do: load an artifact, or import what loads from the caches."""
+        if filled.artifact is not None:
+            try:
+                generation.code = FromArtifact(filled.artifact, target)
+                self._decide("artifact", "what the child compiled loads without tracing")
+                return
+            except TorchspanError as cause:
+                self._decide("caches", f"the artifact does not load here: {cause}")
+        elif filled.why_no_artifact:
+            self._decide("caches", filled.why_no_artifact)
+        prepare_to_load(filled.isas)
 
     def _give_up(self, generation: Generation, ending: Ending) -> None:
         generation.stage = "eager"
@@ -206,9 +223,11 @@ class Region:
         settings = self._plan.settings
         if generation.code is None:
             generation.code = FromCaches(settings, self.part.is_block, _isas)
-            self._note_handback(settings.is_inductor)
+            self._note_handback(generation, settings.is_inductor)
         wrong = self._verify(generation.code, target, args, kwargs) if self._plan.verify != "off" else None
-        if generation.code.misses:
+        if wrong is not None and isinstance(generation.code, FromArtifact):
+            self._without_artifact(generation, wrong, target, args, kwargs)
+        elif generation.code.misses:
             self._reject(generation, f"its cache entries do not serve this process: {generation.code.misses[0]}")
         elif wrong is not None:
             self._reject(generation, f"compiled code gives other results than eager: {wrong}")
@@ -218,14 +237,29 @@ class Region:
             self.has_compiled = True
             self._plan.report.figure("swap_stall_s", time.perf_counter() - started)
 
-    def _verify(self, code: FromCaches, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    def _without_artifact(
+        self, generation: Generation, why: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Give the artifact up and have the caches filled instead."""
+        self._decide("caches", f"the artifact is not right here: {why}")
+        generation.stage, generation.code, generation.wants_artifact = "compiling", None, False
+        generation.done.clear()
+        self._start(generation, target, args, kwargs)
+
+    def _verify(
+        self, code: FromArtifact | FromCaches, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> str | None:
         try:
             return _verify.mismatch(self.eager, code.trace, (target, args, kwargs), is_random=self._plan.settings.is_random)
         except _verify.CannotCopyError as cause:
             self._decide("not verified", str(cause))
             return None
+        except GuardError as cause:  # of an artifact
+            return str(cause)
 
-    def _note_handback(self, is_inductor: bool) -> None:
+    def _note_handback(self, generation: Generation, is_inductor: bool) -> None:
+        if is_inductor and generation.wants_artifact:
+            return  # why there is no artifact was said
         if is_inductor:
             self._plan.report.decide("compile", self.part.name, "caches", "torch's caches hold what the child compiled")
         else:
@@ -242,6 +276,8 @@ class Region:
     def _run(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         code = generation.code
         assert code is not None, generation
+        if isinstance(code, FromArtifact):
+            return self._run_artifact(generation, code, target, args, kwargs)
         if not generation.is_traced:
             generation.is_traced = True
             return code.trace(target, *args, **kwargs)
@@ -251,8 +287,17 @@ class Region:
             self._note_stale(generation, target, args, kwargs)
         return outputs
 
+    def _run_artifact(
+        self, generation: Generation, code: FromArtifact, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        try:
+            return code.run(target, *args, **kwargs)
+        except GuardError:
+            self._note_stale(generation, target, args, kwargs)
+        return self.eager(target, *args, **kwargs)
+
     def _note_stale(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Dynamo's guards failed, so that call ran eagerly: the program's own state has changed since it was compiled."""
+        """The guards failed, so that call ran eagerly: the program's own state has changed since it was compiled."""
         with generation.lock:
             if generation.stage != "swapped":
                 return
@@ -261,7 +306,7 @@ class Region:
                 generation.stage = "eager"
                 self._decide("eager", f"the program's state changed {MAX_STALE} times since it was compiled")
                 return
-            self._decide("compiled again", "the program's state changed since it was compiled (dynamo's guards failed)")
+            self._decide("compiled again", "the program's state changed since it was compiled (its guards failed)")
             generation.stage, generation.code, generation.is_traced = "compiling", None, False
             generation.done.clear()
         self._start(generation, target, args, kwargs)

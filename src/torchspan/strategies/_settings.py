@@ -26,6 +26,12 @@ class Settings:
         return self.backend == "inductor"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing was asked of inductor that an artifact does not have: no mode, no options, static shapes."""
+        is_default = self.mode in (None, "default") and not self.extra and not self.dynamic
+        return self.is_inductor and is_default and dict(self.options) == {"fallback_random": True}
+
+    @property
     def is_random(self) -> bool:
         """Whether compiled code draws other random numbers than eager does (inductor's own, unless told otherwise)."""
         return self.is_inductor and not self.options.get("fallback_random", False)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchspan.core.errors import CompileError
+from torchspan.artifacts.precompile import precompile
+from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
+from torchspan.core.report import Report
 from torchspan.strategies import _ambient, _torch, _transport
 from torchspan.strategies._settings import Settings
 
@@ -27,14 +31,17 @@ class Task:
     settings: Settings
     ambient: _ambient.Ambient
     isas: Mapping[str, bool] = field(default_factory=dict)
+    wants_artifact: bool = False
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What the compile process leaves behind, besides what lies in torch's caches."""
+    """What the compile process hands back: the bytes of an `artifact`, or (None) what lies in torch's caches now, and why."""
 
     graphs: int
     isas: Mapping[str, bool]
+    artifact: bytes | None = None
+    why_no_artifact: str | None = None
 
 
 def compile_region(payload: bytes) -> bytes:
@@ -44,6 +51,23 @@ def compile_region(payload: bytes) -> bytes:
     if task.settings.is_inductor:
         check_compiler()
     isas = dict(task.isas)
+    why_not = None
+    if task.wants_artifact:
+        try:
+            with _torch.known_isas(isas):
+                return pickle.dumps(Filled(1, isas, _make_artifact(task)))
+        except TorchspanError as cause:
+            why_not = f"no artifact: {cause}"
+    return pickle.dumps(_fill_caches(task, isas, why_not))
+
+
+def _make_artifact(task: Task) -> bytes:
+    with _ambient.modes(task.ambient), tempfile.TemporaryDirectory(prefix="torchspan-") as folder:
+        made = precompile(task.target, task.args, task.kwargs, report=Report())
+        return made.save(Path(folder) / "artifact").read_bytes()
+
+
+def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
     with _torch.caching(), _torch.known_isas(isas):
         compiled = task.settings.compile(_torch.entry_point(task.is_block))
         with _ambient.modes(task.ambient):
@@ -52,7 +76,7 @@ def compile_region(payload: bytes) -> bytes:
     counted = _torch.counters()
     if task.settings.is_inductor:
         _check_saved(counted)
-    return pickle.dumps(Filled(counted["graphs"], isas))
+    return Filled(counted["graphs"], isas, None, why_not)
 
 
 def check_compiler() -> None:
