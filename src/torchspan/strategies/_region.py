@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
+_JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
 _isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
 
 
@@ -141,7 +142,7 @@ class Region:
 
     def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         try:
-            payload = self._payload(generation, target, args, kwargs)
+            payload = self._payload(target, args, kwargs)
         except InputError as cause:
             self._give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
@@ -153,50 +154,58 @@ class Region:
         )
         work.start()
 
-    def _payload(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    def _payload(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         settings, ambient = self._plan.settings.to_send(), _ambient.capture()
-        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas), generation.wants_artifact)
+        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas))
         return _transport.dumps(task)
 
     def _compile(self, generation: Generation, target: Any, payload: bytes, is_fresh: bool) -> None:
         """In a thread of its own: have a child compile, then make ready to take over."""
-        with self._plan.turn(self) as budget:
-            if budget is None:
-                ending = Ending("skipped", 0.0, cause="nothing is left of the budget")
-            else:
-                ending = run_bounded(Job("torchspan.strategies._worker:compile_region", payload, is_fresh), budget)
-            self._plan.spend(ending.seconds)
+        ending = self._run_child(_JOBS[generation.wants_artifact], payload, is_fresh)
         if ending.result is None:
             self._give_up(generation, ending)
             return
         filled: Filled = pickle.loads(ending.result)
+        if filled.artifact is not None and not self._load(generation, target, filled.artifact):
+            generation.wants_artifact = False
+            self._attempt(replace(ending, outcome="failed", cause="its artifact does not load here", where="loading"))
+            self._compile(generation, target, payload, is_fresh)
+            return
         if self._plan.settings.is_inductor and filled.graphs == 0:
             self._give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
             return
         try:
-            self._prepare(generation, target, filled)
+            if filled.artifact is None:
+                prepare_to_load(filled.isas)
         except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
             failed = Ending(
                 "failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor"
             )
             self._give_up(generation, failed)
             return
+        if filled.why_no_artifact:
+            self._decide("caches", filled.why_no_artifact)
         self._attempt(ending)
         generation.stage = "ready"
         generation.done.set()
 
-    def _prepare(self, generation: Generation, target: Any, filled: Filled) -> None:
-        """What needs no call to do: load an artifact, or import what loads from the caches."""
-        if filled.artifact is not None:
-            try:
-                generation.code = FromArtifact(filled.artifact, target)
-                self._decide("artifact", "what the child compiled loads without tracing")
-                return
-            except TorchspanError as cause:
-                self._decide("caches", f"the artifact does not load here: {cause}")
-        elif filled.why_no_artifact:
-            self._decide("caches", filled.why_no_artifact)
-        prepare_to_load(filled.isas)
+    def _run_child(self, function: str, payload: bytes, is_fresh: bool) -> Ending:
+        with self._plan.turn(self) as budget:
+            if budget is None:
+                return Ending("skipped", 0.0, cause="nothing is left of the budget")
+            ending = run_bounded(Job(function, payload, is_fresh), budget)
+            self._plan.spend(ending.seconds)
+            return ending
+
+    def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
+        """Load an artifact, which needs no call to do; whether that went well."""
+        try:
+            generation.code = FromArtifact(artifact, target)
+        except TorchspanError as cause:
+            self._decide("caches", f"the artifact does not load here: {cause}")
+            return False
+        self._decide("artifact", "what the child compiled loads without tracing")
+        return True
 
     def _give_up(self, generation: Generation, ending: Ending) -> None:
         generation.stage = "eager"
@@ -327,7 +336,6 @@ def prepare_to_load(isas: Mapping[str, bool]) -> None:
     """Ready this process for loading what a child compiled: what the child found out, and the imports."""
     _isas.update(isas)
     with _gentle_imports():
-        _torch.quiet_workers()
         _torch.import_compiler()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import os
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -71,19 +72,13 @@ def named_backend(name: str) -> Callable[..., Any] | str:
 
 
 def import_compiler() -> None:
-    """Import dynamo and inductor: seconds of CPU, so not in a step."""
-    import torch._dynamo
-    import torch._functorch._aot_autograd.autograd_cache
-    import torch._inductor.compile_fx
-    import torch._inductor.cpp_builder
-    import torch._inductor.cpu_vec_isa  # noqa: F401
-
-
-def quiet_workers() -> None:
-    """Keep inductor's import from starting its pool of worker processes in this one."""
-    import os
-
-    os.environ.setdefault("TORCH_WARM_POOL", "0")
+    """Import dynamo and inductor: seconds of CPU, so not in a step. Their pool of worker processes is not started."""
+    with patch.dict(os.environ, {"TORCH_WARM_POOL": "0"}):
+        import torch._dynamo
+        import torch._functorch._aot_autograd.autograd_cache
+        import torch._inductor.compile_fx
+        import torch._inductor.cpp_builder
+        import torch._inductor.cpu_vec_isa  # noqa: F401
 
 
 def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -106,6 +101,13 @@ def counters() -> dict[str, int]:
         "codegen_bypassed": ("inductor", "fxgraph_cache_bypass"),
     }
     return {name: counted[group][key] for name, (group, key) in names.items()}
+
+
+def reset() -> None:
+    """Forget what dynamo has compiled in this process."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
 
 
 @contextmanager

@@ -52,7 +52,10 @@ class _Pickler(cloudpickle.Pickler):
             self._note_module(getattr(obj, "__module__", None))
         if isinstance(obj, types.FunctionType):
             self.globals_ref.setdefault(id(obj.__globals__), _Globals(obj.__globals__))
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == 6:
+            reduced[2][0].setdefault("__qualname__", obj.__qualname__)  # which cloudpickle leaves out of a class by value
+        return reduced
 
     def _storage(self, tensor: torch.Tensor, is_parameter: bool) -> int:
         storage = tensor.untyped_storage()
@@ -88,6 +91,8 @@ def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
     if module is None or vars(module).get("__file__") != named["__file__"]:
         module = sys.modules[name] = types.ModuleType(name)
         vars(module).update(named)
+        if name == "__main__":
+            sys.modules["__mp_main__"] = module  # multiprocessing's name for it
     return vars(module)
 
 

@@ -31,7 +31,6 @@ class Task:
     settings: Settings
     ambient: _ambient.Ambient
     isas: Mapping[str, bool] = field(default_factory=dict)
-    wants_artifact: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,20 +44,32 @@ class Filled:
 
 
 def compile_region(payload: bytes) -> bytes:
-    """Compile a pickled Task for its example inputs, backward too where gradients are wanted; gives a pickled Filled."""
+    """Compile a pickled Task into an artifact, or into torch's caches if it cannot be one; gives a pickled Filled."""
+    task = _begin(payload)
+    isas = dict(task.isas)
+    try:
+        with _torch.known_isas(isas):
+            return pickle.dumps(Filled(1, isas, _make_artifact(task)))
+    except TorchspanError as cause:
+        why_not = f"no artifact: {cause}"
+    except Exception as cause:  # noqa: BLE001 - a foreign compiler, in a way that the caches may do without
+        why_not = f"no artifact: {type(cause).__name__}: {cause}"
+    _torch.reset()
+    return pickle.dumps(_fill_caches(task, isas, why_not))
+
+
+def fill_caches(payload: bytes) -> bytes:
+    """Compile a pickled Task so that its results lie in torch's caches; gives a pickled Filled."""
+    task = _begin(payload)
+    return pickle.dumps(_fill_caches(task, dict(task.isas), None))
+
+
+def _begin(payload: bytes) -> Task:
     task: Task = _transport.loads(payload)
     _ambient.restore(task.ambient)
     if task.settings.is_inductor:
         check_compiler()
-    isas = dict(task.isas)
-    why_not = None
-    if task.wants_artifact:
-        try:
-            with _torch.known_isas(isas):
-                return pickle.dumps(Filled(1, isas, _make_artifact(task)))
-        except TorchspanError as cause:
-            why_not = f"no artifact: {cause}"
-    return pickle.dumps(_fill_caches(task, isas, why_not))
+    return task
 
 
 def _make_artifact(task: Task) -> bytes:
@@ -68,12 +79,14 @@ def _make_artifact(task: Task) -> bytes:
 
 
 def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
+    """Compile for the example inputs, and run once: forward, and backward where gradients are wanted."""
+    before = _torch.counters()  # an attempt at an artifact was counted too
     with _torch.caching(), _torch.known_isas(isas):
         compiled = task.settings.compile(_torch.entry_point(task.is_block))
         with _ambient.modes(task.ambient):
             outputs = compiled(task.target, *task.args, **task.kwargs)
         _backward(outputs)
-    counted = _torch.counters()
+    counted = {name: count - before[name] for name, count in _torch.counters().items()}
     if task.settings.is_inductor:
         _check_saved(counted)
     return Filled(counted["graphs"], isas, None, why_not)
