@@ -270,7 +270,9 @@ def test_a_new_shape_runs_eagerly_and_is_compiled_meanwhile(until: Wait) -> None
         assert torch.equal(compiled(x), compiled._orig_mod(x))
 
 
-def test_a_change_of_the_programs_own_state_is_compiled_again(until: Wait) -> None:
+@pytest.mark.once
+@pytest.mark.parametrize("handback", ["artifact", "caches"])
+def test_a_change_of_the_programs_own_state_is_compiled_again(handback: Any, until: Wait) -> None:
     class Switch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -279,14 +281,15 @@ def test_a_change_of_the_programs_own_state_is_compiled_again(until: Wait) -> No
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x * self.factor).relu()
 
-    compiled = compile_bounded(Switch(), strategy="whole", budget=SOON)
+    compiled = compile_bounded(Switch(), strategy="whole", budget=SOON, handback=handback)
     x = torch.randn(4)
     until(lambda: "swap_stall_s" in compiled.report.figures, lambda: compiled(x))
     compiled.factor = 3
     assert torch.equal(compiled(x), (x * 3).relu())
     assert torch.equal(compiled(x), (x * 3).relu())
     until(lambda: len(compiled.report.attempts) == 2, lambda: compiled(x))
-    assert "the program's state changed" in compiled.report.decisions[-2].reason + compiled.report.decisions[-1].reason
+    assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled", "compiled"]
+    assert "compiled again" in [decision.choice for decision in compiled.report.decisions]
     assert torch.equal(compiled(x), (x * 3).relu())
 
 
@@ -306,7 +309,7 @@ def test_a_function_is_compiled_and_waits_if_asked_to() -> None:
 def test_many_threads_may_call_while_it_is_swapped(until: Wait) -> None:
     model, x = nn.Linear(8, 8), torch.randn(4, 8)
     expected = model(x).detach()
-    compiled = compile_bounded(model, strategy="whole", budget=SOON)
+    compiled = compile_bounded(model, strategy="whole", budget=SOON, handback="caches")
     wrong: list[str] = []
     stop = threading.Event()
 
@@ -328,6 +331,23 @@ def test_many_threads_may_call_while_it_is_swapped(until: Wait) -> None:
         for thread in threads:
             thread.join()
     assert wrong == [] and [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"]
+
+
+@pytest.mark.once
+def test_a_program_with_a_graph_break_comes_back_through_the_caches(until: Wait) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin() * 2
+        torch._dynamo.graph_break()
+        return y.cos() + 1
+
+    import torch._dynamo
+
+    compiled = compile_bounded(broken, budget=SOON)
+    x = torch.randn(8)
+    until(lambda: "swap_stall_s" in compiled.report.figures, lambda: compiled(x))
+    assert difference(compiled(x), broken(x)) is None
+    (caches,) = [decision for decision in compiled.report.decisions if decision.choice == "caches"]
+    assert caches.reason.startswith("no artifact: ")
 
 
 @pytest.mark.once
@@ -434,6 +454,7 @@ def test_activation_checkpointing_of_compiled_blocks_agrees_with_its_forward(
     [
         ({"strategy": "per_blok"}, UnknownNameError, "no strategy 'per_blok'; did you mean 'per_block'"),
         ({"verify": "sometimes"}, InputError, "verify='sometimes'; expected one of first, off, always"),
+        ({"handback": "mail"}, InputError, "handback='mail'; expected one of auto, artifact, caches"),
         ({"budget": 120}, InputError, "budget is 120; expected a Budget"),
     ],
 )
