@@ -37,7 +37,7 @@ def test_a_redirection_names_the_line_of_the_program_and_is_counted(redirected: 
 def test_a_module_is_one_redirection_at_the_line_that_moved_it(redirected: Report) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     model.to("cuda:0"); line = here()  # fmt: skip  # noqa: E702
-    assert sites(redirected) == {"Module.to()(device='cuda:0')": (f"{__file__}:{line}", 1)}
+    assert sites(redirected) == {"Module.to(device='cuda:0')": (f"{__file__}:{line}", 1)}
 
 
 def test_what_torch_does_on_behalf_of_the_program_is_the_programs_line(redirected: Report) -> None:

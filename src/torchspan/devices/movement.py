@@ -95,7 +95,7 @@ def _cuda(redirection: Redirection, old: Function) -> Function:
         target = redirection.lookup("cuda" if device is None else device)
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking, memory_format=memory_format)
-        redirection.note("Tensor.cuda()", device)
+        redirection.note("Tensor.cuda", "cuda" if device is None else device)
         wanted = {"device": target, "non_blocking": non_blocking, "memory_format": memory_format}
         return _placed(redirection, to, self, wanted)
 
@@ -131,7 +131,7 @@ def _storage_cuda(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def cuda(self: Any, device: Any = None, non_blocking: bool = False) -> Any:
         redirection.lookup("cuda" if device is None else device)
-        redirection.note("UntypedStorage.cuda()", device)
+        redirection.note("UntypedStorage.cuda", "cuda" if device is None else device)
         return self.clone()
 
     return cuda
@@ -146,7 +146,7 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
         asked = "cuda" if asked is None and name == "cuda" else asked
         if redirection.lookup(asked) is None:
             return old(self, *args, **kwargs)
-        redirection.note(f"Module.{name}()", asked)
+        redirection.note(f"Module.{name}", asked)
         if isinstance(asked, int) and name == "to":  # torch takes a number only where there is an accelerator
             args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "device"}
             args = (torch.device("cuda", asked), *args)

@@ -9,9 +9,8 @@ import os
 import platform
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -23,9 +22,8 @@ CAPABILITY = (8, 0)
 """The oldest CUDA capability that computes in bfloat16, as every device here does."""
 
 
-@dataclass(frozen=True)
-class DeviceProperties:
-    """What ``torch.cuda.get_device_properties`` gives for a device that stands in for a CUDA device."""
+class DeviceProperties(NamedTuple):
+    """What ``torch.cuda.get_device_properties`` gives for a device that stands in for a CUDA device; a tuple for dynamo."""
 
     name: str
     total_memory: int
@@ -61,7 +59,8 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name, answer in answers.items():
         yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
     current = Current()
-    yield from stand_ins("queries", "torch.cuda", _properties(redirection))
+    for name, function in _properties(redirection).items():
+        yield Redefinition("queries", "torch.cuda", name, partial(_unless_torch_asks, function))
     yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
     for name in ("_exchange_device", "_maybe_exchange_device"):
         yield Replacement("queries", "torch.cuda", name, lambda old: partial(_exchange, current))
@@ -81,6 +80,15 @@ def _answer(redirection: Redirection, name: str, answer: object, old: Function) 
             f"torch.cuda.{name}()", None, f"{redirection.choice.reason}; the program is told so that it goes on", str(answer)
         )
         return answer
+
+    return query
+
+
+def _unless_torch_asks(function: Function, old: Function) -> Function:
+    """`function` for the program; torch's own code gets what `old` says, which is an error where torch expects one."""
+
+    def query(*args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs) if asked_by_torch() else function(*args, **kwargs)
 
     return query
 
