@@ -32,17 +32,19 @@ class _Pickler(cloudpickle.Pickler):
         self._keep_values = keep_values
         self.storages: dict[int, tuple[int, str, bytes | None]] = {}
         self.by_value: list[types.ModuleType] = []
-        self._alive: list[object] = []  # a storage's address is its key: nothing may be freed meanwhile
+        self._alive: list[object] = []  # what is known by its address must not be freed meanwhile
+        self._addresses: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if type(obj) not in _PLAIN or obj.layout is not torch.strided or obj.is_quantized:
             return None
         is_parameter = type(obj) is torch.nn.Parameter
         key = None if obj.device.type == "meta" else self._storage(obj, is_parameter)
-        return (
-            "tensor", key, obj.dtype, str(obj.device), tuple(obj.shape), obj.stride(), obj.storage_offset(), obj.requires_grad,
-            is_parameter,
-        )  # fmt: skip
+        self._alive.append(obj)
+        number = self._numbers.setdefault(id(obj), len(self._numbers))
+        layout = (obj.dtype, str(obj.device), tuple(obj.shape), obj.stride(), obj.storage_offset())
+        return "tensor", number, key, layout, obj.requires_grad, is_parameter
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch._ops.OpOverload):
@@ -59,7 +61,7 @@ class _Pickler(cloudpickle.Pickler):
 
     def _storage(self, tensor: torch.Tensor, is_parameter: bool) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = self._addresses.setdefault(storage._cdata, len(self._addresses))
         if key not in self.storages:
             self._alive.append(storage)
             small = not is_parameter and storage.nbytes() <= VALUE_BYTES[tensor.is_floating_point() or tensor.is_complex()]
@@ -101,17 +103,23 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._described = storages
         self._built: dict[int, torch.UntypedStorage] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
-        _, key, dtype, device, shape, stride, offset, requires_grad, is_parameter = pid
+        _, number, key, layout, requires_grad, is_parameter = pid
+        if number not in self._tensors:
+            tensor = self._tensor(key, *layout)
+            if is_parameter:
+                tensor = torch.nn.Parameter(tensor, requires_grad=requires_grad)
+            self._tensors[number] = tensor.requires_grad_(requires_grad)
+        return self._tensors[number]
+
+    def _tensor(
+        self, key: int | None, dtype: torch.dtype, device: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+    ) -> torch.Tensor:
         if key is None:
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        else:
-            tensor = torch.empty(0, dtype=dtype, device=device)
-            tensor.set_(self._storage(key), offset, shape, stride)
-        if is_parameter:
-            return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-        return tensor.requires_grad_(requires_grad)
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return torch.empty(0, dtype=dtype, device=device).set_(self._storage(key), offset, shape, stride)
 
     def _storage(self, key: int) -> torch.UntypedStorage:
         if key not in self._built:
