@@ -40,7 +40,7 @@ def test_the_modules_that_are_named_are_regions_of_forward_and_backward(graph: G
     called = set().union(*map(_targets, recorder.modules))
     assert {"aten.silu.default", "aten.silu_backward.default", "aten.mm.default"} <= called
     assert "aten.silu.default" not in _targets(after.module)
-    assert any("attention" in target for target in _targets(after.module))
+    assert any("attention" in target or "softmax" in target for target in _targets(after.module))
 
 
 def test_equal_regions_are_compiled_once(graph: Graph) -> None:

@@ -63,7 +63,7 @@ def test_mixed_precision_is_bucketed_in_the_dtypes_that_move(sharded: Any) -> No
     moved = {
         str(node.target): node.args[0].meta["val"].dtype
         for node in after.module.graph.nodes
-        if "_tensor.default" in str(node.target) and "wait" not in str(node.target)
+        if "_c10d_functional" in str(node.target) and "wait" not in str(node.target)
     }
     assert set(moved.values()) == {torch.bfloat16, torch.float32}
     assert after.num_collectives()["all_gather_into_tensor"] == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -145,13 +146,14 @@ def dynamo_errors() -> tuple[type[Exception], ...]:
 def joint_export() -> Any:
     """``aot_export_joint_with_descriptors``, or None where torch lacks it.
 
-    2.9 has the function, without what annotates its nodes (``torch.fx.traceback.annotate``, 2.10): counted as lacking.
+    2.9 has the function, but its counterpart takes no ``partition_fn`` and its nodes no annotations: counted as lacking.
     """
     from torch._functorch import aot_autograd
 
-    if not hasattr(torch.fx.traceback, "annotate"):
+    compile_joint = getattr(aot_autograd, "aot_compile_joint_with_descriptors", None)
+    if compile_joint is None or "partition_fn" not in inspect.signature(compile_joint).parameters:
         return None
-    return getattr(aot_autograd, "aot_export_joint_with_descriptors", None)
+    return aot_autograd.aot_export_joint_with_descriptors
 
 
 def joint_gradient_placements(joint: Any) -> list[Any] | None:

@@ -27,7 +27,8 @@ class RegionalInductor(Pass):
 
     A region is what the program annotated (``torch.fx.traceback.annotate({"compile_with_inductor": name})``), or, with
     `modules`, what the submodules did whose paths answer to one of its patterns (``*.feed_forward``, several by ``|``).
-    Collectives and waits stay outside, so that a region can be compiled in a process that has no process groups.
+    Collectives and waits stay outside, so that a region can be compiled in a process that has no process groups; so do views of
+    what is outside.
     """
 
     name: ClassVar[str] = "regional_inductor"
@@ -77,7 +78,7 @@ class RegionalInductor(Pass):
 
 
 def _annotate(module: GraphModule, patterns: str) -> None:
-    """Annotate the nodes of the modules asked for, and take annotations off collectives."""
+    """Annotate the nodes of the modules asked for, and take annotations off collectives and views of what is outside."""
     wanted = [pattern.strip() for pattern in patterns.split("|") if pattern.strip()]
     for node in module.graph.nodes:
         custom = dict(node.meta.get("custom") or {})
@@ -88,10 +89,23 @@ def _annotate(module: GraphModule, patterns: str) -> None:
         elif isinstance(custom.get(_KEY), str) and (block := block_of(path)) is not None:
             # a region stays within its block: the blocks' regions are then equal, and one compile serves them all
             custom[_KEY] = f"{block}.{custom[_KEY]}"
-        if "c10d" in str(node.target):
+        if "c10d" in str(node.target) or _views_what_is_outside(node):
             custom.pop(_KEY, None)
         if custom:
             node.meta["custom"] = custom
+
+
+def _views_what_is_outside(node: Node) -> bool:
+    """Whether the node is a view of a value that is in no region.
+
+    Such a view costs nothing where it is; returned from a region, it would be an output that aliases an input, which torch 2.8
+    refuses to cache.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None or schema.is_mutable:
+        return False
+    viewed = node.args[0]
+    return isinstance(viewed, Node) and _KEY not in (viewed.meta.get("custom") or {})
 
 
 def _answer(path: str, pattern: str) -> str | None:

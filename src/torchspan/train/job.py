@@ -110,6 +110,11 @@ class Loss(nn.Module):
         self.model = model
         self.num_tokens = num_tokens
 
+    @property
+    def annotates(self) -> bool:
+        """Whether the model marks the regions that are to be compiled."""
+        return bool(getattr(getattr(self.model, "config", None), "annotate_regions", False))
+
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         logits_BSV: Tensor = self.model(tokens_BS)
         return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum") / self.num_tokens

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def _make_step(
         report.decide("capture", program.model.__class__.__name__, "eager", reason)
         return _eager(program)
     began = time.perf_counter()
-    with annotations_provided(report):
+    with annotations_provided(report) if program.annotates else nullcontext():
         graph = capture_training(Program(program, example), settings.capture, report)
     report.figure("capture_s", time.perf_counter() - began)
     graph = _transformed(graph, settings, pipeline, job, report)
