@@ -32,7 +32,8 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             script = tmp_path / "program.py"
             script.write_text(textwrap.dedent(code))
             arguments = [str(script), *arguments]
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")} | (env or {})
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")}
+        environ |= {"OMP_NUM_THREADS": "1"} | (env or {})  # a small program spends most on threads that wait for each other
         done = subprocess.run(
             [sys.executable, *arguments],
             capture_output=True,
