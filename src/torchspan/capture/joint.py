@@ -18,8 +18,6 @@ from torchspan.core.errors import CaptureError, UnsupportedError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.program import Program
 
-SUMMARY = "AOTAutograd's joint graph: functional, with a tangent; torch 2.10 and later"
-
 
 def is_supported() -> bool:
     """Whether this torch can capture joint graphs."""

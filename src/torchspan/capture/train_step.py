@@ -11,8 +11,6 @@ from torchspan.capture._state import Slot, check_loss, check_program, local, slo
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.program import Program
 
-SUMMARY = "forward, loss and backward as autograd runs them, traced by make_fx"
-
 
 def capture_train_step(program: Program) -> Graph:
     """The training step of a module whose forward gives a scalar loss.
