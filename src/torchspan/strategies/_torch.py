@@ -89,6 +89,14 @@ def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: 
     return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_example_inputs", options=settings)
 
 
+def cxx_names() -> list[str]:
+    """The C++ compilers that inductor looks for, in its order."""
+    from torch._inductor import config
+
+    wanted = config.cpp.cxx
+    return [name for name in (wanted if isinstance(wanted, (tuple, list)) else (wanted,)) if name]
+
+
 def counters() -> dict[str, int]:
     """How many graphs were compiled, and what the caches did, since this process began."""
     from torch._dynamo.utils import counters as counted

@@ -94,10 +94,7 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
 
 def check_compiler() -> None:
     """Raise CompileError unless there is a C++ compiler for inductor's CPU kernels."""
-    from torch._inductor import config
-
-    wanted = config.cpp.cxx
-    names = [name for name in (wanted if isinstance(wanted, (tuple, list)) else (wanted,)) if name]
+    names = _torch.cxx_names()
     if not any(shutil.which(name) for name in names):
         raise CompileError(f"no C++ compiler: inductor looked for {', '.join(names)}; install g++ or set CXX")
 
