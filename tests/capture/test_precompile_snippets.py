@@ -14,7 +14,7 @@ import pytest
 FOLDER = Path(__file__).parent / "reference_snippets"
 SNIPPETS = sorted(path.stem for path in FOLDER.glob("*.txt"))
 
-# Forks a process for each snippet once torch is imported with torchspan active: what `python snippet.py` does, 14 imports cheaper.
+# Forks a process for each snippet once torch is imported with torchspan active: `python snippet.py`, 14 imports cheaper.
 RUNNER = """
 import os, runpy, sys, traceback
 import torch
