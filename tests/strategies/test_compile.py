@@ -301,7 +301,7 @@ def test_a_function_is_compiled_and_waits_if_asked_to() -> None:
     x = torch.ones(3)
     assert torch.equal(compiled(x, factor=2.0)["scaled"], x * 2)
     assert compiled.__name__ == "scaled" and compiled.report is report_of(compiled)
-    assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"]
+    assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"], compiled.report.attempts
     assert "swap_stall_s" in compiled.report.figures
 
 

@@ -18,6 +18,7 @@ import pytest
 from torchspan.core.errors import InputError
 from torchspan.environment.scope import Environment
 from torchspan.strategies import Budget, Ending, Job, run_bounded
+from torchspan.strategies._torch import import_compiler
 from torchspan.strategies._transport import dumps
 
 OVERSHOOT_S = 1.0
@@ -163,6 +164,7 @@ def test_several_jobs_at_once_are_judged_each_by_itself(nothing_left: Callable[[
 def test_a_job_sees_the_environment_variables_of_its_caller_and_of_the_active_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import_compiler()  # which sets a variable meanwhile: what other tests began in threads is over
     monkeypatch.setenv("SOME_SETTING", "here")
 
     def look() -> list[str | None]:

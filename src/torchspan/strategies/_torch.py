@@ -73,12 +73,19 @@ def named_backend(name: str) -> Callable[..., Any] | str:
 
 def import_compiler() -> None:
     """Import dynamo and inductor: seconds of CPU, so not in a step. Their pool of worker processes is not started."""
-    with patch.dict(os.environ, {"TORCH_WARM_POOL": "0"}):
+    before = os.environ.get("TORCH_WARM_POOL")
+    os.environ["TORCH_WARM_POOL"] = "0"
+    try:
         import torch._dynamo
         import torch._functorch._aot_autograd.autograd_cache
         import torch._inductor.compile_fx
         import torch._inductor.cpp_builder
         import torch._inductor.cpu_vec_isa  # noqa: F401
+    finally:  # this one variable only: the program may change others meanwhile, in another thread
+        if before is None:
+            os.environ.pop("TORCH_WARM_POOL", None)
+        else:
+            os.environ["TORCH_WARM_POOL"] = before
 
 
 def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
