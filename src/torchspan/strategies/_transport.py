@@ -81,16 +81,16 @@ class _Globals:
     """The globals of functions that travel by value: on the other side a module's own, as dynamo's guards look there."""
 
     def __init__(self, names: dict[str, Any]) -> None:
-        self._named = {key: names.get(key) for key in ("__name__", "__file__", "__package__")}
+        self._named = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
 
     def __reduce__(self) -> Any:
         return _module_globals, (self._named,)
 
 
 def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
-    name = named["__name__"] or "__main__"
+    name = named.get("__name__") or "__main__"
     module = sys.modules.get(name)
-    if module is None or vars(module).get("__file__") != named["__file__"]:
+    if module is None or vars(module).get("__file__") != named.get("__file__"):
         module = sys.modules[name] = types.ModuleType(name)
         vars(module).update(named)
         if name == "__main__":
