@@ -35,6 +35,9 @@ assert torch.equal(compiled(torch.ones(4)), expected) and torch.equal(compiled(t
 import torch._dynamo.utils
 assert not torch._dynamo.utils.counters["graph_break"]
 assert torch._dynamo.utils.counters["aot_autograd"]["ok"] == 1
+sites = {{decision.subject: decision.site for decision in reversed(report.decisions)}}
+assert sites["torch.arange(device='cuda')"] == f"{{__file__}}:{{body.__code__.co_firstlineno + 1}}", sites
+assert sites["torch.tensor(device='cuda:0')"] == f"{{__file__}}:{{body.__code__.co_firstlineno + 3}}", sites
 
 class Module(torch.nn.Module):
     def forward(self, x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
@@ -19,6 +19,9 @@ TOPIC = "device"
 
 in_force: Redirection | None = None
 """The Redirection whose patches are in force; a function that outlives them finds None here and does what torch does."""
+
+comptime: Any = None
+"""dynamo's way to call a function while it reads a program; known when dynamo is imported."""
 
 _DEVICE = torch.device
 _MARKED = (torch.Tensor, torch.nn.Parameter)
@@ -121,18 +124,24 @@ class Redirection:
             code = frame.f_code
             known = foreign.get(code)
             if known is None:
-                known = foreign[code] = _is_foreign(frame)
+                known = foreign[code] = is_torchs(frame.f_globals, code)
             if not known or frame.f_back is None:
                 break
             frame = frame.f_back
         key = (code, frame.f_lasti, name, asked)
         tally = self._tallies.get(key)
         if tally is None:
-            subject = name if asked is None else f"{name}(device={str(asked)!r})"
             site = f"{code.co_filename}:{frame.f_lineno}" if not known else user_site()
-            tally = self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
-            self._tallies[key] = tally
+            tally = self._tallies[key] = self._tally(site, name, asked, reason, choice)
         tally.count += 1
+
+    def note_at(self, site: str, name: str, asked: object) -> None:
+        """Count one redirection at the given line."""
+        self._tally(site, name, asked, None, None).count += 1
+
+    def _tally(self, site: str | None, name: str, asked: object, reason: str | None, choice: str | None) -> Tally:
+        subject = name if asked is None else f"{name}(device={str(asked)!r})"
+        return self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -152,10 +161,10 @@ class _Quiet(threading.local):
     depth = 0
 
 
-def _is_foreign(frame: FrameType) -> bool:
-    """Whether a frame is torch's or torchspan's, not the program's."""
-    name = frame.f_globals.get("__name__") or ""
-    file = frame.f_code.co_filename
+def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:
+    """Whether code is torch's or torchspan's, not the program's."""
+    name = names.get("__name__") or ""
+    file = code.co_filename
     is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
     return is_generated or name in ("torch", "contextlib", "collections") or name.startswith(_OWN)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ is_compiling = torch.compiler.is_compiling
 def stand_ins(owner: str, module: str, functions: Mapping[str, Function]) -> Iterable[Patch]:
     """Patches that make functions of `module` behave as these, each of which takes what the original takes."""
     for name, function in functions.items():
-        yield Redefinition(owner, module, name, functools.partial(_constant, function))
+        yield Redefinition(owner, module, name, partial(_constant, function))
 
 
 def _constant(value: Function, old: object) -> Function:
@@ -42,6 +42,10 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
     no bookkeeping. With `is_view`, `old` may give its argument back, where a GPU would have made a copy.
     """
     kinds, target = redirection.kinds, redirection.target
+    traced = partial(_note_traced, redirection, name)
+
+    def note_traced(context: Any) -> None:
+        traced(context)
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if not kwargs:
@@ -49,11 +53,30 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
         if "device" not in kwargs and "pin_memory" not in kwargs:
             return old(*args, **kwargs)
         if is_compiling():
+            device = kwargs.get("device")
+            if _redirect.comptime is not None:
+                _redirect.comptime(note_traced, lambda: _note_run(redirection, name, device))
             return old(*args, **_constants(kwargs, kinds, target))
         return _place(redirection, old, name, args, kwargs, is_view)
 
     redirection.originals[id(function)] = old
     return named_like(function, old, module)
+
+
+def _note_traced(redirection: Redirection, name: str, context: Any) -> None:
+    """Called by dynamo while it reads the wrapper: records the line of the program that it is reading."""
+    reader = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    device = context.get_local("device").as_python_constant()
+    while reader.parent is not None and _redirect.is_torchs(reader.f_globals, reader.f_code):
+        reader = reader.parent
+    if redirection.lookup(device) is not None:
+        redirection.note_at(f"{reader.f_code.co_filename}:{reader.lineno}", name, device)
+
+
+def _note_run(redirection: Redirection, name: str, device: object) -> None:
+    """Called where the wrapper is run, not read, for a compiler."""
+    if redirection.lookup(device) is not None:
+        redirection.note(name, device)
 
 
 def _constants(kwargs: dict[str, Any], kinds: tuple[str, ...], target: str) -> dict[str, Any]:

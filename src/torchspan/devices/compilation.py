@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
 
+from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -26,11 +27,18 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield Replacement("compilation", VARIABLES, "TorchInGraphFunctionVariable._get_handlers", handlers)
     yield Replacement("compilation", VARIABLES, "BaseTorchVariable.__init__", partial(_variable, redirection))
     yield Replacement("compilation", VARIABLES, "get_overridable_functions", partial(_functions, redirection))
+    yield Replacement("compilation", "torch._dynamo.comptime", "comptime", _remember)
     yield Redefinition("compilation", "torch.jit._builtins", "_find_builtin", partial(_builtin, redirection))
 
 
 def _original(redirection: Redirection, value: Any) -> Any:
     return redirection.originals.get(id(value), value)
+
+
+def _remember(comptime: Any) -> Any:
+    """Keep dynamo's function where the wrappers find it; it is not changed."""
+    _redirect.comptime = comptime
+    return comptime
 
 
 def _unwrapping(redirection: Redirection, old: Function) -> Function:
