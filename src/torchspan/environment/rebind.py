@@ -14,9 +14,9 @@ Undo = Callable[[], None]
 def rebind(pairs: Iterable[tuple[object, object]], package: str) -> list[Undo]:
     """Bind what is bound to the first of a pair to the second, in all code but that of `package`; returns what undoes it.
 
-    Looked through are the globals of modules and of executed code, functools.partial objects, and the defaults of functions.
+    Looked through are the globals of modules and of executed code, functools.partial objects, and functions' defaults.
 
-    >>> before, after = object(), object()
+    >>> before, after = (lambda: "before"), (lambda: "after")
     >>> scope = {"__builtins__": None, "__name__": "mine", "name": before}
     >>> (undo,) = rebind([(before, after)], "torch")
     >>> scope["name"] is after, undo(), scope["name"] is before
@@ -30,7 +30,7 @@ def rebind(pairs: Iterable[tuple[object, object]], package: str) -> list[Undo]:
             undo += _rebind_names(holder, table)
         elif kind is partial and id(holder.func) in table:
             undo += _rebind_partial(holder, table[id(holder.func)][1])
-        elif kind is FunctionType and not _is_of(holder.__module__, package):
+        elif kind is FunctionType and holder.__defaults__ is not None and not _is_of(holder.__module__, package):
             undo += _rebind_defaults(holder, table)
     return undo
 
@@ -59,9 +59,7 @@ def _rebind_partial(holder: partial[Any], new: object) -> Iterator[Undo]:
 
 
 def _rebind_defaults(function: FunctionType, table: dict[int, tuple[object, object]]) -> Iterator[Undo]:
-    positional, named = function.__defaults__, function.__kwdefaults__
-    if positional and any(id(value) in table for value in positional):
-        function.__defaults__ = tuple(table.get(id(value), (None, value))[1] for value in positional)
-        yield partial(setattr, function, "__defaults__", positional)
-    if named:
-        yield from _rebind_names(named, table)
+    defaults = function.__defaults__ or ()
+    if any(id(value) in table for value in defaults):
+        function.__defaults__ = tuple(table.get(id(value), (None, value))[1] for value in defaults)
+        yield partial(setattr, function, "__defaults__", defaults)
