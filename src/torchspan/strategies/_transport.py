@@ -7,6 +7,7 @@ modules that the other process could not import travels by value, so that a scri
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import io
 import os
@@ -89,13 +90,23 @@ class _Globals:
 
 def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
     name = named.get("__name__") or "__main__"
-    module = sys.modules.get(name)
+    module = sys.modules.get(name) or _imported(name)
     if module is None or vars(module).get("__file__") != named.get("__file__"):
         module = sys.modules[name] = types.ModuleType(name)
         vars(module).update(named)
         if name == "__main__":
             sys.modules["__mp_main__"] = module  # multiprocessing's name for it
     return vars(module)
+
+
+def _imported(name: str) -> types.ModuleType | None:
+    """The module of that name, where there is one to import: others of its functions may come by reference."""
+    if name == "__main__":
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 class _Unpickler(pickle.Unpickler):
