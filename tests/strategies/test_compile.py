@@ -126,6 +126,7 @@ def test_a_backend_that_fails_is_reported_and_the_program_goes_on_eagerly(
     nothing_left()
 
 
+@pytest.mark.once
 def test_a_backend_that_leaves_an_orphan_compiles_and_the_orphan_ends(until: Wait, nothing_left: Callable[[], None]) -> None:
     compiled = compile_bounded(nn.Linear(8, 8), backend=orphans, strategy="whole", verify="off")
     compiled(torch.randn(4, 8))
@@ -227,6 +228,7 @@ def test_training_goes_on_compiled_with_eagers_numbers(
     nothing_left()
 
 
+@pytest.mark.once
 def test_the_compile_process_needs_no_second_compile_of_an_equal_block(
     stack: Callable[..., nn.Module], until: Wait, cache: Path
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_program_that_fails_as_a_whole_is_compiled_by_block(stack: Callable[..
     assert compiled.report.decisions[0].choice == "whole → per_block → eager"
 
 
+@pytest.mark.once
 def test_the_last_rung_is_eager_and_nothing_is_left_of_a_spent_budget(stack: Callable[..., nn.Module], until: Wait) -> None:
     compiled = compile_bounded(stack(), backend=sleeps, budget=Budget(seconds=5))
     x = torch.randn(8, 16)
@@ -409,6 +412,7 @@ def test_a_compiled_module_shares_its_state_and_can_be_copied_pickled_and_put_in
     assert compile_bounded(compiled, strategy="eager")._orig_mod is model
 
 
+@pytest.mark.once
 def test_the_original_module_stays_eager(stack: Callable[..., nn.Module], until: Wait) -> None:
     model, x = stack().eval(), torch.randn(2, 16)
     compiled = compile_bounded(model, strategy="per_block", backend=is_wrong, verify="off")
@@ -419,6 +423,7 @@ def test_the_original_module_stays_eager(stack: Callable[..., nn.Module], until:
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.once
 def test_activation_checkpointing_of_compiled_blocks_agrees_with_its_forward(
     stack: Callable[..., nn.Module], until: Wait
 ) -> None:

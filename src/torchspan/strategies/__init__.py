@@ -3,6 +3,7 @@
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._compile import compile_bounded, report_of
 from torchspan.strategies._graph import compile_graph
+from torchspan.strategies._region import end_compiles
 from torchspan.strategies._replace import torch_compile_patch
 from torchspan.strategies._supervisor import Ending, Job, end_servers, run_bounded, server_pids
 
@@ -13,6 +14,7 @@ __all__ = [
     "Job",
     "compile_bounded",
     "compile_graph",
+    "end_compiles",
     "end_servers",
     "report_of",
     "run_bounded",

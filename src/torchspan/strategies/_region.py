@@ -35,7 +35,18 @@ if TYPE_CHECKING:
 MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
 _JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
+_THREAD = "torchspan-compile"
+_program_ends = threading.Event()
 _isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
+
+
+def end_compiles(timeout_s: float = 5.0) -> None:
+    """End the compiles that are under way; each is a cancelled Attempt in its Report."""
+    _program_ends.set()
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join(timeout_s)
+    _program_ends.clear()
 
 
 @dataclass(eq=False)
@@ -149,7 +160,7 @@ class Region:
         work = threading.Thread(
             target=self._compile,
             args=(generation, target, payload, _is_on_accelerator(args)),
-            name="torchspan-compile",
+            name=_THREAD,
             daemon=True,
         )
         work.start()
@@ -193,9 +204,9 @@ class Region:
         with self._plan.turn(self) as budget:
             if budget is None:
                 return Ending("skipped", 0.0, cause="nothing is left of the budget")
-            ending = run_bounded(Job(function, payload, is_fresh), budget)
+            ending = run_bounded(Job(function, payload, is_fresh), budget, _program_ends)
             self._plan.spend(ending.seconds)
-            return ending
+            return replace(ending, cause="the program ended first") if ending.outcome == "cancelled" else ending
 
     def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
         """Load an artifact, which needs no call to do; whether that went well."""
