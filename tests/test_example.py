@@ -70,7 +70,8 @@ def test_it_trains_unmodified_and_ends_with_what_was_changed(run_python, tmp_pat
     assert ("torch.fx.traceback.annotate" in backported) == lacking
     redirected = [d for d in values["decisions"] if d["topic"] == "device"]
     assert len(redirected) >= 10 and all(".py:" in d["site"] for d in redirected)
-    assert values["attempts"] and values["figures"]["first_step_wait_s"] < 5
+    assert values["attempts"][0]["outcome"] in ("compiled", "cancelled"), values["attempts"]
+    assert values["figures"]["first_step_wait_s"] < 5
     for words in ("redirected", "compile attempt", "first step wait"):
         assert words in done.stderr
     assert ("backported" in done.stderr) == bool(backported)

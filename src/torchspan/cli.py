@@ -155,6 +155,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from torchspan.api import autoload, deactivate
     from torchspan.core.report import current_report
+    from torchspan.strategies import end_compiles
 
     if not options.program:
         raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
@@ -173,6 +174,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return _run_program(target, options.module, arguments)
     finally:
+        if options.compile == "bounded":
+            end_compiles()
         deactivate()
         if options.report:
             options.report.write_text(json.dumps(report.to_dict(), indent=1))

@@ -109,6 +109,8 @@ def _ask_server(
         if cancel is not None and cancel.is_set() and not is_cancelled:
             server.cancel(folder)
             is_cancelled = True
+            if not server.is_ready:  # it still imports torch: it will read this when it is done, before it starts anything
+                return {"outcome": "cancelled"}
         if time.monotonic() > deadline + GRACE_S or (not server.is_ready and time.monotonic() > deadline):
             server.end()  # the server itself hangs: importing torch, most likely
             break
