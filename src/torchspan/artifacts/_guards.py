@@ -99,51 +99,50 @@ def _type(expected: Any) -> Check:
     return check
 
 
-def _function(expected: Any) -> Check:
+def _remembering(check: Check, key: Callable[[Any], Any] = lambda value: value) -> Check:
+    """`check`, which is not made again of an object (by its `key`) that it has held for."""
     known: list[Any] = []
 
-    def check(value: Any) -> str | None:
-        code = getattr(value, "__code__", value)
-        if any(code is seen for seen in known):
+    def remembered(value: Any) -> str | None:
+        seen = key(value)
+        if any(seen is one for one in known):
             return None
+        said = check(value)
+        if said is None:
+            known.append(seen)
+        return said
+
+    return remembered
+
+
+def _function(expected: Any) -> Check:
+    def check(value: Any) -> str | None:
         if digest_function(value) != expected:
             return f"the code of {name_of(value)} is not what it was when the artifact was made"
-        known.append(code)
         return None
 
-    return check
+    return _remembering(check, lambda value: getattr(value, "__code__", value))
 
 
 def _named(expected: Any) -> Check:
-    known: list[Any] = []
-
     def check(value: Any) -> str | None:
-        if any(value is seen for seen in known):
-            return None
-        if identity_of(value) != expected:
-            return f"is {identity_of(value)}, expected {expected}"
-        known.append(value)
-        return None
+        found = identity_of(value)
+        return None if found == expected else f"is {found}, expected {expected}"
 
-    return check
+    return _remembering(check)
 
 
 def _torch_function(expected: Any) -> Check:
     """Of a function that torch has by that name: it is still torch's, or torchspan's in its place; not anybody else's."""
     module, name = expected
-    known: list[Any] = []
 
     def check(value: Any) -> str | None:
-        if any(value is seen for seen in known):
-            return None
         is_builtin = not hasattr(value, "__code__")
         is_right = getattr(value, "__module__", None) == module if is_builtin else is_torch_made(value)
-        if not is_right or getattr(value, "__name__", None) != name:
-            return f"is {name_of(value)}, not torch's {name}"
-        known.append(value)
-        return None
+        is_right = is_right and getattr(value, "__name__", None) == name
+        return None if is_right else f"is {name_of(value)}, not torch's {name}"
 
-    return check
+    return _remembering(check)
 
 
 def is_torch_made(value: Any) -> bool:

@@ -128,16 +128,16 @@ def _read_tensors(data: bytes) -> dict[str, torch.Tensor]:
 
 
 class Dispatcher:
-    """Calls the first entry whose guards hold."""
+    """Calls the first of `entries` whose guards hold."""
 
     def __init__(self, model: Callable[..., Any], entries: Sequence[Entry], origin: str) -> None:
         self._model = model
-        self._entries = tuple(entries)
+        self.entries = tuple(entries)
         self._origin = origin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         said = []
-        for entry in self._entries:
+        for entry in self.entries:
             try:
                 return entry.call(self._model, args, kwargs)
             except Failed as cause:

@@ -10,6 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
+from torchspan.core.errors import UnsupportedError
 from torchspan.core.registry import Registry
 from torchspan.core.report import current_report, user_site
 from torchspan.environment.patch import MissingModule, MissingName, Patch, Replacement
@@ -41,7 +42,8 @@ class Backport:
     elsewhere that the rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
-    where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None.
+    where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None: then its names can be
+    imported, and their use is an error that says so, since when torch has it, and what to do `instead`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Backport:
     also: Sequence[Change] = ()
     lacks: Callable[[ModuleType | None], bool] | None = None
     impossible: Callable[[], str | None] = lambda: None
+    instead: str = ""
 
     @property
     def reason(self) -> str:
@@ -87,9 +90,31 @@ class Backport:
         return {name: self._build_name(name) for name in self.names}
 
     def _build_name(self, attribute: str) -> object:
-        built = self.names[attribute]()
+        cause = self.impossible()
+        if cause is None:
+            built = self.names[attribute]()
+        else:
+            built = unavailable(f"{self.target}.{attribute}", cause, self.since, self.instead)
         _built[self.name, attribute] = built
         return built
+
+
+def unavailable(name: str, cause: str, since: str, instead: str = "") -> type:
+    """What stands for the dotted `name` where this torch cannot carry it: it can be imported, subclassed and asked isinstance of.
+
+    Its use, a call, raises UnsupportedError with the `cause`, the torch release that has it, and what to do `instead`.
+
+    >>> unavailable("torch.thing", "this torch has no such operator", "2.10.0", "use torch.other")()
+    Traceback (most recent call last):
+    torchspan.core.errors.UnsupportedError: torch.thing: this torch has no such operator; torch has it since 2.10.0; use torch.other
+    """
+    place, _, last = name.rpartition(".")
+    message = "; ".join(part for part in (f"{name}: {cause}", f"torch has it since {since}", instead) if part)
+
+    def refuse(cls: type, *args: object, **kwargs: object) -> object:
+        raise UnsupportedError(message)
+
+    return type(last, (), {"__new__": refuse, "__module__": place, "__doc__": f"Not possible here. {message}."})
 
 
 _built: dict[tuple[str, str], object] = {}  # what stands in a torch module and is ours, by backport and attribute

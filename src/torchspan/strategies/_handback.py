@@ -62,7 +62,8 @@ class FromArtifact:
             path = Path(folder) / "artifact"
             path.write_bytes(content)
             loaded = load(path, target, report=Report())
-        self._entries = loaded.function._entries  # type: ignore[attr-defined]
+        assert isinstance(loaded.function, Dispatcher)
+        self._entries = loaded.function.entries
         self.misses: list[str] = []
 
     def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
