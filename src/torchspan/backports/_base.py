@@ -100,13 +100,13 @@ class Backport:
 
 
 def unavailable(name: str, cause: str, since: str, instead: str = "") -> type:
-    """What stands for the dotted `name` where this torch cannot carry it: it can be imported, subclassed and asked isinstance of.
+    """What stands for the dotted `name` where this torch cannot carry it: it can be imported and subclassed.
 
     Its use, a call, raises UnsupportedError with the `cause`, the torch release that has it, and what to do `instead`.
 
-    >>> unavailable("torch.thing", "this torch has no such operator", "2.10.0", "use torch.other")()
+    >>> unavailable("torch.thing", "no such operator", "2.10.0", "use torch.other")()
     Traceback (most recent call last):
-    torchspan.core.errors.UnsupportedError: torch.thing: this torch has no such operator; torch has it since 2.10.0; use torch.other
+    torchspan.core.errors.UnsupportedError: torch.thing: no such operator; torch has it since 2.10.0; use torch.other
     """
     place, _, last = name.rpartition(".")
     message = "; ".join(part for part in (f"{name}: {cause}", f"torch has it since {since}", instead) if part)
