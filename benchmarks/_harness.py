@@ -81,14 +81,15 @@ def write(name: str, rows: list[Row], out: Path | None) -> None:
         )
     Console().print(table)
     if out is not None:
-        out.write_text(json.dumps({"benchmark": name, **_machine(), "rows": [_plain(row) for row in rows]}, indent=1) + "\n")
+        out.write_text(json.dumps({"benchmark": name, **machine(), "rows": [_plain(row) for row in rows]}, indent=1) + "\n")
 
 
 def _plain(row: Row) -> dict[str, Any]:
     return asdict(row) | {"ratio": row.ratio}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a figure depends on: date, versions and machine."""
     return {
         "date": date.today().isoformat(),
         "torch": torch.__version__,

@@ -1,0 +1,233 @@
+"""Which modules of installed packages import here, without and with torchspan, and what the others miss first.
+
+    python benchmarks/import_sweep.py torchtitan peft --out sweep.json
+
+Every module, namespace packages too, is imported in a process of its own. A package is imported once and its process forked
+for each thing inside it, as a fresh import of the inner module would import the package first: so a sweep is fast, and what one
+module imports is not there for the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import _harness as harness
+from rich.console import Console
+from rich.table import Table
+
+OK = "ok"
+SIDES = ("without", "with")
+TIMEOUT_S = 180
+
+
+def main() -> None:
+    """Sweep the packages given by name on both sides, draw the counts, write everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="+", help="names of distributions or of top-level modules")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        json.dump({name: _sweep(name, options.side) for name in options.packages}, sys.stdout)
+        return
+    packages = [package for name in options.packages for package in _top_level(name)]
+    start = time.perf_counter()
+    sides = {side: json.loads(_run_side(side, packages)) for side in SIDES}
+    swept = {package: _summary(package, {side: sides[side][package] for side in SIDES}) for package in packages}
+    _draw(swept)
+    if options.out is not None:
+        seconds = round(time.perf_counter() - start, 1)
+        found = {"benchmark": "import_sweep", **harness.machine(), "seconds": seconds, "packages": swept}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _top_level(name: str) -> list[str]:
+    """The top-level modules with something in them that the distribution or module `name` has."""
+    found = sorted(module for module, owners in importlib.metadata.packages_distributions().items() if name in owners)
+    if not found and importlib.util.find_spec(name) is not None:
+        found = [name]
+    if not found:
+        sys.exit(f"import_sweep: no package {name!r} is installed here: {sys.executable} -m pip install {name}")
+    return found
+
+
+def _run_side(side: str, packages: list[str]) -> str:
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHSPAN")}
+    environ |= {"OMP_NUM_THREADS": "1"} | ({"TORCHSPAN": "1"} if side == "with" else {})
+    command = [sys.executable, __file__, "--side", side, *packages]
+    return subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def _sweep(package: str, side: str) -> dict[str, str]:
+    """For each module of `package`, ``ok`` or what it misses."""
+    import torch  # noqa: F401 - the one thing that all processes share; it activates torchspan where that is asked for
+
+    assert ("torchspan.api" in sys.modules) == (side == "with"), "torch did not load torchspan's entry point"
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    places = list(spec.submodule_search_locations or ())
+    names = {package}.union(*(_modules(package, Path(place)) for place in places))
+    return _import_in_children(package, _nested(sorted(names)))
+
+
+def _modules(package: str, folder: Path) -> Iterator[str]:
+    """The dotted names of the modules below `folder`, and of the folders that hold some, without programs."""
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if parts[-1] == "__main__" or not all(part.isidentifier() for part in parts):
+            continue
+        for end in range(len(parts)):
+            yield ".".join((package, *parts[: end + 1])).removesuffix(".__init__")
+
+
+def _nested(names: list[str]) -> dict[str, Any]:
+    """Dotted names as a tree by their parts."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        branch = tree
+        for part in name.split("."):
+            branch = branch.setdefault(part, {})
+    return next(iter(tree.values()))
+
+
+def _import_in_children(name: str, inside: dict[str, Any]) -> dict[str, str]:
+    """Import `name` in a fork of this process, and what is inside it in forks of that one."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os.setpgid(0, 0)
+        _answer(writing, _import_all(name, inside))
+    os.close(writing)
+    found = _read_all(reading, TIMEOUT_S * (1 + _size(inside)))
+    if found is None:
+        os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if found:
+        return json.loads(found)
+    cause = f"took more than {TIMEOUT_S} s" if found is None else f"ended the process: {_ending(status)}"
+    return dict.fromkeys(_names(name, inside), cause)
+
+
+def _import_all(name: str, inside: dict[str, Any]) -> dict[str, str]:
+    outcome = _import(name)
+    if outcome != OK:
+        return dict.fromkeys(_names(name, inside), outcome)
+    found = {name: OK}
+    for part, branch in inside.items():
+        found |= _import_in_children(f"{name}.{part}", branch)
+    return found
+
+
+def _import(name: str) -> str:
+    """Import one module, silently; ``ok`` or what it misses."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    try:
+        importlib.import_module(name)
+    except BaseException as cause:  # noqa: BLE001 - whatever a foreign module raises, an exit too, is the finding
+        return missing(cause)
+    return OK
+
+
+def missing(cause: BaseException) -> str:
+    """The first name that an import did not find, dotted; for any other failure, its type and first line.
+
+    >>> missing(ImportError("cannot import name 'varlen_attn' from 'torch.nn.attention' (/x/y.py)"))
+    'torch.nn.attention.varlen_attn'
+    >>> missing(AttributeError("module 'torch.cuda' has no attribute '_POOL_HANDLE'"))
+    'torch.cuda._POOL_HANDLE'
+    >>> missing(ModuleNotFoundError("No module named 'vllm'", name="vllm"))
+    'vllm'
+    """
+    message = str(cause).partition("\n")[0]
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        return cause.name
+    if match := re.match(r"cannot import name '([\w.]+)' from (?:partially initialized module )?'([\w.]+)'", message):
+        return f"{match[2]}.{match[1]}"
+    if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return f"{match[1]}.{match[2]}"
+    if match := re.match(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'", message):
+        return f"torch.ops.{match[1]}.{match[2]}"
+    return f"{type(cause).__name__}: {message}"[:200]
+
+
+def _answer(descriptor: int, found: dict[str, str]) -> None:
+    with os.fdopen(descriptor, "w") as pipe:
+        json.dump(found, pipe)
+    os._exit(0)  # without the exit handlers of what was imported
+
+
+def _read_all(descriptor: int, timeout_s: float) -> bytes | None:
+    """All that a child writes; None when it takes longer."""
+    parts, end = [], time.monotonic() + timeout_s
+    with os.fdopen(descriptor, "rb", buffering=0) as pipe:
+        while select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+            part = pipe.read(1 << 16)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    return None
+
+
+def _ending(status: int) -> str:
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+
+
+def _names(name: str, inside: dict[str, Any]) -> Iterator[str]:
+    yield name
+    for part, branch in inside.items():
+        yield from _names(f"{name}.{part}", branch)
+
+
+def _size(inside: dict[str, Any]) -> int:
+    return sum(1 + _size(branch) for branch in inside.values())
+
+
+def _summary(package: str, found: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Counts, what is missing how often on each side, and each module that fails on a side."""
+    counts = {side: Counter(found[side].values()) for side in SIDES}
+    missed = sorted((set(counts["without"]) | set(counts["with"])) - {OK}, key=lambda name: -counts["without"][name])
+    owners = importlib.metadata.packages_distributions().get(package, ())
+    return {
+        "version": importlib.metadata.version(owners[0]) if owners else "",
+        "modules": len(found["with"]),
+        **{side: counts[side][OK] for side in SIDES},
+        "missing": {name: {side: counts[side][name] for side in SIDES} for name in missed},
+        "failures": {
+            module: {side: found[side][module] for side in SIDES}
+            for module in found["with"]
+            if {found[side][module] for side in SIDES} != {OK}
+        },
+    }
+
+
+def _draw(swept: dict[str, Any]) -> None:
+    table = Table(title="modules that import, and the first name that others miss", box=None, title_justify="left")
+    for column in ("package", "modules", "without torchspan", "with torchspan"):
+        table.add_column(column, overflow="fold")
+    for package, found in swept.items():
+        table.add_row(f"{package} {found['version']}", str(found["modules"]), str(found["without"]), str(found["with"]))
+        for name, counts in found["missing"].items():
+            table.add_row(f"  {name}", "", *(f"-{counts[side]}" if counts[side] else "" for side in SIDES))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
