@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def main() -> None:
         return
     packages = [package for name in options.packages for package in _top_level(name)]
     start = time.perf_counter()
-    sides = {side: json.loads(_run_side(side, packages)) for side in SIDES}
+    with ThreadPoolExecutor() as pool:
+        sides = dict(zip(SIDES, pool.map(lambda side: json.loads(_run_side(side, packages)), SIDES)))
     swept = {package: _summary(package, {side: sides[side][package] for side in SIDES}) for package in packages}
     _draw(swept)
     if options.out is not None:
