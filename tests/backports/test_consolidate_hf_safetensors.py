@@ -1,10 +1,13 @@
-"""Consolidation of sharded safetensors files, by one process and by two gloo ranks; torch's own and ours give the same tensors."""
+"""Consolidation of sharded safetensors files, by one process and by two gloo ranks, with torch's own and with ours."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -128,8 +131,8 @@ def test_a_file_that_dcp_did_not_save_is_an_error(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ValueError, match="DCP"):
         consolidate(str(tmp_path / "in"), str(tmp_path), {"a": 1})
+    save_split(tmp_path / "good", {"a": torch.ones(2)}, {"a": 0}, [2])
     with pytest.raises(FileNotFoundError):
-        save_split(tmp_path / "good", {"a": torch.ones(2)}, {"a": 0}, [2])
         consolidate(str(tmp_path / "good"), str(tmp_path / "no such folder"), {"a": 1})
 
 
@@ -216,8 +219,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own checkpoint code
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-rank, folder = dist.get_rank(), Path(sys.argv[1])
+rank, folder = int(sys.argv[2]), Path(sys.argv[1])
+store = f"file://{folder}/store"
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 lacking = is_lacking(REGISTRY.get("consolidate_hf_safetensors").BACKPORT)
 answers = {}
 flat = init_device_mesh("cpu", (2,))
@@ -310,23 +314,21 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    import os
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "ranks.py").write_text(RANKS)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(folder / "ranks.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    launched = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "ranks.py"), str(folder), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], "\n\n".join(text[-4000:] for text in said)
     _, answers = json.loads((folder / "answers.json").read_text())
     return folder, answers
 
