@@ -454,6 +454,26 @@ def test_activation_checkpointing_of_compiled_blocks_agrees_with_its_forward(
     assert difference([p.grad for p in model.inner.parts.parameters()], expected) is None
 
 
+def test_a_program_that_checkpoints_inside_is_compiled_as_a_whole(stack: Callable[..., nn.Module], until: Wait) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inner, x = stack(), torch.randn(8, 16)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(inner, x.sin(), use_reentrant=False).sum()
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor | None]:
+        inner.zero_grad()
+        run(x).backward()
+        return [p.grad for p in inner.parameters()]
+
+    expected = gradients(program)
+    compiled = compile_bounded(program, strategy="whole", budget=SOON)
+    until(lambda: bool(compiled.report.attempts), lambda: gradients(compiled))
+    assert [one.outcome for one in compiled.report.attempts] == ["compiled"], compiled.report.attempts
+    assert difference(gradients(compiled), expected) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

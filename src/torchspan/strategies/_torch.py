@@ -133,6 +133,7 @@ def caching() -> Iterator[None]:
 
     with (
         _portable_keys(),
+        _checkpoint_is_cacheable(),
         inductor_config.patch(fx_graph_cache=True, compile_threads=1),
         functorch_config.patch(enable_autograd_cache=True),
     ):
@@ -147,6 +148,35 @@ def _portable_keys() -> Iterator[None]:
     imported before torch, and two processes disagree about the same graph.
     """
     with patch.dict(copyreg.dispatch_table, dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)):
+        yield
+
+
+@contextmanager
+def _checkpoint_is_cacheable() -> Iterator[None]:
+    """Let a graph with activation checkpointing into AOTAutograd's cache, where torch (2.8) does not.
+
+    Its key holds the checkpointed graph as it stands; which values are kept (`context_fn`) is not in it, so that stays outside.
+    """
+    from torch._functorch._aot_autograd import autograd_cache
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+
+    if tag_activation_checkpoint.cacheable():
+        yield
+        return
+    check = autograd_cache.check_node_safe
+
+    def check_node_safe(node: torch.fx.Node) -> None:
+        if node.target is tag_activation_checkpoint:
+            body = node.graph.owning_module.get_submodule(str(node.args[0].target))
+            if "_checkpoint_context_fn" in body.meta:
+                raise autograd_cache.BypassAOTAutogradCache("a context_fn is not in the key")
+            return
+        check(node)
+
+    with (
+        patch.object(tag_activation_checkpoint, "_cacheable", True),
+        patch.object(autograd_cache, "check_node_safe", check_node_safe),
+    ):
         yield
 
 
