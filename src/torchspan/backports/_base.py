@@ -24,12 +24,14 @@ Standing = Literal["native", "backported", "not possible here"]
 class Change:
     """What a backport changes elsewhere in torch, so that its names work: `attribute` of the module `target`.
 
-    `build` makes the new object from the old one; an attribute or module that this torch lacks is left alone.
+    `build` makes the new object from the old one; an attribute or module that this torch lacks is left alone. With `create`,
+    an attribute that the module lacks is made: `build` is given None.
     """
 
     target: str
     attribute: str
     build: Callable[[Any], object]
+    create: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Backport:
         for attribute, rebuild in self.replaces.items():
             yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
         for change in self.also:
-            yield Replacement(self.name, change.target, change.attribute, self._where_lacking(change.build))
+            build = self._where_lacking(change.build)
+            yield Replacement(self.name, change.target, change.attribute, build, change.create)
 
     def record_use(self, subject: str) -> None:
         """Record that a changed function did what torch's own could not; for what no look-up of a name shows."""
