@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -85,3 +85,74 @@ def tensors_as_indices() -> AbstractContextManager[None]:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()
+
+
+def inductor_option(name: str) -> Any:
+    """The value of an entry of inductor's configuration."""
+    import torch._inductor.config as config
+
+    return getattr(config, name)
+
+
+def with_option(name: str, default: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes a configuration's table of entries one that also has `name`, of the type of `default`."""
+
+    def extend(entries: dict[str, Any]) -> dict[str, Any]:
+        import torch.utils._config_module as module
+
+        entry: Any = module._ConfigEntry
+        return {**entries, name: entry(module._Config(default=default, value_type=type(default)))}
+
+    return extend
+
+
+def register_in_modes(operator: Any, fake_outputs: Callable[..., Any], as_constant: Callable[[Any], int]) -> None:
+    """Give an operator that takes a function and its inputs to the modes of selective checkpointing and of tracing.
+
+    `fake_outputs` computes them for fake inputs; `as_constant` is what stands for the function in a traced graph.
+    """
+    from torch._higher_order_ops.utils import redirect_to_mode, register_fake
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, track_tensor_tree
+    from torch.utils._pytree import tree_map
+    from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+    redirect_to_mode(operator, _CachingTorchDispatchMode)
+    redirect_to_mode(operator, _CachedTorchDispatchMode)
+    register_fake(operator, fake_outputs)
+
+    @operator.py_impl(ProxyTorchDispatchMode)
+    def traced(mode: Any, function: Any, inputs: Any, **kwargs: Any) -> Any:
+        outputs = operator(function, inputs, **kwargs)
+        arguments = (as_constant(function), tree_map(mode.tracer.unwrap_proxy, inputs))
+        proxy = mode.tracer.create_proxy("call_function", operator, arguments, kwargs)
+        return track_tensor_tree(outputs, proxy, constant=None, tracer=mode.tracer)
+
+
+def asks_for_option(callback: Any, name: str) -> bool:
+    """Whether what dynamo calls for a frame leads to an inductor with the option `name` set."""
+    while inner := getattr(callback, "_torchdynamo_orig_callable", getattr(callback, "_torchdynamo_orig_backend", None)):
+        callback = inner
+    options = getattr(callback, "config", None)
+    return bool(options.get(name) if isinstance(options, dict) else None) or bool(inductor_option(name))
+
+
+def is_only_checkpointing() -> bool:
+    """Whether the only dispatch modes in force are torch's own and, at least one, of selective checkpointing."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
+    return bool(modes) and all(isinstance(mode, (_CachedTorchDispatchMode, _CachingTorchDispatchMode)) for mode in modes)
+
+
+@contextmanager
+def as_if_without_modes() -> Iterator[None]:
+    """Inside, dynamo does not hold dispatch modes for a reason to leave code uncompiled."""
+    import torch.utils._python_dispatch as state
+
+    before = state._is_in_non_infra_torch_dispatch_mode
+    state._is_in_non_infra_torch_dispatch_mode = False
+    try:
+        yield
+    finally:
+        state._is_in_non_infra_torch_dispatch_mode = before

@@ -205,6 +205,11 @@ class Patches:
 
     def _set(self, holder: Any, name: str, value: object) -> None:
         before = vars(holder).get(name, _ABSENT)
+        # of a module in place: torch's configuration modules allow only options to be set
+        if isinstance(holder, ModuleType) and before is not _ABSENT:
+            vars(holder)[name] = value
+            self._undo.append(lambda: vars(holder).__setitem__(name, before))
+            return
         setattr(holder, name, value)
 
         def restore() -> None:
