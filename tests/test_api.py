@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -81,3 +84,57 @@ def test_mistakes_say_what_was_expected() -> None:
     with pytest.raises(InputError, match="cudaa"):
         torchspan.activate(device="cudaa")
     assert active_environment() is None
+
+
+def test_a_registered_backport_and_shim_are_there_until_forgotten() -> None:
+    backport = torchspan.Backport("halve", "torch.halve", "torch", names={"halve": lambda: lambda x: x / 2})
+    early = torchspan.register_backport(backport)
+    with torchspan.activate() as environment:
+        late = torchspan.register_shim("torch.utils.nothing_like_it", lambda: {"answer": 42})
+        from torch.utils.nothing_like_it import answer
+
+        assert answer == 42 and torch.halve(torch.ones(1)).item() == 0.5
+        used = {decision.subject for decision in environment.report.decisions}
+        assert used == {"torch.utils.nothing_like_it", "torch.halve"}
+        with pytest.raises(InputError, match="there is a backport 'halve' already"):
+            torchspan.register_backport(backport)
+        late()
+        with pytest.raises(ImportError):
+            importlib.import_module("torch.utils.nothing_like_it")
+        assert torch.halve(torch.ones(1)).item() == 0.5
+        early()
+        assert not hasattr(torch, "halve")
+    with torchspan.activate():
+        assert not hasattr(torch, "halve")
+
+
+def test_a_shim_never_takes_the_place_of_a_real_module() -> None:
+    forget = torchspan.register_shim("torch.utils.dlpack", lambda: {"to_dlpack": None})
+    with torchspan.activate():
+        sys.modules.pop("torch.utils.dlpack", None)
+        assert importlib.import_module("torch.utils.dlpack").to_dlpack is not None
+    forget()
+    with pytest.raises(InputError, match="'no module' is no module's name"):
+        torchspan.register_shim("no module", dict)
+
+
+def test_importing_auto_activates_as_the_variables_say(run_python) -> None:
+    done = run_python(
+        """
+        import torchspan.auto
+        import torch
+        print(torch.zeros(1, device="cuda").device.type, hasattr(torch, "Precompile"))
+        """,
+        env={"TORCHSPAN_DISABLE": "precompile", "TORCHSPAN_DEVICE": "cpu"},
+    )
+    assert done.stdout == "cpu False\\n"
+
+
+def test_threads_that_activate_and_look_names_up_at_once_agree() -> None:
+    def use(_: int) -> tuple[int, int]:
+        return id(torchspan.activate()), id(torch.Precompile)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(use, range(64)))) == 1
+    torchspan.deactivate()
+    assert not hasattr(torch, "Precompile")

@@ -16,7 +16,7 @@ LEVELS = [
     {"artifacts"},
     {"strategies"},
     {"api", "simulate"},
-    {"train"},
+    {"train", "auto"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchspan.api import activate as activate
     from torchspan.api import deactivate as deactivate
+    from torchspan.api import register_backport as register_backport
+    from torchspan.api import register_shim as register_shim
     from torchspan.artifacts import Precompile as Precompile
     from torchspan.artifacts.load import load as load
     from torchspan.artifacts.precompile import precompile as precompile
+    from torchspan.backports._base import Backport as Backport
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report
     from torchspan.strategies import Budget as Budget
@@ -21,6 +24,7 @@ __version__ = "0.1.0"
 
 # Where each public name comes from; imported when it is first looked up, so that importing torchspan imports no torch.
 _PUBLIC = {
+    "Backport": "torchspan.backports._base:Backport",
     "Budget": "torchspan.strategies:Budget",
     "Precompile": "torchspan.artifacts:Precompile",
     "Report": "torchspan.core.report:Report",
@@ -30,6 +34,8 @@ _PUBLIC = {
     "deactivate": "torchspan.api:deactivate",
     "load": "torchspan.artifacts:load",
     "precompile": "torchspan.artifacts:precompile",
+    "register_backport": "torchspan.api:register_backport",
+    "register_shim": "torchspan.api:register_shim",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torchspan.core.config import split_names
@@ -15,6 +15,9 @@ from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torchspan.backports._base import Backport
     from torchspan.environment.patch import Patch
     from torchspan.environment.scope import Environment
     from torchspan.strategies import Budget
@@ -85,6 +88,75 @@ def deactivate() -> None:
             _environment.deactivate()
 
 
+def register_backport(backport: Backport) -> Callable[[], None]:
+    """Provide names of your own choice where torch lacks them, in this process; at once if torchspan is active.
+
+    Args:
+        backport: what is missing where, and what builds it; see :class:`torchspan.Backport`.
+
+    Returns:
+        A function that takes it away again.
+
+    Raises:
+        InputError: a backport of that name is there already.
+
+    >>> import torch, torchspan
+    >>> forget = torchspan.register_backport(
+    ...     torchspan.Backport(
+    ...         "clip_to_one", "torch.clip_to_one", "torch", names={"clip_to_one": lambda: lambda x: x.clamp(0, 1)}
+    ...     )
+    ... )
+    >>> with torchspan.activate():
+    ...     torch.clip_to_one(torch.tensor([0.5, 2.0]))
+    tensor([0.5000, 1.0000])
+    >>> forget()
+    """
+    from torchspan.backports._base import register
+
+    with _lock:
+        undo: list[Callable[[], object]] = [register(backport)]
+        environment = _environment
+        if environment is not None and environment.settings["TORCHSPAN_BACKPORTS"] == "1":
+            is_disabled = backport.name in split_names(environment.settings["TORCHSPAN_DISABLE"])
+            undo += [] if is_disabled else [environment.extend(backport.patches())]
+
+    def forget() -> None:
+        with _lock:
+            while undo:
+                undo.pop()()
+
+    return forget
+
+
+def register_shim(module_name: str, factory: Callable[[], ModuleType | Mapping[str, object]]) -> Callable[[], None]:
+    """Provide the module `module_name` where nothing else does, in this process; at once if torchspan is active.
+
+    Args:
+        module_name: its dotted name, such as ``torch.some.missing.module``; the packages above it must be there.
+        factory: gives the module, or its names, when it is first imported; a real module of that name always wins.
+
+    Returns:
+        A function that takes it away again.
+
+    Raises:
+        InputError: something is registered for `module_name` already, or it is no dotted name.
+
+    >>> import torchspan
+    >>> forget = torchspan.register_shim("torch.utils.greeting", lambda: {"greet": lambda name: f"hello {name}"})
+    >>> with torchspan.activate():
+    ...     from torch.utils.greeting import greet
+    ...
+    ...     greet("world")
+    'hello world'
+    >>> forget()
+    """
+    from torchspan.backports._base import Shim
+
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(f"{module_name!r} is no module's name; expected a dotted one, such as torch.some.module")
+    return register_backport(Shim(module_name, f"the module {module_name}", module_name, is_module=True, factory=factory))
+
+
 def autoload() -> None:
     """Activate as the variables ``TORCHSPAN_DEVICE``, ``_BACKPORTS``, ``_COMPILE``, ``_BUDGET_…`` and ``_DISABLE`` say.
 
@@ -117,10 +189,10 @@ def _budget_of(variables: Mapping[str, str]) -> Budget | None:
 def _patches(
     device: str, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
 ) -> list[Patch]:
-    from torchspan.backports._base import REGISTRY, all_backports
+    from torchspan.backports._base import all_backports, backport_names
 
     patches: list[Patch] = []
-    known = set(REGISTRY.names())
+    known = set(backport_names())
     if device != "off":
         from torchspan.devices._base import REGISTRY as RULES
         from torchspan.devices._base import device_patches

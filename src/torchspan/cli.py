@@ -113,20 +113,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from torchspan.backports._base import REGISTRY, all_backports, status
+    from torchspan.backports._base import all_backports, get_backport, status
     from torchspan.environment.facts import gather
 
     if options.name is not None:
-        backport = REGISTRY.get(options.name).BACKPORT
+        backport = get_backport(options.name)
         state, reason = status(backport)
         facts_of = {
             "name": backport.name,
             "provides": backport.summary,
             "here": f"{state}: {reason}",
-            "since": f"torch {backport.since}",
-            "upstream": backport.upstream,
+            "since": f"torch {backport.since}" if backport.since else "registered",
+            "upstream": backport.upstream or "none",
             "differs": backport.differs,
-        }
+        } | ({"instead": backport.instead} if backport.instead else {})
         _emit(options.json, facts_of, lambda console: console.print(_pairs(facts_of)))
         return 0
     facts = gather()

@@ -10,7 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
-from torchspan.core.errors import UnsupportedError
+from torchspan.core.errors import InputError, UnsupportedError, unknown_name
 from torchspan.core.registry import Registry
 from torchspan.core.report import current_report, user_site
 from torchspan.environment.patch import MissingModule, MissingName, Patch, Replacement
@@ -38,10 +38,10 @@ class Change:
 class Backport:
     """One thing that a newer torch has.
 
-    `since` is the first torch release that has it, `upstream` a link to the change that brought it, `differs` what is not as
-    upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the module itself is what is
-    missing. `replaces` are changes to what is there in `target` (such as a function that lacks an argument), `also` changes
-    elsewhere that the rest needs, made when the module in question is imported.
+    `since` is the first torch release that has it (none if torch has none), `upstream` a link to the change that brought it,
+    `differs` what is not as upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the
+    module itself is what is missing. `replaces` are changes to what is there in `target` (such as a function that lacks an
+    argument), `also` changes elsewhere that the rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
     where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None: then its names can be
@@ -51,8 +51,8 @@ class Backport:
     name: str
     summary: str
     target: str
-    since: str
-    upstream: str
+    since: str = ""
+    upstream: str = ""
     differs: str = "nothing known"
     names: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     is_module: bool = False
@@ -65,7 +65,7 @@ class Backport:
     @property
     def reason(self) -> str:
         """Why it was put in: the text of the Decision."""
-        return f"torch has it since {self.since}"
+        return f"torch has it since {self.since}" if self.since else "registered by the program"
 
     def patches(self) -> Iterable[Patch]:
         """The Patches that provide it; where torch has it, they change nothing."""
@@ -100,6 +100,18 @@ class Backport:
             built = unavailable(f"{self.target}.{attribute}", cause, self.since, self.instead)
         _built[self.name, attribute] = built
         return built
+
+
+@dataclass(frozen=True)
+class Shim(Backport):
+    """A module of a program's own making, where no other provides the module `target`."""
+
+    factory: Callable[[], ModuleType | Mapping[str, object]] = dict
+
+    def _build_module(self) -> Mapping[str, object]:
+        made = self.factory()
+        names = vars(made) if isinstance(made, ModuleType) else made
+        return {name: value for name, value in names.items() if not (name.startswith("__") and name.endswith("__"))}
 
 
 def unavailable(name: str, cause: str, since: str, instead: str = "") -> type:
@@ -151,7 +163,7 @@ def status(backport: Backport) -> tuple[Standing, str]:
     import torch
 
     if not is_lacking(backport):
-        return "native", f"torch {torch.__version__} has it (since {backport.since})"
+        return "native", f"torch {torch.__version__} has it" + (f" (since {backport.since})" if backport.since else "")
     reason = backport.impossible()
     if reason is not None:
         return "not possible here", reason
@@ -160,4 +172,30 @@ def status(backport: Backport) -> tuple[Standing, str]:
 
 def all_backports() -> list[Backport]:
     """Every backport, in the order of their names."""
-    return [REGISTRY.get(name).BACKPORT for name in REGISTRY.names()]
+    return [get_backport(name) for name in backport_names()]
+
+
+def backport_names() -> list[str]:
+    """The names of torchspan's backports, of other packages' and of registered ones, sorted."""
+    return sorted([*REGISTRY.names(), *_registered])
+
+
+def get_backport(name: str) -> Backport:
+    """The backport of that name; raises UnknownNameError."""
+    if name in _registered:
+        return _registered[name]
+    if name not in REGISTRY.names():
+        raise unknown_name("backport", name, backport_names(), "'torchspan doctor' lists them")
+    found: Backport = REGISTRY.get(name).BACKPORT
+    return found
+
+
+def register(backport: Backport) -> Callable[[], object]:
+    """Add a backport in this process; returns what takes it away again. Raises InputError if its name is taken."""
+    if backport.name in backport_names():
+        raise InputError(f"there is a backport {backport.name!r} already; register this one by another name")
+    _registered[backport.name] = backport
+    return partial(_registered.pop, backport.name, None)
+
+
+_registered: dict[str, Backport] = {}

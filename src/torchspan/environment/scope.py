@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from torchspan.core.report import Report, reporting
@@ -24,7 +24,7 @@ class Environment:
     ) -> None:
         self.report = report or Report()
         self.settings = dict(settings or {})
-        self._patches = Patches(patches, self.report)
+        self._patches = [Patches(patches, self.report)]
         self._scope = ExitStack()
 
     @property
@@ -37,16 +37,34 @@ class Environment:
         with _lock:
             if not self.is_active:
                 self._scope.enter_context(reporting(self.report))
-                self._patches.apply()
+                for patches in self._patches:
+                    patches.apply()
                 _active.append(self)
         return self
+
+    def extend(self, patches: Iterable[Patch]) -> Callable[[], None]:
+        """Add patches, in force at once if this is; returns what takes them away again."""
+        added = Patches(patches, self.report)
+
+        def undo() -> None:
+            with _lock:
+                if added in self._patches:
+                    self._patches.remove(added)
+                    added.undo()
+
+        with _lock:
+            self._patches.append(added)
+            if self.is_active:
+                added.apply()
+        return undo
 
     def deactivate(self) -> None:
         """Take the patches back: every object that they replaced is there again."""
         with _lock:
             if self.is_active:
                 _active.remove(self)
-                self._patches.undo()
+                for patches in reversed(self._patches):
+                    patches.undo()
                 self._scope.close()
 
     def __enter__(self) -> Environment:
