@@ -95,7 +95,7 @@ def register_backport(backport: Backport) -> Callable[[], None]:
         backport: what is missing where, and what builds it; see :class:`torchspan.Backport`.
 
     Returns:
-        A function that takes it away again.
+        A function that forgets it, from the next activation on.
 
     Raises:
         InputError: a backport of that name is there already.
@@ -114,17 +114,11 @@ def register_backport(backport: Backport) -> Callable[[], None]:
     from torchspan.backports._base import register
 
     with _lock:
-        undo: list[Callable[[], object]] = [register(backport)]
+        forget = register(backport)
         environment = _environment
         if environment is not None and environment.settings["TORCHSPAN_BACKPORTS"] == "1":
             is_disabled = backport.name in split_names(environment.settings["TORCHSPAN_DISABLE"])
-            undo += [] if is_disabled else [environment.extend(backport.patches())]
-
-    def forget() -> None:
-        with _lock:
-            while undo:
-                undo.pop()()
-
+            environment.extend([] if is_disabled else backport.patches())
     return forget
 
 
@@ -136,7 +130,7 @@ def register_shim(module_name: str, factory: Callable[[], ModuleType | Mapping[s
         factory: gives the module, or its names, when it is first imported; a real module of that name always wins.
 
     Returns:
-        A function that takes it away again.
+        A function that forgets it, from the next activation on.
 
     Raises:
         InputError: something is registered for `module_name` already, or it is no dotted name.

@@ -190,12 +190,16 @@ def get_backport(name: str) -> Backport:
     return found
 
 
-def register(backport: Backport) -> Callable[[], object]:
-    """Add a backport in this process; returns what takes it away again. Raises InputError if its name is taken."""
+def register(backport: Backport) -> Callable[[], None]:
+    """Add a backport in this process; returns what forgets it. Raises InputError if its name is taken."""
     if backport.name in backport_names():
         raise InputError(f"there is a backport {backport.name!r} already; register this one by another name")
     _registered[backport.name] = backport
-    return partial(_registered.pop, backport.name, None)
+
+    def forget() -> None:
+        _registered.pop(backport.name, None)
+
+    return forget
 
 
 _registered: dict[str, Backport] = {}

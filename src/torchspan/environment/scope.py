@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from torchspan.core.report import Report, reporting
@@ -42,21 +42,12 @@ class Environment:
                 _active.append(self)
         return self
 
-    def extend(self, patches: Iterable[Patch]) -> Callable[[], None]:
-        """Add patches, in force at once if this is; returns what takes them away again."""
-        added = Patches(patches, self.report)
-
-        def undo() -> None:
-            with _lock:
-                if added in self._patches:
-                    self._patches.remove(added)
-                    added.undo()
-
+    def extend(self, patches: Iterable[Patch]) -> None:
+        """Add patches, in force at once if this is."""
         with _lock:
-            self._patches.append(added)
+            self._patches.append(Patches(patches, self.report))
             if self.is_active:
-                added.apply()
-        return undo
+                self._patches[-1].apply()
 
     def deactivate(self) -> None:
         """Take the patches back: every object that they replaced is there again."""
