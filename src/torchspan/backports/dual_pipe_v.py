@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import types
 from collections import Counter, defaultdict, deque
@@ -323,6 +324,11 @@ class _Runtime:
             raise NotImplementedError(f"{format=} is not implemented")
 
     _load_actions = _prepare_schedule_with_comms  # its name on torch 2.8
+
+    def _dump_csv(self, filename: str, format: str = "compute_comms") -> None:
+        orders = {"compute_only": self.pipeline_order, "compute_comms": self.pipeline_order_with_comms}
+        with open(filename, "w", newline="") as file:
+            csv.writer(file).writerows(orders[format].values())
 
     # a step
 
@@ -734,7 +740,8 @@ BACKPORT = Backport(
     differs=(
         "there is no REDUCE_GRAD action: a stage's gradients are reduced and scaled with its last backward; an action's "
         "sub_actions are an attribute and no fourth entry; options of later releases are not taken (defer_pp_recv, "
-        "max_active_stages, loss_kwargs, ...); eval() does not call a custom function of a backward or of a pair"
+        "max_active_stages, loss_kwargs, ...); eval() works, where torch's own "
+        "fails for stages that follow each other on one rank, and does not call a custom function of a backward or of a pair"
     ),
     names={
         _OVERLAP: _overlap,
