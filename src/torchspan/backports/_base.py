@@ -71,9 +71,8 @@ class Backport:
         """The Patches that provide it; where torch has it, they change nothing."""
         if self.is_module:
             yield MissingModule(self.name, self.target, self._build_module, self.reason)
-        else:
-            for attribute in self.names:
-                yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
+        for attribute in self.names:  # a torch that has the module may still lack some
+            yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
         for attribute, rebuild in self.replaces.items():
             yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
         for change in self.also:

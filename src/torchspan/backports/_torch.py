@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import ModuleType
+from dataclasses import dataclass
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -156,3 +158,111 @@ def as_if_without_modes() -> Iterator[None]:
         yield
     finally:
         state._is_in_non_infra_torch_dispatch_mode = before
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What dynamo made of a frame: the bytecode, which calls the graph's `module` by `graph_name`, and how it was traced."""
+
+    code: CodeType
+    module: torch.fx.GraphModule
+    graph_name: str
+    fake_mode: Any
+    tensor_to_context: Any
+
+    def tracing_context(self) -> Any:
+        """A context to trace the graph further in."""
+        from torch._guards import TracingContext
+
+        context = TracingContext(self.fake_mode)
+        context.tensor_to_context = self.tensor_to_context
+        return context
+
+
+def capture_frame(frame: Any, constraints: Sequence[Any] | None) -> Captured | None:
+    """What dynamo makes of a `frame`, without running it; None where it finds no work on tensors."""
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import convert_frame_assert
+    from torch._dynamo.hooks import Hooks
+    from torch._dynamo.utils import CleanupManager
+    from torch._guards import TracingContext
+
+    seen: dict[str, Any] = {}
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        context = TracingContext.get()
+        seen.update(module=module, fake_mode=context.fake_mode, tensor_to_context=context.tensor_to_context)
+        return module.forward
+
+    given: Any = constraints
+    convert = convert_frame_assert(backend, export_constraints=given)
+    with config.patch(automatic_dynamic_shapes=False), compiling_for_export():
+        done = convert(frame, None, Hooks(guard_filter_fn=lambda guards: [False] * len(guards)), {})
+    guarded: Any = getattr(done, "guarded_code", done)
+    if guarded is None or not seen:
+        return None
+    # the frame's names are its own, and go when they go: dynamo's clean-up at exit would find half of them
+    CleanupManager.instance.values.pop(id(guarded.code), None)
+    CleanupManager.instance.refs.pop(id(guarded.code), None)
+    graph_name = next(name for name in guarded.code.co_names if name.startswith("__compiled_fn"))
+    return Captured(code=guarded.code, graph_name=graph_name, **seen)
+
+
+def compiling_for_export() -> AbstractContextManager[None]:
+    """Inside, programs that ask whether they are being compiled or exported are told so."""
+    from torch._export.utils import _compiling_state_context
+
+    return _compiling_state_context()
+
+
+@contextmanager
+def without_outside_changes(changed: list[str]) -> Iterator[None]:
+    """Inside, bytecode that dynamo writes in this thread changes no Python object that the program was given.
+
+    The sources of those that the program itself changes are added to `changed`.
+    """
+    from torch._dynamo.side_effects import SideEffects
+    from torch._dynamo.variables.base import AttributeMutationNew
+
+    effects: Any = SideEffects
+    original, hooks, thread = effects.codegen_update_mutated, effects.codegen_hooks, threading.get_ident()
+
+    def write(self: Any, cg: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return original(self, cg, *args, **kwargs)
+        modified = self._get_modified_vars()
+        new = [variable for variable in modified if isinstance(variable.mutation_type, AttributeMutationNew)]
+        names = (source_name(variable.source) for variable in modified if variable not in new)
+        changed.extend(name for name in names if name not in changed)
+        self._get_modified_vars = lambda: new
+        try:
+            return original(self, cg, *args, **kwargs)
+        finally:
+            del self._get_modified_vars
+
+    effects.codegen_update_mutated = write
+    effects.codegen_hooks = lambda self, cg: None if threading.get_ident() == thread else hooks(self, cg)
+    try:
+        yield
+    finally:
+        effects.codegen_update_mutated, effects.codegen_hooks = original, hooks
+
+
+def source_name(source: Any) -> str:
+    """A dynamo source as an expression; a method before torch 2.10."""
+    return source.name() if callable(source.name) else source.name
+
+
+def check_example_inputs(leaves: Sequence[Any]) -> None:
+    """Raise dynamo's error for a user's mistake unless each is something that a graph can take."""
+    from torch._dynamo.exc import UserError, UserErrorType
+    from torch._dynamo.utils import common_constant_types
+
+    allowed = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, torch._C.ScriptObject, *common_constant_types)
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, allowed):
+            raise UserError(
+                UserErrorType.INVALID_INPUT,
+                f"an example argument holds a {type(leaf).__name__}, which is not supported; expected tensors, numbers, "
+                "strings and None, also in containers; register other classes with torch.utils._pytree.register_pytree_node",
+            )
