@@ -59,11 +59,12 @@ def dynamo_graph_capture_for_export(
             _take_state(module, owner)
         root = module if isinstance(owner, torch.nn.Module) else owner
         call = _Call(function, captured.code, scope, captured.graph_name, () if root is None else (root,), len(args), [*kwargs])
+        flatten, unflatten = call.ends()
         names = ["self_" if name == "self" else name for name in _argument_names(fn, args, kwargs)]
-        module.graph.set_codegen(_BytecodeCodeGen(names, *call.ends()))
+        module.graph.set_codegen(_BytecodeCodeGen(names, flatten, unflatten))
         for node in module.graph.find_nodes(op="placeholder"):
             node.meta["val"] = node.meta["example_value"]
-        vars(module)["_dynamo_bytecode_flatten"], vars(module)["_dynamo_bytecode_unflatten"] = call.ends()
+        vars(module).update(_dynamo_bytecode_flatten=flatten, _dynamo_bytecode_unflatten=unflatten)
         module.recompile()
         module.meta |= {"module_call_specs": {}, "fake_mode": captured.fake_mode, "tracing_context": captured.tracing_context()}
         captured.fake_mode.allow_non_fake_inputs = True
@@ -182,9 +183,8 @@ class _Call:
 
     def ends(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """From arguments to the graph's inputs, and from the graph's outputs (and the arguments) to the result."""
-        return self._inputs_of, self._result_of
+        return torch.compiler.disable(self._inputs_of), torch.compiler.disable(self._result_of)
 
-    @torch.compiler.disable
     def _inputs_of(self, *arguments: Any) -> tuple[Any, ...]:
         found: list[tuple[Any, ...]] = []
 
@@ -198,7 +198,6 @@ class _Call:
             return found[0]
         raise AssertionError(f"the bytecode of {self.function.__qualname__} did not call its graph")
 
-    @torch.compiler.disable
     def _result_of(self, outputs: Sequence[Any], arguments: tuple[Any, ...]) -> Any:
         with torch._C._DisableTorchDispatch():  # what a trace sees is the graph alone
             return self._run(lambda *inputs: outputs, arguments)
