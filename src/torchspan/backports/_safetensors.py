@@ -198,6 +198,44 @@ def _run(tasks: list[Callable[[], None]], num_threads: int) -> None:
         for task in tasks:
             task()
         return
-    with ThreadPoolExecutor(num_threads, "consolidate") as pool:
+    with ThreadPoolExecutor(num_threads, "safetensors") as pool:
         for _ in pool.map(lambda task: task(), tasks):  # the first that fails ends it, with its error
             continue
+
+
+def read_data(reader: Any, plan: Any, read_item: Callable[[Any, Any], None]) -> torch.futures.Future[None]:
+    """What a storage reader's ``read_data`` does, with a thread for each file, `thread_count` at a time.
+
+    `read_item` is called for each item of the plan, with the open file that it is in.
+    """
+    from safetensors import safe_open
+
+    per_file: dict[str, list[Any]] = {}
+    for item in plan.items:
+        per_file.setdefault(reader.storage_data[item.storage_index].relative_path, []).append(item)
+
+    def read_file(name: str) -> None:
+        with safe_open(name, framework="pt") as file:
+            for item in per_file[name]:
+                read_item(file, item)
+
+    _run([partial(read_file, name) for name in per_file], getattr(reader, "thread_count", 1))
+    done: torch.futures.Future[None] = torch.futures.Future()
+    done.set_result(None)
+    return done
+
+
+def read_box(file: Any, name: str, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:
+    """The part of a tensor at `offsets`, of shape `lengths`, from an open file."""
+    box = tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
+    found: Tensor = file.get_slice(name)[box] if box else file.get_tensor(name)
+    return found
+
+
+def give(planner: Any, item: Any, found: Tensor) -> None:
+    """Copy what was read for an item of a load plan to where the planner wants it."""
+    target = planner.resolve_tensor(item).detach()
+    if target.size() != found.size():
+        raise AssertionError(f"{item.storage_index} is {tuple(found.size())} in the file, {tuple(target.size())} is wanted")
+    target.copy_(found)
+    planner.commit_tensor(item, target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -104,37 +103,13 @@ def _reading_slices(read_data: Callable[..., Any]) -> Callable[..., Any]:
     def read(self: Any, plan: Any, planner: Any) -> Any:
         if "://" in str(self.path):
             return read_data(self, plan, planner)
-        from safetensors import safe_open
-
-        per_file: dict[str, list[Any]] = {}
-        for item in plan.items:
-            per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        process = getattr(self, "_process_read_request", functools.partial(_process_read_request, self))
-
-        def read_file(name: str) -> None:
-            with safe_open(name, framework="pt") as file:
-                for item in per_file[name]:
-                    process(file, item, planner)
-
-        with ThreadPoolExecutor(max(1, getattr(self, "thread_count", 1)), "read_safetensors") as pool:
-            for _ in pool.map(read_file, per_file):  # the first that fails ends it, with its error
-                continue
-        done: torch.futures.Future[None] = torch.futures.Future()
-        done.set_result(None)
-        return done
+        return _safetensors.read_data(self, plan, functools.partial(_read_item, planner))
 
     return read
 
 
-def _process_read_request(self: Any, file: Any, item: Any, planner: Any) -> None:
-    """Read what one item asks for from an open file, into the tensor that the planner names."""
-    box = tuple(slice(offset, offset + length) for offset, length in zip(item.storage_offsets, item.lengths, strict=True))
-    found = file.get_slice(item.storage_index.fqn)[box] if box else file.get_tensor(item.storage_index.fqn)
-    target = planner.resolve_tensor(item).detach()
-    if target.size() != found.size():
-        raise AssertionError(f"{item.storage_index} is {tuple(found.size())} in the file, {tuple(target.size())} is wanted")
-    target.copy_(found)
-    planner.commit_tensor(item, target)
+def _read_item(planner: Any, file: Any, item: Any) -> None:
+    _safetensors.give(planner, item, _safetensors.read_box(file, item.storage_index.fqn, item.storage_offsets, item.lengths))
 
 
 def _with_all_dtypes(read_metadata: Callable[..., Any]) -> Callable[..., Any]:
