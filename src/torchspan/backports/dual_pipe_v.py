@@ -105,7 +105,7 @@ class _PartedAction:
 
     def __repr__(self) -> str:
         if self.sub_actions is None:
-            return _native(type(self)).__repr__(self)  # type: ignore[no-any-return]
+            return _native(type(self)).__repr__(self)
         return f"({';'.join(map(repr, self.sub_actions))}){_OVERLAP}"
 
     __str__ = __repr__
@@ -397,8 +397,17 @@ class _Runtime:
     def _prepare_stages(self, args: Any, kwargs: Any) -> None:
         """Allocate what transfers need; again for the first backward, since receive buffers of an eval() have no gradients."""
         if not self._stages_initialized or (self._has_backward and not self._is_ready_for_backward):
-            self._initialize_stages(args, kwargs)  # type: ignore[attr-defined]
+            self._initialize_stages(args, kwargs)
             self._is_ready_for_backward = self._has_backward
+
+    def _initialize_stages(self, args: Any, kwargs: Any) -> None:
+        schedules, inputs = _schedules(), args
+        schedules._wait_batch_p2p(schedules._batch_p2p(_first_transfers(self._stages)))
+        for stage in self._stages:
+            inputs = stage._prepare_forward_infra(self._n_microbatches, args if stage.is_first else inputs, kwargs)
+            if self._has_backward:
+                stage._prepare_backward_infra(self._n_microbatches)
+        self._stages_initialized = True
 
     def _run(self, action: _Action, context: _PipelineContext) -> None:
         """Do an action, or have the user's function do it; without a backward, the forward of a pair is what is done."""
@@ -513,6 +522,13 @@ class _Runtime:
                 operation.wait()
                 self.unsharded_stages.add(index)
             assert index in self.unsharded_stages, f"Attempted to compute on sharded stage {index}"
+
+
+def _first_transfers(stages: Iterable[Any]) -> list[Any]:
+    """What torch 2.9 sends first so that NCCL connects neighbours; gloo does not need it, nor can it send to its own rank."""
+    ask = "_get_init_p2p_neighbors_ops"
+    asked = [stage for stage in stages if hasattr(stage, ask) and torch.device(stage.device).type != "cpu"]
+    return [transfer for stage in asked for transfer in getattr(stage, ask)()]
 
 
 def _check_computations(actions: _Order) -> None:
