@@ -160,8 +160,8 @@ BACKPORT = _InPackageToo(
     since="2.9.0",
     upstream="https://github.com/pytorch/pytorch/pull/160682",
     differs=(
-        "all of an MXFP4 tensor is read, however many dimensions it has (torch 2.13 fills the first values of each row only: its "
-        "metadata keeps the packed size as the chunk's)"
+        "all of an MXFP4 tensor is read, however many dimensions it has (torch 2.13 and 2.15 fill the first values of each row "
+        "only: the chunk in their metadata has the packed size)"
     ),
     is_module=True,
     names={_NAME: _reader},
