@@ -65,7 +65,7 @@ class Backport:
     @property
     def reason(self) -> str:
         """Why it was put in: the text of the Decision."""
-        return f"torch has it since {self.since}" if self.since else "registered by the program"
+        return f"torch has it since {self.since}" if self.since else "no torch has it there"
 
     def patches(self) -> Iterable[Patch]:
         """The Patches that provide it; where torch has it, they change nothing."""

@@ -24,7 +24,7 @@ from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import current_report, user_site
 
 _PLACE = "triton.backends.nvidia.compiler"
-_NEWEST = ("sm_103a", "sm_107a", "sm_110a", "sm_121a")  # of GPUs that are newer than some triton that torch 2.8 to 2.15 comes with
+_NEWEST = ("sm_103a", "sm_107a", "sm_110a", "sm_121a")  # of GPUs that are newer than some triton of torch 2.8 to 2.15
 _chosen: dict[str, Any] = {}  # triton's description of the ptxas that is taken for an architecture
 
 

@@ -165,9 +165,9 @@ def _checkpoint_is_cacheable() -> Iterator[None]:
         return
     check = autograd_cache.check_node_safe
 
-    def check_node_safe(node: torch.fx.Node) -> None:
+    def check_node_safe(node: Any) -> None:
         if node.target is tag_activation_checkpoint:
-            body = node.graph.owning_module.get_submodule(str(node.args[0].target))
+            body = node.graph.owning_module.get_submodule(node.args[0].target)
             if "_checkpoint_context_fn" in body.meta:
                 raise autograd_cache.BypassAOTAutogradCache("a context_fn is not in the key")
             return
