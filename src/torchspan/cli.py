@@ -13,6 +13,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -186,11 +187,7 @@ def _run(options: argparse.Namespace) -> int:
 def _check_program(target: str, is_module: bool) -> None:
     if is_module:
         sys.path.insert(0, os.getcwd())
-        try:
-            found = importlib.util.find_spec(target)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
+        if not _has_module(target):
             raise InputError(f"no module {target!r} to run; expected the dotted name of one that 'python -m' would find")
         return
     if not Path(target).is_file():
@@ -200,6 +197,17 @@ def _check_program(target: str, is_module: bool) -> None:
         )
         hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
         raise InputError(f"no file {target!r} to run{hint}")
+
+
+def _has_module(name: str) -> bool:
+    """Whether there is a module of that dotted name; imports none of the packages that it is in."""
+    first, *rest = name.split(".")
+    spec = importlib.util.find_spec(first)
+    for end in range(2, len(rest) + 2):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(".".join([first, *rest][:end]), spec.submodule_search_locations)
+    return spec is not None
 
 
 def _run_program(target: str, is_module: bool, arguments: list[str]) -> int:
