@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -266,3 +269,172 @@ def check_example_inputs(leaves: Sequence[Any]) -> None:
                 f"an example argument holds a {type(leaf).__name__}, which is not supported; expected tensors, numbers, "
                 "strings and None, also in containers; register other classes with torch.utils._pytree.register_pytree_node",
             )
+
+
+# AOTAutograd
+
+
+def aot_autograd() -> Any:
+    """The module of AOTAutograd's entry points."""
+    import torch._functorch.aot_autograd as module
+
+    return module
+
+
+def aot_runtime() -> Any:
+    """The module of AOTAutograd that traces, partitions and compiles."""
+    import torch._functorch._aot_autograd.jit_compile_runtime_wrappers as module
+
+    return module
+
+
+@contextmanager
+def in_this_thread(module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these functions of a module or class stand for its own, for calls of this thread; others get its own."""
+    thread, own = threading.get_ident(), {name: getattr(module, name) for name in functions}
+    before = {name: vars(module)[name] for name in functions}  # of a class, a static method
+
+    def choose(name: str, *args: Any, **kwargs: Any) -> Any:
+        chosen = functions[name] if threading.get_ident() == thread else own[name]
+        return chosen(*args, **kwargs)
+
+    for name in functions:
+        setattr(module, name, partial(choose, name))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+def aot_config(
+    flat_args: Sequence[Any], num_state: int, decompositions: Any, keep_inference_input_mutations: bool, ignore_shape_env: bool
+) -> Any:
+    """AOTAutograd's settings for a graph of these arguments, parameters and buffers first, without compilers."""
+    from torch._functorch._aot_autograd.schemas import AOTConfig
+    from torch._subclasses import FakeTensor
+
+    no_compiler: Any = None
+    fake = next((value for value in flat_args if isinstance(value, FakeTensor)), None)
+    return AOTConfig(
+        fw_compiler=no_compiler,
+        bw_compiler=no_compiler,
+        inference_compiler=no_compiler,
+        partition_fn=no_compiler,
+        decompositions=decompositions,
+        num_params_buffers=num_state,
+        aot_id=next(aot_autograd().AOT_COUNTER),
+        keep_inference_input_mutations=keep_inference_input_mutations,
+        dynamic_shapes=fake is not None and fake.fake_mode.shape_env is not None,
+        static_input_indices=[*range(num_state)],
+        ignore_shape_env=ignore_shape_env,
+    )
+
+
+def aot_contexts(fake_mode: Any, shape_env: Any) -> Iterator[AbstractContextManager[Any]]:
+    """The contexts in which AOTAutograd traces and compiles."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, preserve_rng_state
+
+    yield torch.autograd.set_multithreading_enabled(False)
+    yield preserve_rng_state()
+    yield fake_mode
+    if shape_env is not None:
+        yield enable_python_dispatcher()
+    yield aot_autograd().PhiloxStateTracker()
+    yield _disable_saved_tensors_hooks_during_tracing()
+    yield compiled_autograd_off()
+
+
+def compiled_autograd_off() -> AbstractContextManager[None]:
+    """Inside, autograd runs as it is."""
+    from torch._dynamo import compiled_autograd
+
+    return compiled_autograd._disable()
+
+
+def tracing_with(fake_mode: Any) -> AbstractContextManager[Any]:
+    """A tracing context, unless there is one: compilers ask it for the fake mode."""
+    from torch._guards import TracingContext, tracing
+
+    return nullcontext() if TracingContext.try_get() is not None else tracing(TracingContext(fake_mode))
+
+
+def tell_tracing_context(state: list[torch.Tensor]) -> None:
+    """Note the parameters and buffers where compilers look for them."""
+    from torch._functorch._aot_autograd.subclass_utils import unwrap_tensor_subclasses_with_indices_to_original
+    from torch._guards import TracingContext
+
+    context: Any = TracingContext.try_get()
+    if context is not None:
+        context.params_flat = state
+        unwrapped = unwrap_tensor_subclasses_with_indices_to_original(state)
+        context.params_flat_unwrap_subclasses, context.params_unwrapped_to_flat_index = unwrapped
+
+
+def call_with_state(
+    module: torch.nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a module with these parameters and buffers; a graph is interpreted, so that its nodes' metadata is kept."""
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import maybe_disable_thunkify
+    from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+    from torch.nn.utils import stateless
+
+    with stateless._reparametrize_module(module, state), maybe_disable_thunkify():
+        if not isinstance(module, torch.fx.GraphModule):
+            return module(*args, **kwargs)
+        with torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Anomaly Detection has been enabled.")
+            with torch.autograd.detect_anomaly(check_nan=False):  # it notes which forward node a backward node belongs to
+                fake_mode: Any = detect_fake_mode()
+                fake_mode.epoch += 1
+                return PropagateUnbackedSymInts(module).run(*args)
+
+
+def flattened(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Callable[..., Any], Any]:
+    """`function` from flat arguments to flat results, and what holds the structure of its result once it has run."""
+    from torch._functorch._aot_autograd.utils import create_tree_flattened_fn
+
+    return create_tree_flattened_fn(function, args, dict(kwargs))
+
+
+def in_order(kwargs: dict[str, Any], spec: Any) -> dict[str, Any]:
+    """Arguments by name in the order of a structure of (args, kwargs)."""
+    from torch.export._tree_utils import reorder_kwargs
+
+    return reorder_kwargs(kwargs, spec)
+
+
+def share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two plain tensors are of one memory."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(two):
+        return False
+    return StorageWeakRef(one.untyped_storage()) == StorageWeakRef(two.untyped_storage())
+
+
+def opaque_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which dynamo does not look into: it is traced by what comes after it."""
+    from torch._dynamo import nonstrict_trace
+
+    return nonstrict_trace(function)
+
+
+@contextmanager
+def compiling_backward(config: Any) -> Iterator[None]:
+    """The contexts in which AOTAutograd compiles a backward."""
+    from torch._functorch._aot_autograd.logging_utils import track_graph_compiling
+
+    with track_graph_compiling(config, "backward"), torch._C._DisableAutocast(), torch.no_grad():
+        yield
+
+
+def real_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of a graph, with the real tensors that it holds, also while a fake mode is on."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return copy.deepcopy(module)

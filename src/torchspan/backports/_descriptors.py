@@ -1,0 +1,478 @@
+"""What the inputs and outputs of AOTAutograd's graphs mean: the classes, and their order in a graph.
+
+An input's descriptor says how it comes from the inputs of the program; an output's, how it becomes an output of it. They nest:
+a gradient is of an input, the part of a tensor subclass is of an input or output. Names and fields are upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PLACE = "torch._functorch._aot_autograd.descriptors"
+
+
+@dataclass(frozen=True)
+class AOTInput:
+    """Where an input of a graph comes from."""
+
+    def expr(self) -> str:
+        """As an expression over the program's inputs."""
+        raise NotImplementedError(f"{type(self).__name__} has no expression")
+
+    def is_param(self) -> bool:
+        """Whether it is a parameter or a part of one."""
+        return False
+
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer or a part of one."""
+        return False
+
+    def is_tangent(self) -> bool:
+        """Whether it is a tangent or a part of one."""
+        return False
+
+
+@dataclass(frozen=True)
+class DifferentiableAOTInput(AOTInput):
+    """An input that may have a gradient."""
+
+
+@dataclass(frozen=True)
+class AOTOutput:
+    """What an output of a graph becomes."""
+
+    def expr(self) -> str:
+        """As an expression over the program's outputs."""
+        raise NotImplementedError(f"{type(self).__name__} has no expression")
+
+    def is_grad(self) -> bool:
+        """Whether it is a gradient or a part of one."""
+        return False
+
+
+@dataclass(frozen=True)
+class DifferentiableAOTOutput(AOTOutput):
+    """An output that may have a tangent."""
+
+
+@dataclass(frozen=True)
+class ParamAOTInput(DifferentiableAOTInput):
+    """The parameter of the module with the name `target`."""
+
+    target: str
+
+    def expr(self) -> str:
+        return f"self.get_parameter({self.target!r})"
+
+    def is_param(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class BufferAOTInput(DifferentiableAOTInput):
+    """The buffer of the module with the name `target`."""
+
+    target: str
+
+    def expr(self) -> str:
+        return f"self.get_buffer({self.target!r})"
+
+    def is_buffer(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class PlainAOTInput(DifferentiableAOTInput):
+    """The input number `idx` of the program, flattened."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"args[{self.idx}]"
+
+
+@dataclass(frozen=True)
+class DummyAOTInput(AOTInput):
+    """An input of which no more is known than its place."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__dummy{self.idx}"
+
+
+@dataclass(frozen=True)
+class SubclassGetAttrAOTInput(AOTInput):
+    """A tensor that a tensor subclass, the input `base`, holds as `attr`."""
+
+    base: AOTInput
+    attr: str
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.{self.attr}"
+
+    def is_param(self) -> bool:
+        return self.base.is_param()
+
+    def is_buffer(self) -> bool:
+        return self.base.is_buffer()
+
+    def is_tangent(self) -> bool:
+        return self.base.is_tangent()
+
+
+@dataclass(frozen=True)
+class SubclassSizeAOTInput(AOTInput):
+    """The dynamic size of a tensor subclass in dimension `idx`."""
+
+    base: AOTInput
+    idx: int
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.size({self.idx})"
+
+
+@dataclass(frozen=True)
+class SubclassStrideAOTInput(AOTInput):
+    """The dynamic stride of a tensor subclass in dimension `idx`."""
+
+    base: AOTInput
+    idx: int
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.stride({self.idx})"
+
+
+@dataclass(frozen=True)
+class ViewBaseAOTInput(DifferentiableAOTInput):
+    """What the input `base_of`, and others, are views of."""
+
+    base_of: AOTInput
+
+    def expr(self) -> str:
+        return f"{self.base_of.expr()}._base"
+
+
+@dataclass(frozen=True)
+class SyntheticBaseAOTInput(DifferentiableAOTInput):
+    """A tensor over all the memory that the input `base_of` shares with others, made because they have no base."""
+
+    base_of: AOTInput
+
+    def expr(self) -> str:
+        return f"__make_synthetic_base({self.base_of.expr()})"
+
+
+@dataclass(frozen=True)
+class PhiloxForwardSeedAOTInput(AOTInput):
+    """The random seed of a forward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_forward_seed"
+
+
+@dataclass(frozen=True)
+class PhiloxForwardBaseOffsetAOTInput(AOTInput):
+    """The random offset of a forward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_forward_base_offset"
+
+
+@dataclass(frozen=True)
+class PhiloxBackwardSeedAOTInput(AOTInput):
+    """The random seed of a backward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_backward_seed"
+
+
+@dataclass(frozen=True)
+class PhiloxBackwardBaseOffsetAOTInput(AOTInput):
+    """The random offset of a backward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_backward_base_offset"
+
+
+@dataclass(frozen=True)
+class ForwardTokenAOTInput(AOTInput):
+    """A token that keeps the forward's side effects in order."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__forward_token{self.idx}"
+
+
+@dataclass(frozen=True)
+class BackwardTokenAOTInput(AOTInput):
+    """A token that keeps the backward's side effects in order."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__backward_token{self.idx}"
+
+
+@dataclass(frozen=True)
+class TangentAOTInput(DifferentiableAOTInput):
+    """The gradient that comes in for `output`."""
+
+    output: DifferentiableAOTOutput
+
+    def expr(self) -> str:
+        return f"__output_tangent({self.output.expr()})"
+
+    def is_tangent(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class PlainAOTOutput(DifferentiableAOTOutput):
+    """The output number `idx` of the program, flattened."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"output[{self.idx}]"
+
+
+@dataclass(frozen=True)
+class InputMutationAOTOutput(DifferentiableAOTOutput):
+    """What the program writes into `mutated_input`."""
+
+    mutated_input: AOTInput
+
+    def expr(self) -> str:
+        return f"__input_mutation({self.mutated_input.expr()})"
+
+
+@dataclass(frozen=True)
+class IntermediateBaseAOTOutput(DifferentiableAOTOutput):
+    """What the output `base_of`, and others, are views of."""
+
+    base_of: AOTOutput
+
+    def expr(self) -> str:
+        return f"__intermediate_base({self.base_of.expr()})"
+
+
+@dataclass(frozen=True)
+class MetadataMutationAOTOutput(DifferentiableAOTOutput):
+    """An input whose shape or strides the program changes, of several that share memory."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__aliased_arg_with_metadata_mutation{self.idx}"
+
+
+@dataclass(frozen=True)
+class GradAOTOutput(DifferentiableAOTOutput):
+    """The gradient of `grad_of`."""
+
+    grad_of: DifferentiableAOTInput
+
+    def expr(self) -> str:
+        return f"__grad({self.grad_of.expr()})"
+
+    def is_grad(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class PhiloxUpdatedForwardOffsetAOTOutput(AOTOutput):
+    """The random offset after a forward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_updated_forward_offset"
+
+
+@dataclass(frozen=True)
+class PhiloxUpdatedBackwardOffsetAOTOutput(AOTOutput):
+    """The random offset after a backward with functionalized random numbers."""
+
+    def expr(self) -> str:
+        return "__philox_updated_backward_offset"
+
+
+@dataclass(frozen=True)
+class ForwardTokenAOTOutput(AOTOutput):
+    """The token after the forward's side effects."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__forward_token{self.idx}"
+
+
+@dataclass(frozen=True)
+class BackwardTokenAOTOutput(AOTOutput):
+    """The token after the backward's side effects."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__backward_token{self.idx}"
+
+
+@dataclass(frozen=True)
+class SubclassGetAttrAOTOutput(AOTOutput):
+    """A tensor that a tensor subclass, the output `base`, will hold as `attr`."""
+
+    base: AOTOutput
+    attr: str
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.{self.attr}"
+
+    def is_grad(self) -> bool:
+        return self.base.is_grad()
+
+
+@dataclass(frozen=True)
+class SubclassSizeAOTOutput(AOTOutput):
+    """The dynamic size of a tensor subclass in dimension `idx`."""
+
+    base: AOTOutput
+    idx: int
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.size({self.idx})"
+
+
+@dataclass(frozen=True)
+class SubclassStrideAOTOutput(AOTOutput):
+    """The dynamic stride of a tensor subclass in dimension `idx`."""
+
+    base: AOTOutput
+    idx: int
+
+    def expr(self) -> str:
+        return f"{self.base.expr()}.stride({self.idx})"
+
+
+@dataclass(frozen=True)
+class DummyAOTOutput(AOTOutput):
+    """An output of which no more is known than its place."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__dummy{self.idx}"
+
+
+@dataclass(frozen=True)
+class SavedForBackwardsAOTOutput(AOTOutput):
+    """The value number `idx` that the forward keeps for the backward."""
+
+    idx: int
+
+    def expr(self) -> str:
+        return f"__saved_for_backwards_{self.idx}"
+
+
+CLASSES = {value.__name__: value for value in list(globals().values()) if getattr(value, "__module__", None) == __name__}
+for _class in CLASSES.values():
+    _class.__module__ = PLACE
+
+
+# the order in which a graph takes and gives them
+
+
+def joint_inputs(state: Any, primals: Sequence[AOTInput]) -> tuple[list[AOTInput], list[AOTInput]]:
+    """The primals and the tangents that a joint graph takes, given the inputs of what it is a graph of.
+
+    `state` has AOTAutograd's ``fw_metadata``, and its ``subclass_meta``, which is None without tensor subclasses.
+    """
+    tokens = [ForwardTokenAOTInput(index) for index in range(len(state.fw_metadata.tokens))]
+    tangents = [TangentAOTInput(output) for output in _with_tangent(state.fw_metadata, primals)]
+    if state.subclass_meta is None:
+        return [*tokens, *primals], [*tangents]
+    parts = _parts(primals, state.fw_metadata.subclass_inp_meta, _INPUT_PARTS)
+    return [*tokens, *parts], [*_parts(tangents, state.fw_metadata.subclass_tangent_meta, _INPUT_PARTS)]
+
+
+def forward_outputs(state: Any, primals: Sequence[AOTInput]) -> list[AOTOutput]:
+    """What a forward graph gives."""
+    meta = state.fw_metadata
+    outputs: list[AOTOutput] = [
+        InputMutationAOTOutput(primals[index]) for index, info in enumerate(meta.input_info) if _leaves_graph(meta, info)
+    ]
+    outputs += [PlainAOTOutput(index) for index in range(len(meta.output_info))]
+    if meta.is_train:
+        outputs += _intermediate_bases(meta)
+    if state.subclass_meta is not None:
+        outputs = [*_parts(outputs, meta.subclass_fw_graph_out_meta, _OUTPUT_PARTS)]
+    return [*(ForwardTokenAOTOutput(index) for index in range(len(meta.tokens))), *outputs]
+
+
+def gradients(state: Any, primals: Sequence[AOTInput]) -> list[AOTOutput]:
+    """The gradients that a joint graph gives, one for each primal (None where it has none)."""
+    found: list[AOTOutput] = [
+        GradAOTOutput(primal) if isinstance(primal, DifferentiableAOTInput) else DummyAOTOutput(index)
+        for index, primal in enumerate(primals)
+    ]
+    if state.subclass_meta is None:
+        return found
+    return [*_parts(found, state.subclass_meta.grad_input_metas, _OUTPUT_PARTS)]
+
+
+def _leaves_graph(meta: Any, info: Any) -> bool:
+    """Whether what the program writes into an input is an output of the graph."""
+    return bool(info.mutation_type.name == "MUTATED_OUT_GRAPH")
+
+
+def _with_tangent(meta: Any, primals: Sequence[AOTInput]) -> Iterator[DifferentiableAOTOutput]:
+    """The outputs that a backward begins with, in AOTAutograd's order."""
+    for info, primal in zip(meta.input_info, primals):
+        if _leaves_graph(meta, info) and info.mutates_data and info.requires_grad:
+            yield InputMutationAOTOutput(primal)
+    for index, info in enumerate(meta.output_info):
+        is_new = info.output_type.name in ("non_alias", "unsafe_view_alias", "custom_function_view")
+        if is_new and info.requires_grad and hasattr(info.raw_type, "grad_fn"):
+            yield PlainAOTOutput(index)
+    yield from _intermediate_bases(meta)
+
+
+def _intermediate_bases(meta: Any) -> list[DifferentiableAOTOutput]:
+    """The tensors that several outputs are views of; each is told by the first of those outputs."""
+    first: dict[int, int] = {}
+    for index, info in enumerate(meta.output_info):
+        if "alias_of_intermediate" in info.output_type.name and info.base_idx is not None:
+            base = info.base_idx if info.output_type.name != "alias_of_intermediate_base_is_user_output" else None
+            if base is not None:
+                first.setdefault(base, index)
+    return [
+        IntermediateBaseAOTOutput(PlainAOTOutput(first[base]) if base in first else DummyAOTOutput(base))
+        for base in range(meta.num_intermediate_bases)
+    ]
+
+
+_INPUT_PARTS = (SubclassGetAttrAOTInput, SubclassSizeAOTInput, SubclassStrideAOTInput)
+_OUTPUT_PARTS = (SubclassGetAttrAOTOutput, SubclassSizeAOTOutput, SubclassStrideAOTOutput)
+
+
+def _parts(descriptors: Sequence[Any], metas: Sequence[Any], kinds: tuple[Any, Any, Any]) -> Iterator[Any]:
+    """The plain tensors, and dynamic sizes and strides, that stand for each tensor subclass."""
+    for descriptor, meta in zip(descriptors, metas, strict=True):
+        yield from _parts_of(descriptor, meta, kinds)
+
+
+def _parts_of(descriptor: Any, meta: Any, kinds: tuple[Any, Any, Any]) -> Iterator[Any]:
+    if not hasattr(meta, "attrs"):  # a plain tensor, or none
+        yield descriptor
+        return
+    tensor, size, stride = kinds
+    for attribute, inner in meta.attrs.items():
+        yield from _parts_of(tensor(descriptor, attribute), inner, kinds)
+    if meta.included_subclass_symints:
+        yield from (size(descriptor, index) for index, value in enumerate(meta.outer_size) if _is_dynamic(value))
+        yield from (stride(descriptor, index) for index, value in enumerate(meta.outer_stride) if _is_dynamic(value))
+
+
+def _is_dynamic(value: Any) -> bool:
+    return hasattr(value, "node") and not value.node.is_nested_int()
