@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torchspan.core.errors import InputError, UnsupportedError, unknown_name
 from torchspan.core.registry import Registry
 from torchspan.core.report import current_report, user_site
-from torchspan.environment.patch import MissingModule, MissingName, Patch, Replacement
+from torchspan.environment.patch import MissingModule, MissingName, Patch, Redefinition, Replacement
 
 REGISTRY = Registry("torchspan.backports", "backport")
 
@@ -41,7 +41,8 @@ class Backport:
     `since` is the first torch release that has it (none if torch has none), `upstream` a link to the change that brought it,
     `differs` what is not as upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the
     module itself is what is missing. `replaces` are changes to what is there in `target` (such as a function that lacks an
-    argument), `also` changes elsewhere that the rest needs, made when the module in question is imported.
+    argument); `redefines` are the same for functions that other modules hold too, which stay the objects they are. `also` are
+    changes elsewhere that the rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
     where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None: then its names can be
@@ -57,6 +58,7 @@ class Backport:
     names: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     is_module: bool = False
     replaces: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
+    redefines: Mapping[str, Callable[[Any], Callable[..., Any]]] = field(default_factory=dict)
     also: Sequence[Change] = ()
     lacks: Callable[[ModuleType | None], bool] | None = None
     impossible: Callable[[], str | None] = lambda: None
@@ -75,6 +77,8 @@ class Backport:
             yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
         for attribute, rebuild in self.replaces.items():
             yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
+        for attribute, redefine in self.redefines.items():
+            yield Redefinition(self.name, self.target, attribute, self._where_lacking(redefine))
         for change in self.also:
             build = self._where_lacking(change.build)
             yield Replacement(self.name, change.target, change.attribute, build, change.create)
@@ -85,7 +89,7 @@ class Backport:
         if report is not None:
             report.decide("backport", subject, f"torchspan's {self.name}", self.reason, user_site())
 
-    def _where_lacking(self, build: Callable[[Any], object]) -> Callable[[Any], object]:
+    def _where_lacking(self, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda old: build(old) if is_lacking(self) else old
 
     def _build_module(self) -> Mapping[str, object]:

@@ -72,7 +72,7 @@ class Redefinition:
     """The Python function `attribute` of the module `target` behaves as what `build` makes of it, and stays the object it was.
 
     So names that were bound to it before follow, and tables that know it by identity still do. `build` is given a copy that
-    behaves as before. Of a decorated function, what is inside the decorators is redefined. What is not a plain function (a
+    behaves as before, and may return it: then nothing is changed. Of a decorated function, what is inside the decorators is redefined. What is not a plain function (a
     builtin, a closure) is replaced; a missing one is left alone.
     """
 
@@ -232,6 +232,8 @@ def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]
     copy.__kwdefaults__ = dict(named or {})
     signature = inspect.signature(function)
     new = build(copy)
+    if new is copy:
+        return lambda: None
     function.__kwdefaults__ = {**(named or {}), "__torchspan": new}  # before the code that needs it: other threads may call
     function.__code__ = _forward.__code__.replace(co_name=code.co_name)
     function.__defaults__ = None
