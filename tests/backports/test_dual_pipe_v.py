@@ -37,19 +37,19 @@ WIDTH, VOCABULARY, LENGTH = 8, 11, 5
 
 
 class Block(torch.nn.Module):
-    """Attention and a gated MLP, each with a norm before it and a skip around it."""
+    """Attention and a gated MLP, each with a norm before it and a skip around it; a layer that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = torch.nn.RMSNorm(WIDTH), torch.nn.RMSNorm(WIDTH)
+        self.attention_norm, self.mlp_norm = torch.nn.RMSNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
         self.qkv, self.out = torch.nn.Linear(WIDTH, 3 * WIDTH, bias=False), torch.nn.Linear(WIDTH, WIDTH)
         self.gate, self.up = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = torch.nn.Linear(2 * WIDTH, WIDTH)
+        self.down, self.twice = torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.attention_norm(x_BLD)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         x_BLD = x_BLD + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        normed_BLD = self.mlp_norm(x_BLD)
+        normed_BLD = self.twice(self.twice(self.mlp_norm(x_BLD)).tanh())
         return x_BLD + self.down(silu(self.gate(normed_BLD)) * self.up(normed_BLD))
 
 
@@ -352,6 +352,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")} | {"OMP_NUM_THREADS": "1"}
     argv = [sys.executable, __file__, str(file)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environ, check=False)
+    if not is_lacking(BACKPORT) and "Pair is not connected" in done.stderr:  # torch 2.10
+        pytest.skip("torch's own schedules of this release send to their own rank first in a V, which gloo cannot")
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads(file.read_text())
 

@@ -235,6 +235,48 @@ def _last_backwards(actions: Sequence[_Action]) -> dict[int, list[int]]:
     return complete
 
 
+# the backward for weights, put off
+
+
+def _backward_weight(
+    weights: Iterable[Any], param_groups: Iterable[dict[str, Any]], retain_graph: bool = False
+) -> tuple[Any, ...]:
+    """Add to the gradients of a stage's `weights`, from what its backward for inputs has saved.
+
+    Where a stage uses a weight twice, torch's own counts some of it twice until 2.10 or later; its later ones do not.
+    """
+    from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc
+
+    weight_of = {_get_grad_fn_or_grad_acc(weight): weight for weight in weights}
+    for group in param_groups:
+        for node, gradient in _weight_gradients(group, retain_graph):
+            weight = weight_of[node]
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+    return tuple(weight.grad for weight in weight_of.values())
+
+
+def _weight_gradients(group: dict[str, Any], retain_graph: bool) -> list[tuple[Any, Any]]:
+    """The gradients of the weights in one group, by their autograd node: those that share nodes where gradients were saved."""
+    from torch.autograd.graph import GradientEdge
+
+    nodes, saved = list(group.pop("intermediates")), group.pop("grads", None) or ()
+    reached = [(node, grads) for node, grads in zip(nodes, saved, strict=False) if grads is not None]
+    starts = [(GradientEdge(node, i), grad) for node, grads in reached for i, grad in enumerate(grads) if grad is not None]
+    if not starts:
+        return []
+    # a node that follows another is given what was saved, and no more: that has what comes through the other
+    hooks = [node.register_prehook(lambda _, saved=grads: saved) for node, grads in reached]
+    edges, grads = zip(*starts, strict=True)
+    targets = [GradientEdge(node, 0) for node in group["params"]]
+    try:
+        found = torch.autograd.grad(edges, targets, grads, retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(zip(group["params"], found, strict=True))
+
+
 # the runtime
 
 
@@ -752,7 +794,7 @@ BACKPORT = Backport(
     summary="ScheduleDualPipeV, OVERLAP_F_B, and custom functions for the actions of a pipeline's schedule",
     target=_PLACE,
     since="2.10.0",
-    upstream="https://github.com/pytorch/pytorch/pull/159591",
+    upstream="https://github.com/pytorch/pytorch/pull/162016",  # the schedule itself, since 2.9: pull/159591
     differs=(
         "there is no REDUCE_GRAD action: a stage's gradients are reduced and scaled with its last backward; an action's "
         "sub_actions are an attribute and no fourth entry; options of later releases are not taken (defer_pp_recv, "
@@ -783,6 +825,8 @@ BACKPORT = Backport(
         Change(_PLACE, "ScheduleDualPipeV", _dual_pipe_v, create=True),
         Change(_PACKAGE, "ScheduleDualPipeV", _dual_pipe_v, create=True),
         Change(_PACKAGE, "__all__", _with_export),
+        Change(f"{_PACKAGE}._backward", "stage_backward_weight", lambda _: _backward_weight),
+        Change(f"{_PACKAGE}.stage", "stage_backward_weight", lambda _: _backward_weight),
         Change(f"{_PACKAGE}._utils", "generate_rank_to_stage_mapping", _rank_to_stages, create=True),
     ),
     lacks=_lacks,
