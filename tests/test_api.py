@@ -135,3 +135,16 @@ def test_threads_that_activate_and_look_names_up_at_once_agree() -> None:
         assert len(set(pool.map(use, range(64)))) == 1
     torchspan.deactivate()
     assert not hasattr(torch, "Precompile")
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ({"TORCHSPAN_DISABLE": "anotate"}, "did you mean 'annotate'?"),
+        ({"TORCHSPAN_DEVICE": "cudaa"}, "device is 'cudaa'; expected"),
+        ({"TORCHSPAN_BUDGET_SECONDS": "soon"}, "TORCHSPAN_BUDGET_SECONDS is 'soon'; expected a number"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_one_line_and_exit_code_2(run_python, variable: dict[str, str], said: str) -> None:
+    done = run_python("import torch", env={"TORCHSPAN": "1", **variable}, expect=2)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
