@@ -12,8 +12,8 @@ from torchspan.core.errors import InputError
 def autoload() -> None:
     """Activate torchspan if ``TORCHSPAN`` is set to something other than 0; else do nothing.
 
-    The verb is looked up by name, as a plug-in is: what composes the environment stands above this folder. A variable that cannot
-    be used ends the process with one line and exit code 2, as it does for a command: torch would bury it in an error of its own.
+    The verb is looked up by name, as a plug-in is: what composes the environment stands above this folder. A variable that
+    cannot be used ends the process with one line and exit code 2: torch would bury it in an error of its own.
     """
     if os.environ.get("TORCHSPAN", "0") in ("", "0"):
         return

@@ -72,8 +72,8 @@ class Redefinition:
     """The Python function `attribute` of the module `target` behaves as what `build` makes of it, and stays the object it was.
 
     So names that were bound to it before follow, and tables that know it by identity still do. `build` is given a copy that
-    behaves as before, and may return it: then nothing is changed. Of a decorated function, what is inside the decorators is redefined. What is not a plain function (a
-    builtin, a closure) is replaced; a missing one is left alone.
+    behaves as before, and may return it: then nothing is changed. Of a decorated function, what is inside the decorators is
+    redefined. What is not a plain function (a builtin, a closure) is replaced; a missing one is left alone.
     """
 
     owner: str
