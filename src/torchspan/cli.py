@@ -141,10 +141,14 @@ def _doctor(options: argparse.Namespace) -> int:
         here = facts.to_dict() | {"memory_bytes": format_bytes(facts.memory_bytes)}
         here["accelerator"] = facts.accelerator() or "none: requests for one are redirected to the CPU"
         console.print(_pairs({name.removesuffix("_bytes"): "not found" if v is None else str(v) for name, v in here.items()}))
-        table = _table("backport", "provides", "here", "why")
+        console.print()
+        table = _table("backport", "here", "torch has it since", "provides")
         for backport, state, why in rows:
-            table.add_row(backport.name, backport.summary, state, why)
+            since = backport.since if backport.since[:1].isdigit() else "-"
+            provides = f"{backport.summary} ({why})" if state == "not possible here" else backport.summary
+            table.add_row(backport.name, state, since, provides)
         console.print(table)
+        console.print("\n'torchspan doctor NAME' explains one", style="dim")
 
     _emit(options.json, values, draw)
     return 0
@@ -368,7 +372,8 @@ def _short_site(site: str | None) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in ("times", "seconds", "peak memory") else "left")
+        is_number = column in ("times", "seconds", "peak memory")
+        table.add_column(column, overflow="fold", no_wrap=column == "backport", justify="right" if is_number else "left")
     return table
 
 
