@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -283,20 +284,18 @@ def aot_autograd() -> Any:
 
 def aot_runtime() -> Any:
     """The module of AOTAutograd that traces, partitions and compiles."""
-    import torch._functorch._aot_autograd.jit_compile_runtime_wrappers as module
-
-    return module
+    return importlib.import_module("torch._functorch._aot_autograd.jit_compile_runtime_wrappers")
 
 
 @contextmanager
-def in_this_thread(module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these functions of a module or class stand for its own, for calls of this thread; others get its own."""
-    thread, own = threading.get_ident(), {name: getattr(module, name) for name in functions}
+def in_calls_with(marker: object, module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these functions of a module or class stand for its own in calls that get `marker`; others get its own."""
+    own = {name: getattr(module, name) for name in functions}
     before = {name: vars(module)[name] for name in functions}  # of a class, a static method
 
     def choose(name: str, *args: Any, **kwargs: Any) -> Any:
-        chosen = functions[name] if threading.get_ident() == thread else own[name]
-        return chosen(*args, **kwargs)
+        is_marked = any(value is marker for value in (*args, *kwargs.values()))
+        return (functions if is_marked else own)[name](*args, **kwargs)
 
     for name in functions:
         setattr(module, name, partial(choose, name))

@@ -143,7 +143,7 @@ def aot_export_joint_with_descriptors(
     config = _torch.aot_config(flat_args, len(state), decompositions, keep_inference_input_mutations, ignore_shape_env)
     fake_mode, shape_env = aot.construct_fake_mode(flat_args, config)
     fake_args = aot.process_inputs(flat_args, config, fake_mode, shape_env, ignore_shape_env)
-    with _torch.compiled_autograd_off(), _stopping_at_the_graph() as found:
+    with _torch.compiled_autograd_off(), _stopping_at_the_graph(config) as found:
         aot.create_aot_dispatcher_function(call, fake_args, config, fake_mode, shape_env)
     traced = found[0]
     _enter_contexts(stack, fake_mode, shape_env)
@@ -215,12 +215,19 @@ def _flat_function(
     def call(*args: Any, **kwargs: Any) -> Any:
         state, args = dict(zip(names, args)), args[len(names) :]
         if kwargs and isinstance(module, GraphModule):  # an interpreter takes positions only
-            args, kwargs = inspect.signature(module.forward).bind(*args, **kwargs).args, {}
+            args, kwargs = (*args, *_in_positions(module, len(args), kwargs)), {}
         return _torch.call_with_state(module, state, args, kwargs)
 
     if record_stack:
         vars(call)["_orig_mod"] = module
     return _torch.flattened(call, args, kwargs)
+
+
+def _in_positions(module: GraphModule, num_args: int, kwargs: Mapping[str, Any]) -> list[Any]:
+    """The values of `kwargs` in the order in which the graph takes them, after its first `num_args`."""
+    codegen = module.graph._codegen
+    names = getattr(codegen, "argument_names", None) or [node.target for node in module.graph.find_nodes(op="placeholder")]
+    return [kwargs[name] for name in names[num_args:] if name in kwargs]
 
 
 def _remaining(primals: list[descriptors.AOTInput], traced: _Traced) -> list[descriptors.AOTInput]:
@@ -282,8 +289,8 @@ class _Traced:
 
 
 @contextmanager
-def _stopping_at_the_graph() -> Iterator[list[_Traced]]:
-    """Inside, AOTAutograd traces a graph and returns without compiling it; what it has then is in the list."""
+def _stopping_at_the_graph(config: Any) -> Iterator[list[_Traced]]:
+    """Inside, AOTAutograd traces a graph for `config` and returns without compiling it; what it has then is in the list."""
     aot, runtime = _torch.aot_autograd(), _torch.aot_runtime()
     found: list[_Traced] = []
 
@@ -300,14 +307,14 @@ def _stopping_at_the_graph() -> Iterator[list[_Traced]]:
         "aot_dispatch_autograd": functools.partial(trace, True),
         "aot_dispatch_base": functools.partial(trace, False),
     }
-    with _torch.in_this_thread(aot, changes):
+    with _torch.in_calls_with(config, aot, changes):
         yield found
 
 
 @contextmanager
 def _going_on_from(jd: JointWithDescriptors) -> Iterator[None]:
-    """Inside, AOTAutograd takes the graph of `jd` in place of tracing one."""
-    capture = jd._aot_graph_capture
+    """Inside, AOTAutograd takes the graph of `jd` in place of tracing one; compilers that it calls may trace others."""
+    capture, config = jd._aot_graph_capture, jd._aot_state.aot_config
 
     def traced(*args: Any, **kwargs: Any) -> tuple[GraphModule, Any, Any]:
         return capture.graph_module, capture.updated_flat_args, capture.maybe_subclass_meta
@@ -315,7 +322,10 @@ def _going_on_from(jd: JointWithDescriptors) -> Iterator[None]:
     changes = {"aot_dispatch_autograd_graph": traced, "aot_dispatch_base_graph": traced}
     runtime = _torch.aot_runtime()
     finish = {"post_compile": functools.partial(_with_backward, runtime.AOTDispatchAutograd.post_compile)}
-    with _torch.in_this_thread(runtime, changes), _torch.in_this_thread(runtime.AOTDispatchAutograd, finish):
+    with (
+        _torch.in_calls_with(config, runtime, changes),
+        _torch.in_calls_with(config, runtime.AOTDispatchAutograd, finish),
+    ):
         yield
 
 

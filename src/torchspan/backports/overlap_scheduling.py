@@ -6,7 +6,7 @@ from torchspan.backports._base import Backport
 
 BACKPORT = Backport(
     name="overlap_scheduling",
-    summary="reorder collectives so that they overlap with compute, and bucket them: torch._inductor.fx_passes.overlap_scheduling",
+    summary="reorder collectives to overlap with compute, and bucket them: torch._inductor.fx_passes.overlap_scheduling",
     target="torch._inductor.fx_passes.overlap_scheduling",
     since="2.10.0",
     upstream="https://github.com/pytorch/pytorch/pull/163960",
