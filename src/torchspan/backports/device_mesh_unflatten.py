@@ -1,0 +1,521 @@
+"""``DeviceMesh._unflatten`` and ``_concatenate``: meshes of other shapes over the ranks of one root mesh.
+
+A mesh's axis is given by (size, stride) pairs over the ranks of its root mesh in order, the outermost first. So the axes of
+meshes that were cut in different ways can be compared, joined, and turned into the groups of ranks that each needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from torchspan.backports._base import Backport, Change
+
+Axis = tuple[tuple[int, int], ...]
+Override = tuple[Any, Any]  # a backend's name and its options, each None for the default
+
+_PLACE = "torch.distributed.device_mesh"
+_FSDP_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
+
+
+# axes
+
+
+def _axis(pairs: Iterable[tuple[int, int]]) -> Axis:
+    """The pairs in their one normal form: those that continue each other are one, those of size 1 are none.
+
+    >>> _axis([(2, 4), (2, 2), (1, 2)])
+    ((4, 2),)
+    """
+    merged: list[tuple[int, int]] = []
+    for size, stride in pairs:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            size *= merged.pop()[0]
+        merged.append((size, stride))
+    return tuple(merged)
+
+
+def _size(axis: Axis) -> int:
+    return math.prod(size for size, _ in axis)
+
+
+def _joined(axes: Iterable[Axis]) -> Axis:
+    return _axis(itertools.chain.from_iterable(axes))
+
+
+def _rows(sizes: Sequence[int]) -> list[Axis]:
+    """The axes of a root mesh of these sizes.
+
+    >>> _rows([2, 3])
+    [((2, 3),), ((3, 1),)]
+    """
+    strides = [math.prod(sizes[position + 1 :]) for position in range(len(sizes))]
+    return [_axis([pair]) for pair in zip(sizes, strides)]
+
+
+def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    """The axes of these sizes, the outermost first, that make up `axis`.
+
+    >>> _split(((2, 4), (2, 1)), [2, 2])
+    [((2, 4),), ((2, 1),)]
+    """
+    if len(axis) < 2:
+        stride = axis[0][1] if axis else 1
+        return [_axis((size, stride * inner) for size, inner in row) for row in _rows(sizes)]
+    left, parts = list(axis), []
+    for wanted in reversed(sizes):
+        part: list[tuple[int, int]] = []
+        while wanted > 1:
+            size, stride = left.pop()
+            taken = math.gcd(size, wanted)
+            if taken != min(size, wanted):
+                raise ValueError(f"the axis {axis} of (size, stride) pairs has no parts of the sizes {tuple(sizes)}")
+            part.insert(0, (taken, stride))
+            wanted //= taken
+            if size > taken:
+                left.append((size // taken, stride * taken))
+        parts.insert(0, _axis(part))
+    return parts
+
+
+def _is_disjoint(axis: Axis) -> bool:
+    """Whether no rank is named twice."""
+    ascending = sorted(axis, key=lambda pair: pair[1])
+    return all(outer[1] % (inner[0] * inner[1]) == 0 for inner, outer in itertools.pairwise(ascending))
+
+
+def _rest(axis: Axis, num_ranks: int) -> Axis:
+    """The axis that, with `axis`, makes up all ranks.
+
+    >>> _rest(((2, 2),), 8)
+    ((2, 4), (2, 1))
+    """
+    pairs, reached = [], 1
+    for size, stride in sorted(axis, key=lambda pair: pair[1]):
+        pairs.append((stride // reached, reached))
+        reached = size * stride
+    pairs.append((num_ranks // reached, reached))
+    return _axis(reversed(pairs))
+
+
+def _copies(axes: Sequence[Axis], ranks: torch.Tensor) -> torch.Tensor:
+    """The ranks of every mesh with these `axes`: a tensor of the number of meshes × the size of each axis."""
+    inner = [pair for axis in axes for pair in axis]
+    pairs = [*_rest(_axis(inner), ranks.numel()), *inner]
+    rows = ranks.as_strided([size for size, _ in pairs], [stride for _, stride in pairs])
+    return rows.reshape(-1, *map(_size, axes))
+
+
+# meshes
+
+
+def _is_derived(mesh: Any) -> bool:
+    """Whether a mesh is one of ours."""
+    return "_root_mesh" in getattr(mesh, "__dict__", {})
+
+
+def _get_root_mesh(self: Any) -> Any:
+    """The mesh that this one was cut from in the first place; a mesh that was cut from none is its own."""
+    from torch.distributed.device_mesh import _mesh_resources
+
+    return _mesh_resources.get_root_mesh(self)
+
+
+def _axes(mesh: Any) -> list[Axis]:
+    """The axes of a mesh over the ranks of its root."""
+    from torch.distributed.device_mesh import _mesh_resources
+
+    if _is_derived(mesh):
+        return list(mesh._axes)
+    parent = _get_root_mesh(mesh)
+    if parent == mesh:
+        return _rows(mesh.mesh.shape)
+    named = dict(zip(parent.mesh_dim_names, _axes(parent)))
+    flattened = _mesh_resources.flatten_name_to_root_dims.get(parent, {})
+    for name, dims in flattened.items():
+        named[name] = _joined(_axes(parent)[dim] for dim in dims)
+    return [named[name] for name in mesh.mesh_dim_names]
+
+
+def _ranks(root: Any) -> torch.Tensor:
+    return root.mesh.contiguous().flatten()
+
+
+def _flattened(root: Any) -> dict[str, Any]:
+    """The meshes that were made by flattening one of ours, by name; a root mesh holds them."""
+    return vars(root).setdefault("_flatten_mapping", {})
+
+
+@contextmanager
+def _with_real_tensors() -> Iterator[None]:
+    """Inside, ranks can be computed also while a model is traced with fake tensors or on another default device."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.device("cpu"):
+        yield
+
+
+def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[str] | None) -> Any:
+    """A mesh of these axes over the ranks of `root`, the one that has this rank, with these process groups."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    with _with_real_tensors():
+        copies, rank = _copies(axes, _ranks(root)), root.get_rank()
+        mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
+        if not mine:
+            raise RuntimeError(f"rank {rank} has no mesh of the dims {tuple(names)}: it is not in {root}")
+        mesh = DeviceMesh(root.device_type, mine[0], mesh_dim_names=tuple(names), _init_backend=False)
+    mesh._root_mesh, mesh._axes = root, tuple(axes)
+    if groups is not None:
+        mesh._dim_group_names = groups
+    return mesh
+
+
+def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides: Sequence[Override]) -> list[str]:
+    """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
+    with _with_real_tensors():
+        ranks = [_copies([axis], _ranks(root)).tolist() for axis in axes]
+    groups = [_new_group(*given) for given in zip(ranks, names, overrides)]
+    return [group for group in groups if group is not None]
+
+
+def _new_group(ranks: list[list[int]], name: str, override: Override) -> str | None:
+    """The name of this rank's group among those of the given `ranks`, all of which are made."""
+    from torch import distributed
+
+    world, (backend, options) = distributed.distributed_c10d._get_default_group(), override
+    if len(ranks[0]) == distributed.get_world_size() and override == (None, None):
+        if not torch.cuda.is_available() or distributed.get_backend(world) != "gloo":
+            return world.group_name
+        everyone = list(range(len(ranks[0])))
+        return distributed.new_group(everyone, backend="cpu:gloo,cuda:nccl", group_desc="mesh_default").group_name
+    named: dict[str, Any] = {"pg_options": options, "group_desc": f"mesh_{name}"}
+    if options is not None:
+        named["timeout"] = options._timeout
+    if _can_split(world, backend):
+        part = distributed.split_group(parent_pg=world, split_ranks=ranks, **named)
+        return None if part is None else part.group_name
+    groups = [distributed.new_group(group, backend=backend, **named) for group in ranks]
+    mine = [group.group_name for group, members in zip(groups, ranks) if distributed.get_rank() in members]
+    return mine[0] if mine else None
+
+
+def _can_split(world: Any, backend: str | None) -> bool:
+    """Whether the world's communicator is there to split, so that no group is made from nothing."""
+    if getattr(world, "bound_device_id", None) is None or not torch.cuda.is_available():
+        return False
+    return backend is None or world._get_backend(torch.device("cuda")).name() == backend
+
+
+def _overrides(asked: Mapping[int | str, Any] | None, names: Sequence[str]) -> list[Override]:
+    """For each name the backend and the options that were asked for, by name or by position."""
+    left, found = dict(asked or {}), []
+    for position, name in enumerate(names):
+        if name in left and position in left:
+            raise RuntimeError(f"backend_override has both the dim index {position} and its name {name!r}; give one")
+        value = left.pop(name, None) or left.pop(position, None)
+        if isinstance(value, tuple):
+            found.append(value)
+        else:
+            found.append((value, None) if value is None or isinstance(value, str) else (None, value))
+    if left:
+        raise RuntimeError(
+            f"backend_override has keys that are no dims: {list(left)}; expected integers below {len(names)} "
+            f"or one of {tuple(names)}"
+        )
+    return found
+
+
+# what torch has
+
+
+def _unflatten(
+    self: Any,
+    dim: int | str,
+    mesh_sizes: tuple[int, ...],
+    mesh_dim_names: tuple[str, ...],
+    backend_override: Mapping[int | str, Any] | None = None,
+) -> Any:
+    """A mesh like this one, with its dim `dim` cut into dims of `mesh_sizes`, the outermost first, named `mesh_dim_names`.
+
+    Args:
+        dim: the dim's position or name.
+        mesh_sizes: their product is the dim's size.
+        mesh_dim_names: one for each size; the new mesh is sliced by them, this one is not.
+        backend_override: the backend, its options, or both, for the new dims, by name or position; ``fake`` makes a group
+            that does not communicate.
+
+    Raises:
+        ValueError: there is no such dim, or the sizes do not make it up.
+        RuntimeError: there is not one name for each size, or `backend_override` is for a dim that is not new.
+    """
+    position = _position(self, dim)
+    if len(mesh_sizes) != len(mesh_dim_names):
+        raise RuntimeError(
+            f"mesh_dim_names must have same length as mesh_sizes in _unflatten! Got {mesh_dim_names} and {mesh_sizes}"
+        )
+    overrides = _overrides(backend_override, mesh_dim_names)
+    axes, names, root = _axes(self), list(_names(self)), _get_root_mesh(self)
+    if math.prod(mesh_sizes) != _size(axes[position]):
+        raise ValueError(
+            f"The product of mesh_sizes={tuple(mesh_sizes)} is {math.prod(mesh_sizes)}, but the original dimension at "
+            f"dim={position} has size {_size(axes[position])}. These must be equal for unflatten to work correctly."
+        )
+    BACKPORT.record_use("DeviceMesh._unflatten")
+    new = _split(axes[position], mesh_sizes)
+    groups = getattr(self, "_dim_group_names", None)
+    if groups is not None:
+        made, groups = _new_groups(root, new, mesh_dim_names, overrides), list(groups)
+        groups[position : position + 1] = made
+    axes[position : position + 1] = new
+    names[position : position + 1] = mesh_dim_names
+    return _derive(root, axes, names, groups)
+
+
+def _position(mesh: Any, dim: int | str) -> int:
+    if isinstance(dim, str):
+        if dim not in _names(mesh):
+            raise ValueError(f"dim {dim} specified in `_unflatten` is not in {mesh.mesh_dim_names}")
+        return int(_names(mesh).index(dim))
+    if not 0 <= dim < mesh.ndim:
+        raise ValueError(f"dim {dim} specified in `_unflatten` is out of range {mesh.ndim}")
+    return dim
+
+
+def _names(mesh: Any) -> tuple[str, ...]:
+    if mesh.mesh_dim_names is None:
+        raise TypeError(f"{mesh} has no mesh_dim_names; expected a mesh whose dims have names")
+    return tuple(mesh.mesh_dim_names)
+
+
+def _concatenate(device_mesh_list: Sequence[Any]) -> Any:
+    """One mesh with the dims, the names and the process groups of all these meshes, in order.
+
+    Raises RuntimeError if they are not of one root mesh, or if a dim's ranks are among another's.
+    """
+    root = _get_root_mesh(device_mesh_list[0])
+    if any(_ranks(_get_root_mesh(mesh)).tolist() != _ranks(root).tolist() for mesh in device_mesh_list):
+        raise RuntimeError("Cannot concatenate DeviceMeshes derived from different device meshs")
+    axes = [axis for mesh in device_mesh_list for axis in _axes(mesh)]
+    if not _is_disjoint(_joined(axes)):
+        raise RuntimeError(f"Cannot concatenate overlapping meshes: {list(device_mesh_list)}")
+    BACKPORT.record_use("DeviceMesh._concatenate")
+    names = [name for mesh in device_mesh_list for name in _names(mesh)]
+    return _derive(root, axes, names, [group for mesh in device_mesh_list for group in mesh._dim_group_names])
+
+
+def _slicing(getitem: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``mesh[names]`` for every mesh but a root that is asked for dims that it has itself."""
+
+    @functools.wraps(getitem)
+    def slice_mesh(self: Any, mesh_dim_names: str | tuple[str, ...]) -> Any:
+        names = (mesh_dim_names,) if isinstance(mesh_dim_names, str) else mesh_dim_names
+        reachable = getattr(_reachable, "mesh", None)
+        if reachable is not None and reachable.mesh_dim_names == names and _get_root_mesh(reachable) is self:
+            return reachable
+        is_child = _is_derived(self) or _get_root_mesh(self) != self
+        if not self.mesh_dim_names or names == self.mesh_dim_names:
+            return getitem(self, mesh_dim_names)
+        if is_child or any(name in _flattened(self) for name in names):
+            return _sliced(self, names)
+        return getitem(self, mesh_dim_names)
+
+    return slice_mesh
+
+
+def _sliced(mesh: Any, names: tuple[str, ...]) -> Any:
+    named = dict(zip(_names(mesh), zip(_axes(mesh), getattr(mesh, "_dim_group_names", None) or itertools.repeat(None))))
+    root = _get_root_mesh(mesh)
+    flattened = _flattened(root) if mesh == root else {}
+    if unknown := [name for name in names if name not in named and name not in flattened]:
+        raise KeyError(
+            f"Invalid mesh_dim_names {names} specified: it has no {unknown}. Valid mesh_dim_names are {[*named, *flattened]}."
+        )
+    for name in names:
+        if name not in named:
+            warnings.warn(
+                "Slicing a flattened dim from root mesh will be deprecated in PT 2.11. "
+                "Users need to bookkeep the flattened mesh directly. ",
+                stacklevel=3,
+            )
+            named[name] = flattened[name]._axes[0], flattened[name]._dim_group_names[0]
+    axes = [named[name][0] for name in names]
+    strides = [stride for _, stride in _joined(axes)]
+    if strides != sorted(strides, reverse=True):
+        raise KeyError(f"Invalid mesh_dim_names {names} specified. Mesh dim indices should be in ascending order.")
+    if not _is_disjoint(_joined(axes)):
+        raise RuntimeError(f"Slicing overlapping dim_names {names} is not allowed.")
+    groups = [named[name][1] for name in names]
+    return _derive(root, axes, names, [] if None in groups else groups)
+
+
+def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
+    """``mesh._flatten(…)`` for the meshes that are ours, with `backend_override` for all."""
+
+    @functools.wraps(flatten)
+    def flatten_mesh(self: Any, mesh_dim_name: str | None = None, backend_override: Any = None) -> Any:
+        if not self.mesh_dim_names or not (_is_derived(self) or backend_override is not None):
+            return flatten(self, mesh_dim_name)
+        name = mesh_dim_name or "_".join(self.mesh_dim_names)
+        if (name,) == self.mesh_dim_names:
+            return self
+        return _flatten(self, name, {} if backend_override is None else {0: backend_override})
+
+    return flatten_mesh
+
+
+def _flatten(mesh: Any, name: str, backend_override: Mapping[int | str, Any]) -> Any:
+    root, axis = _get_root_mesh(mesh), _joined(_axes(mesh))
+    if name in _names(root):
+        raise ValueError(
+            f"{name} already exists for submesh of the {root}, whose mesh_dim_names are {root.mesh_dim_names}. "
+            "Please specify another valid mesh_dim_name."
+        )
+    known = _flattened(root)
+    if name not in known:
+        groups = _new_groups(root, [axis], [name], _overrides(backend_override, [name]))
+        known[name] = _derive(root, [axis], [name], groups)
+    if known[name]._axes != (axis,):
+        raise ValueError(
+            f"Flatten mesh with mesh_dim_name {name} has been created before, Please specify another valid mesh_dim_name."
+        )
+    return known[name]
+
+
+def _getting_group(get_group: Callable[..., Any]) -> Callable[..., Any]:
+    """``mesh.get_group(name)``, also for the name of a mesh of ours that was flattened."""
+
+    @functools.wraps(get_group)
+    def get(self: Any, mesh_dim: int | str | None = None) -> Any:
+        flattened = _flattened(_get_root_mesh(self)) if isinstance(mesh_dim, str) else {}
+        return flattened[mesh_dim].get_group() if mesh_dim in flattened else get_group(self, mesh_dim)
+
+    return get
+
+
+def _root_of(get_root_mesh: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``_mesh_resources.get_root_mesh``, for ours."""
+
+    @functools.wraps(get_root_mesh)
+    def get(self: Any, device_mesh: Any) -> Any:
+        return device_mesh._root_mesh if _is_derived(device_mesh) else get_root_mesh(self, device_mesh)
+
+    return get
+
+
+def _get_mesh_dim_by_name(self: Any, mesh_dim_name: str) -> int:
+    """The position of the dim of that name; raises KeyError."""
+    from torch.distributed.device_mesh import _mesh_resources
+
+    return int(_mesh_resources.get_mesh_dim_by_name(self, mesh_dim_name))
+
+
+def _get_root_mesh_dim(self: Any) -> int | None:
+    """The position of the one dim of this mesh in its root mesh; None if it has no name."""
+    from torch.distributed.device_mesh import _mesh_resources
+
+    dim: int | None = _mesh_resources.get_root_mesh_dim(self)
+    return dim
+
+
+def _get_all_submeshes(self: Any, mesh_dim_name: str) -> list[Any]:
+    """Every mesh of one dim, over all ranks of the root mesh; only the one with this rank has a process group."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    dim = _get_mesh_dim_by_name(self, mesh_dim_name)
+    with _with_real_tensors():
+        copies = _copies([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
+        meshes = [DeviceMesh(self.device_type, copy, mesh_dim_names=(mesh_dim_name,), _init_backend=False) for copy in copies]
+    for mesh in meshes:
+        mesh._dim_group_names = [self._dim_group_names[dim]] if mesh.get_coordinate() is not None else []
+    return meshes
+
+
+# what in old torch looks for the dims of two meshes in their root
+
+
+_reachable = threading.local()
+
+
+def _with_joined_mesh(init_sharded_param: Callable[..., None]) -> Callable[..., None]:
+    """FSDP's set-up of a parameter that tensor parallelism sharded: its mesh is the two, which the root mesh need not have."""
+
+    @functools.wraps(init_sharded_param)
+    def init(self: Any, param: Any, *args: Any, **kwargs: Any) -> None:
+        from torch.distributed.tensor import DTensor
+
+        meshes = [self.mesh_info.mesh, param.device_mesh] if isinstance(param, DTensor) else []
+        if not any(map(_is_derived, meshes)) or _get_root_mesh(meshes[0]) != _get_root_mesh(meshes[1]):
+            return init_sharded_param(self, param, *args, **kwargs)
+        _reachable.mesh = _concatenate(meshes)
+        try:
+            return init_sharded_param(self, param, *args, **kwargs)
+        finally:
+            _reachable.mesh = None
+
+    return init
+
+
+def _shard_mesh(shard_mesh_from_root: property) -> property:
+    """The mesh over which FSDP shards: of ours, the root may not know it."""
+
+    def get(self: Any) -> Any:
+        is_ours = _is_derived(self.mesh_info.mesh)
+        return self.shard_mesh if is_ours else shard_mesh_from_root.fget(self)  # type: ignore[misc]
+
+    return property(get, doc=shard_mesh_from_root.__doc__)
+
+
+def _anywhere(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """parallelize_module's check of a mesh: where in its root a mesh of ours lies says nothing."""
+    return functools.wraps(validate)(lambda device_mesh: None if _is_derived(device_mesh) else validate(device_mesh))
+
+
+def _lacks(module: ModuleType | None) -> bool:
+    if module is None:
+        return True
+    return vars(module.DeviceMesh).get("_unflatten", _unflatten) is _unflatten
+
+
+def _new(name: str, method: object) -> Change:
+    return Change(_PLACE, f"DeviceMesh.{name}", lambda old: old or method, create=True)
+
+
+BACKPORT = Backport(
+    name="device_mesh_unflatten",
+    summary="DeviceMesh._unflatten and _concatenate, slices of slices, _flatten(backend_override=…)",
+    target=_PLACE,
+    since="2.10.0",
+    upstream="https://github.com/pytorch/pytorch/pull/161224",
+    differs="a mesh is compared by its ranks, and printed with them, as this torch does",
+    replaces={
+        "DeviceMesh.__getitem__": _slicing,
+        "DeviceMesh._flatten": _flattening,
+        "DeviceMesh.get_group": _getting_group,
+        "_MeshEnv.get_root_mesh": _root_of,
+    },
+    also=(
+        _new("_unflatten", _unflatten),
+        _new("_concatenate", staticmethod(_concatenate)),
+        _new("_get_root_mesh", _get_root_mesh),
+        _new("_get_root_mesh_dim", _get_root_mesh_dim),
+        _new("_get_mesh_dim_by_name", _get_mesh_dim_by_name),
+        _new("_get_all_submeshes", _get_all_submeshes),
+        Change(_FSDP_PARAM, "FSDPParam._init_sharded_param", _with_joined_mesh),
+        Change(_FSDP_PARAM, "FSDPParam.shard_mesh_from_root", _shard_mesh),
+        Change("torch.distributed.tensor.parallel.api", "_validate_tp_mesh_dim", _anywhere),
+    ),
+    lacks=_lacks,
+)
