@@ -13,7 +13,7 @@ LEVELS = [
     {"core"},
     {"environment"},
     {"backports", "devices", "capture", "passes", "models", "parallel"},
-    {"artifacts"},
+    {"artifacts", "scan"},
     {"strategies"},
     {"api", "simulate"},
     {"train", "auto"},

@@ -1,4 +1,4 @@
-"""The command line: doctor, run, precompile, train, passes. It draws a Report, or prints JSON."""
+"""The command line: doctor, scan, run, precompile, train, passes. It draws a Report, or prints JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.padding import Padding
@@ -26,6 +26,9 @@ import torchspan
 from torchspan.core.config import format_bytes
 from torchspan.core.errors import InputError, TorchspanError, unknown_name
 from torchspan.core.report import Attempt, Decision, Report
+
+if TYPE_CHECKING:
+    from torchspan.scan import Scan
 
 _TOPICS = {
     "backport": "backported",
@@ -78,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("name", nargs="?", help="explain one backport")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
+
+    scan = commands.add_parser("scan", help="which torch a code base needs, and what of it the backports cover")
+    scan.add_argument("paths", nargs="+", metavar="path", help="Python files, and folders that are searched for them")
+    scan.add_argument("--torch", help="a release such as 2.8: only what that one lacks (default: each that torchspan runs on)")
+    scan.add_argument("--json", action="store_true", help="print JSON")
+    scan.set_defaults(command=_scan)
 
     run = commands.add_parser(
         "run", help="run an unmodified program", usage="torchspan run [options] (script.py | -m module) ..."
@@ -152,6 +161,31 @@ def _doctor(options: argparse.Namespace) -> int:
 
     _emit(options.json, values, draw)
     return 0
+
+
+# scan
+
+
+def _scan(options: argparse.Namespace) -> int:
+    from torchspan.scan import scan
+
+    found = scan(options.paths, options.torch)
+    _emit(options.json, found.to_dict(), lambda console: draw_scan(found, console))
+    return found.exit_code
+
+
+def draw_scan(found: Scan, console: Console) -> None:
+    """Each cause on a line of its own, then what they come to."""
+    titles = {"uncovered": "bold red", "covered": "bold", "guarded": "dim", "unknown": "dim"}
+    for standing, style in titles.items():
+        findings = found.of(standing)  # type: ignore[arg-type]
+        if findings:
+            console.print(f"[{style}]{standing}")
+        for finding in findings:
+            console.print(f"  {finding}", style="dim" if style == "dim" else None, highlight=False, markup=False, soft_wrap=True)
+    for path, reason in found.unreadable.items():
+        console.print(f"could not be read: {path}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(found.summary, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 # run

@@ -31,9 +31,13 @@ class Registry:
 
     def get(self, name: str) -> ModuleType:
         """The module of the plug-in `name`, imported now."""
+        return importlib.import_module(self.target(name))
+
+    def target(self, name: str) -> str:
+        """Where the plug-in `name` is, as ``package.module``; imports nothing."""
         if name not in self._targets:
             raise unknown_name(self.kind, name, self._targets, f"there are: {', '.join(self.names()) or 'none'}")
-        return importlib.import_module(self._targets[name])
+        return self._targets[name]
 
     @cached_property
     def _targets(self) -> dict[str, str]:

@@ -1,0 +1,357 @@
+"""The database of torch's names: in which releases a dotted name is there, and what it accepts.
+
+``names.xz`` is made by ``tools/make_names_database.py``, whose ``_module_names.py`` and ``_link_names.py`` say what its lines mean.
+A set of releases is a mask: an int with one bit for each, the oldest one lowest.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+DATABASE = Path(__file__).with_name("names.xz")
+_DEPTH = 30  # of aliases that point to aliases
+
+Variants = tuple[tuple[int, str], ...]  # (mask, entry)
+
+
+@dataclass(frozen=True)
+class Presence:
+    """In which releases a name is there: `mask`. `name` is as much of it as can be judged; beyond it stand values.
+
+    `is_known` is False where no release has it and that tells nothing: its module makes names that no file shows.
+    """
+
+    name: str
+    mask: int
+    is_known: bool = True
+
+
+@dataclass
+class _Module:
+    mask: int
+    open_mask: int
+    is_partial: bool
+    names: dict[str, Variants] = field(default_factory=dict)
+    members: dict[str, dict[str, Variants]] = field(default_factory=dict)  # of each class
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Where looking up a dotted name ends, in the releases of `mask`: after `consumed` parts, at `entry` in `module`."""
+
+    mask: int
+    consumed: int
+    is_there: bool
+    entry: str = ""
+    module: str = ""
+    name: str = ""
+    tells_nothing: bool = False
+
+
+class Names:
+    """The names of several torch releases.
+
+    >>> names = Names.load()
+    >>> names.releases[0], names.text(names.look_up("torch.nn.attention.varlen").mask)
+    ('2.6.0', '2.10 and newer')
+    """
+
+    def __init__(self, text: str) -> None:
+        first, *blocks = text.split("\0")
+        self.releases = tuple(first.split())
+        self.all = (1 << len(self.releases)) - 1
+        self._blocks = {block[: block.index("\t")]: block for block in blocks}
+        self._modules: dict[str, _Module] = {}
+        self._found: dict[tuple[str, bool], list[_Outcome]] = {}
+
+    @classmethod
+    def load(cls, path: Path = DATABASE) -> Names:
+        """Read the database."""
+        return cls(lzma.decompress(path.read_bytes()).decode())
+
+    @cached_property
+    def minors(self) -> tuple[str, ...]:
+        """The releases as ``2.8``."""
+        return tuple(".".join(release.split(".")[:2]) for release in self.releases)
+
+    def text(self, mask: int) -> str:
+        """A set of releases in words."""
+        indices = [index for index in range(len(self.releases)) if mask >> index & 1]
+        runs: list[list[int]] = []
+        for index in indices:
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        last = len(self.releases) - 1
+        parts = []
+        for run in runs:
+            low, high = self.minors[run[0]], self.minors[run[-1]]
+            parts.append(f"{low} and newer" if run[-1] == last and len(run) > 1 else low if low == high else f"{low} to {high}")
+        return ", ".join(parts) or "no release"
+
+    def has_module(self, name: str) -> bool:
+        """Whether some release has the module `name`."""
+        return name in self._blocks
+
+    def look_up(self, dotted: str, *, is_module: bool = False) -> Presence:
+        """In which releases `dotted` is there; with `is_module`, as a module that can be imported."""
+        outcomes = self._outcomes(dotted, is_module)
+        mask = sum(outcome.mask for outcome in outcomes if outcome.is_there)
+        consumed = max((outcome.consumed for outcome in outcomes), default=1)
+        if mask == 0:
+            consumed = min((outcome.consumed for outcome in outcomes), default=1)
+        is_known = mask != 0 or not any(outcome.tells_nothing for outcome in outcomes)
+        return Presence(".".join(dotted.split(".")[:consumed]), mask, is_known)
+
+    def accepting(self, dotted: str, keyword: str, *, by_name: bool = False) -> Presence:
+        """In which releases the function or class `dotted` accepts `keyword`, of those that have it.
+
+        With `by_name`, only where it is a parameter's name: not where any keyword is passed on.
+        """
+        mask, is_known = 0, True
+        length = dotted.count(".") + 1
+        for outcome in self._outcomes(dotted, False):
+            if not outcome.is_there:
+                continue
+            for its, signature in self._signatures(outcome) if outcome.consumed == length else [(outcome.mask, "?")]:
+                mask |= its if _accepts(signature, keyword, by_name) else 0
+                is_known = is_known and not signature.startswith("~")
+        return Presence(f"{dotted}({keyword}=)", mask, mask != 0 or is_known)
+
+    def names_in(self, module: str) -> list[str]:
+        """The names of a module in some release, its submodules among them."""
+        found = self._module(module)
+        prefix = f"{module}."
+        below = [name[len(prefix) :] for name in self._blocks if name.startswith(prefix) and "." not in name[len(prefix) :]]
+        return [*(found.names if found else ()), *below]
+
+    def is_configuration(self, dotted: str) -> bool:
+        """Whether setting an attribute of the module or object `dotted` needs it to be there already."""
+        outcomes = self._outcomes(dotted, False)
+        return dotted.rpartition(".")[2] in ("config", "_config") or any(outcome.entry.startswith("@") for outcome in outcomes)
+
+    # looking up
+
+    def _outcomes(self, dotted: str, is_module: bool) -> list[_Outcome]:
+        found = self._found.get((dotted, is_module))
+        if found is None:
+            found = list(self._as_module(dotted) if is_module else self._in_root(dotted.split("."), self.all, 0))
+            self._found[dotted, is_module] = found
+        return found
+
+    def _as_module(self, dotted: str) -> Iterator[_Outcome]:
+        """A module's import needs every package above it."""
+        parts = dotted.split(".")
+        remaining = self.all
+        for length in range(1, len(parts) + 1):
+            module = self._module(".".join(parts[:length]))
+            mask = module.mask if module else 0
+            if remaining & ~mask:
+                is_c = dotted.startswith(("torch._C.", "torch.ops", "torch.classes"))
+                yield _Outcome(remaining & ~mask, length, is_c and not mask, tells_nothing=is_c)
+            remaining &= mask
+        if remaining:
+            yield _Outcome(remaining, len(parts), True)
+
+    def _in_root(self, parts: list[str], mask: int, depth: int) -> Iterator[_Outcome]:
+        if self._module(parts[0]) is None:
+            yield _Outcome(mask, 1, True, tells_nothing=True)
+        else:
+            yield from self._in_module(parts[0], parts, 1, mask, depth)
+
+    def _in_module(self, name: str, parts: list[str], index: int, mask: int, depth: int) -> Iterator[_Outcome]:
+        """The rest of `parts`, from `index` on, in the module `name`."""
+        module = self._module(name)
+        if module is None or depth > _DEPTH:
+            yield _Outcome(mask, index, True, tells_nothing=True)
+            return
+        if mask & ~module.mask:
+            yield _Outcome(mask & ~module.mask, index, False)
+        mask &= module.mask
+        if index == len(parts):
+            if mask:
+                yield _Outcome(mask, index, True, "module", name)
+            return
+        part = parts[index]
+        below = self._module(f"{name}.{part}")
+        for its, entry in module.names.get(part, ()):
+            if below is not None and (name == "torch" and part == "ops" or _is_value(entry) and index + 1 < len(parts)):
+                its &= ~below.mask  # more names follow, so what is meant is the module, which has the same name
+            if its & mask and entry != f"={name}.{part}":
+                yield from self._at_entry(entry, (name, part), parts, index + 1, its & mask, depth + 1)
+                mask &= ~its
+        if below is not None and below.mask & mask:
+            yield from self._in_module(f"{name}.{part}", parts, index + 1, below.mask & mask, depth + 1)
+            mask &= ~below.mask
+        if part.startswith("__") and part.endswith("__"):
+            yield _Outcome(mask, index + 1, True)
+        elif mask:
+            is_open = mask & module.open_mask
+            tells_nothing = module.is_partial or bool(module.open_mask)
+            if is_open:
+                yield _Outcome(is_open, index + 1, True, tells_nothing=True)
+            if mask & ~is_open:
+                yield _Outcome(mask & ~is_open, index + 1, False, tells_nothing=tells_nothing)
+
+    def _at_entry(
+        self, entry: str, place: tuple[str, str], parts: list[str], index: int, mask: int, depth: int
+    ) -> Iterator[_Outcome]:
+        """The rest of `parts` in what `entry` says, which is the name `place` and was reached after `index` parts."""
+        if entry.startswith("="):
+            target = entry[1:].split(".")
+            for outcome in self._in_root([*target, *parts[index:]], mask, depth):
+                consumed = outcome.consumed - len(target) + index
+                if consumed < index or (consumed == index and not outcome.is_there):  # the name is there, whatever it is
+                    yield _Outcome(outcome.mask, index, True)
+                else:
+                    yield _Outcome(
+                        outcome.mask, consumed, outcome.is_there, outcome.entry, outcome.module, outcome.name, outcome.tells_nothing
+                    )
+        elif index == len(parts) or not entry.startswith((":", "@")):
+            yield _Outcome(mask, index, True, entry, *place)
+        elif entry.startswith("@"):
+            for outcome in self._outcomes_of(entry[1:], mask):
+                if outcome.entry.startswith(":"):
+                    yield from self._in_class(outcome, parts, index, depth, is_instance=True)
+                else:
+                    yield _Outcome(outcome.mask, index, True)
+        else:
+            yield from self._in_class(_Outcome(mask, index, True, entry, *place), parts, index, depth)
+
+    def _outcomes_of(self, dotted: str, mask: int) -> Iterator[_Outcome]:
+        length = dotted.count(".") + 1
+        for outcome in self._outcomes(dotted, False):
+            if outcome.mask & mask:
+                is_whole = outcome.is_there and outcome.consumed == length
+                yield _Outcome(
+                    outcome.mask & mask, length, True, outcome.entry if is_whole else "", outcome.module, outcome.name
+                )
+
+    def _in_class(self, found: _Outcome, parts: list[str], index: int, depth: int, *, is_instance: bool = False) -> Iterator[_Outcome]:
+        """The rest of `parts` in a class, or in an instance of one (`found` is then reached by an entry with "@")."""
+        for its, entry in self._members(found, parts[index], depth, is_instance):
+            if entry is None or entry == "?":
+                yield _Outcome(its, index + 1, entry == "?", tells_nothing=True)
+            else:
+                yield _Outcome(its, index + 1, True, entry)
+
+    def _members(
+        self, found: _Outcome, member: str, depth: int = 0, is_instance: bool = False
+    ) -> Iterator[tuple[int, str | None]]:
+        """The variants of a class's member: its entry, None where the class lacks it, "?" where that is not known."""
+        module = self._module(found.module)
+        assert module is not None, found
+        mask = found.mask
+        for its, entry in module.members.get(found.name, {}).get(member, ()):
+            if its & mask:
+                yield its & mask, entry
+                mask &= ~its
+        if not mask:
+            return
+        for base in filter(None, found.entry[1:].split(",")):
+            if base == "*" and not is_instance:
+                continue
+            if base.startswith(("?", "!", "*")) or depth > _DEPTH:
+                yield mask, "?"
+                return
+            lacking = 0
+            for outcome in self._outcomes_of(base, mask):
+                if not outcome.entry.startswith(":"):
+                    yield outcome.mask, "?"
+                    continue
+                for its, entry in self._members(outcome, member, depth + 1, is_instance):
+                    if entry is None:
+                        lacking |= its
+                    else:
+                        yield its, entry
+            mask = lacking
+        if mask:
+            yield mask, None
+
+    def _signatures(self, outcome: _Outcome) -> Iterator[tuple[int, str]]:
+        """What a function or class accepts, by releases: the text after the "(" of an entry, "?" where it is not known."""
+        if outcome.entry.startswith("("):
+            yield outcome.mask, outcome.entry[1:]
+        elif outcome.entry.startswith(":"):
+            yield from self._initializers(outcome)
+        else:
+            yield outcome.mask, "?"
+
+    def _initializers(self, found: _Outcome) -> Iterator[tuple[int, str]]:
+        for its, entry in self._members(found, "__init__"):
+            if entry is None:
+                for inner, other in self._members(_narrowed(found, its), "__new__"):
+                    yield inner, other[1:] if other and other.startswith("(") else "?"
+            elif entry.startswith("(+"):
+                yield from self._with_inherited(_narrowed(found, its), entry[2:])
+            else:
+                yield its, entry[1:] if entry.startswith("(") else "?"
+
+    def _with_inherited(self, found: _Outcome, own: str) -> Iterator[tuple[int, str]]:
+        """A dataclass's fields, with those of its bases."""
+        mask = found.mask
+        for base in filter(None, found.entry[1:].replace("*", "").split(",")):
+            if base.startswith(("?", "!")):
+                yield mask, "?"
+                return
+            for outcome in self._outcomes_of(base, mask):
+                if not outcome.entry.startswith(":"):
+                    yield outcome.mask, "?"
+                    mask &= ~outcome.mask
+                    continue
+                for its, signature in self._initializers(outcome):
+                    if signature != "?":
+                        yield its, f"{signature},{own}"
+                        mask &= ~its
+        if mask:
+            yield mask, own
+
+    # reading
+
+    def _module(self, name: str) -> _Module | None:
+        found = self._modules.get(name)
+        if found is None and name in self._blocks:
+            found = self._modules[name] = _parse(self._blocks[name])
+        return found
+
+
+def _narrowed(outcome: _Outcome, mask: int) -> _Outcome:
+    return _Outcome(mask, outcome.consumed, True, outcome.entry, outcome.module, outcome.name)
+
+
+def _parse(block: str) -> _Module:
+    head, *lines = block.rstrip("\n").split("\n")
+    _, mask, open_mask, partial = head.split("\t")
+    module = _Module(int(mask, 16), int(open_mask, 16), bool(partial))
+    owner, owner_mask = "", 0
+    for line in lines:
+        name, _, rest = line.partition("\t")
+        its_text, _, entry = rest.partition("\t")
+        if name.startswith("."):
+            members = module.members.setdefault(owner, {})
+            its = int(its_text, 16) if its_text else owner_mask
+            members[name[1:]] = (*members.get(name[1:], ()), (its, entry))
+            continue
+        its = int(its_text, 16) if its_text else module.mask
+        if entry.startswith(":"):
+            owner_mask = its if name != owner else owner_mask | its
+            owner = name
+        module.names[name] = (*module.names.get(name, ()), (its, entry))
+    return module
+
+
+def _is_value(entry: str) -> bool:
+    """Whether what an entry stands for has no names that the database knows."""
+    return not entry.startswith(("=", ":", "@"))
+
+
+def _accepts(signature: str, keyword: str, by_name: bool) -> bool:
+    parts = signature.lstrip("~").split(",")
+    if not by_name and ("?" in parts or "**" in parts):
+        return True
+    return keyword in (parts[parts.index("/") + 1 :] if "/" in parts else parts)
