@@ -93,7 +93,7 @@ def _merge_stub(module: ModuleNames, stub: ModuleNames) -> None:
 
 
 def settle_c_names(releases: list[Release]) -> None:
-    """Where one release's stub lacks a name that another's has, but its C++ code mentions it, the name may be there: it is added.
+    """Add names that may be there: a release's stub lacks them, another's has them, and the former's C++ code mentions them.
 
     Stubs of C modules are written by hand and lag behind. A name that no C++ code here mentions in a release that has it (CUDA
     only, such as NCCL's) cannot be judged: it is added too.
@@ -135,11 +135,21 @@ def link(release: Release) -> None:
     done: set[str] = set()
     for name in release.modules:
         _follow_stars(release, name, done)
+    for module in [*release.modules.values()]:
+        for key, target in module.redirected.items():
+            _redirect(release, key, target)
     for module in release.modules.values():
         for name, entry in module.names.items():
             if entry.startswith("@") and not _is_class(release, entry[1:]):
                 module.names[name] = ""
     _add_operators(release)
+
+
+def _redirect(release: Release, key: str, target: str) -> None:
+    """Make the module `key`, and those below it, the same as `target` and those below that."""
+    for name in [name for name in release.modules if name == target or name.startswith(f"{target}.")]:
+        names = {inner: f"={name}.{inner}" for inner in release.modules[name].names}
+        release.modules[key + name[len(target) :]] = ModuleNames(names=names, is_open=release.modules[name].is_open)
 
 
 def find(release: Release, dotted: str, depth: int = 20) -> tuple[ModuleNames | None, str]:

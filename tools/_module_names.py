@@ -22,7 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 ROOTS = ("torch", "functorch")
-_HIDDEN = re.compile(r"^\s+global |globals\(\)\[|custom_op|triton_op|\bdefine\(", re.MULTILINE)  # what only a look at all of a file finds
+_HIDDEN = re.compile(
+    r"^\s+global |globals\(\)\[|custom_op|triton_op|\bdefine\(", re.MULTILINE
+)  # what only a look at all of a file finds
 UNKNOWN = object()  # a value that the syntax does not tell
 
 # decorators that keep the parameters of what they decorate; others may add some
@@ -90,6 +92,7 @@ class ModuleNames:
     is_open: bool = False
     replaced_by: str = ""
     operators: set[str] = field(default_factory=set)
+    redirected: dict[str, str] = field(default_factory=dict)  # modules that this file makes the same as others
 
 
 def read_module(name: str, text: str, *, is_package: bool, is_stub: bool) -> ModuleNames:
@@ -121,7 +124,7 @@ class _Reader:
         self.name, self.is_stub = name, is_stub
         self.package = name if is_package else name.rpartition(".")[0]
         self.found = ModuleNames()
-        self.constants: dict[str, object] = {}
+        self.constants: dict[str, object] = {"__name__": name}
         self.foreign: set[str] = set()  # names imported from other packages
         self.getattr_function: ast.FunctionDef | None = None
 
@@ -269,6 +272,12 @@ class _Reader:
             self.found.replaced_by = (self.dotted(value.func) if isinstance(value, ast.Call) else None) or "?"
         elif ast.unparse(target.value) in ("globals()", "vars()", "locals()"):
             self.set_names(self.value_of(target.slice, loop))
+        elif ast.unparse(target.value) == "sys.modules":
+            key, module = self.value_of(target.slice, loop), self.dotted(value)
+            if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("import_module"):
+                module = self.value_of(value.args[0], loop)  # type: ignore[assignment]
+            if isinstance(key, str) and isinstance(module, str):
+                self.found.redirected[key] = module
 
     def set_names(self, names: object) -> None:
         for name in [names] if isinstance(names, str) else names if isinstance(names, list) else [UNKNOWN]:

@@ -1,11 +1,11 @@
 """Make the database that ``torchspan scan`` reads: every importable name of torch, with its parameters, in each release.
 
-    python tools/make_names_database.py                      the releases below, read from the index that pip is configured for
+    python tools/make_names_database.py                      the releases below, from the index that pip is configured for
     python tools/make_names_database.py 2.8.0 2.15.0         these releases
-    python tools/make_names_database.py --keep FOLDER        keep what is read of each wheel there, and use what is there already
+    python tools/make_names_database.py --keep FOLDER        keep what is read of each wheel, and use what is there already
 
-Wheels are fetched by pip, so its index, certificate and proxy settings hold. Of each release the smallest wheel is taken (the one
-for macOS: its Python files are those of the others, version.py aside). Nothing in a wheel is installed, imported or run.
+Wheels are fetched by pip, so its index, certificate and proxy settings hold. Of each release the smallest wheel is taken, the
+one for macOS: its Python files are those of the others, version.py aside. Nothing in a wheel is installed, imported or run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ def main() -> None:
     settle_operators(releases)
     text = encode(releases)
     options.out.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
-    names = text.count("\n")
-    print(f"{options.out}: {len(releases)} releases, {names} lines, {len(text) / 1e6:.1f} MB as text,", end=" ")
-    print(f"{options.out.stat().st_size / 1e3:.0f} kB compressed, {time.monotonic() - start:.0f} s")
+    size = f"{len(text) / 1e6:.1f} MB as text, {options.out.stat().st_size / 1e3:.0f} kB compressed"
+    _say(f"{options.out}: {len(releases)} releases, {size}, {time.monotonic() - start:.0f} s")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _read(release: str, folder: Path) -> Release:
@@ -61,7 +64,7 @@ def _read(release: str, folder: Path) -> Release:
     with zipfile.ZipFile(kept) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
     sources = {name: text.decode() for name, text in texts.items() if name.endswith((".py", ".pyi"))}
-    print(f"torch {release}: {len(sources)} files", file=sys.stderr)
+    _say(f"torch {release}: {len(sources)} files")
     return read_release(Wheel(release, sources, texts[OPERATORS].decode(), texts["libraries"]), _read_once)
 
 

@@ -182,10 +182,19 @@ def draw_scan(found: Scan, console: Console) -> None:
         if findings:
             console.print(f"[{style}]{standing}")
         for finding in findings:
-            console.print(f"  {finding}", style="dim" if style == "dim" else None, highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"  {finding}",
+                style="dim" if style == "dim" else None,
+                highlight=False,
+                markup=False,
+                emoji=False,
+                soft_wrap=True,
+            )
     for path, reason in found.unreadable.items():
-        console.print(f"could not be read: {path}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
-    console.print(found.summary, style="bold", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"could not be read: {path}: {reason}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
+    console.print(found.summary, style="bold", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 # run

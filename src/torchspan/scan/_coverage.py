@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchspan.backports._base import REGISTRY
 
+_OPERATOR = re.compile(r"\w+::\w+")
 OLDEST = "2.8"  # torch that torchspan runs on
 
 
@@ -18,6 +20,7 @@ class Provided:
     """What one backport provides: dotted `names`, whole `modules`, and `changed` functions and classes.
 
     Of those that are changed it also provides whatever argument or member its code names: `words` are the words of its file.
+    Of its own names it provides such an argument only where torch lacks the name.
     """
 
     backport: str
@@ -27,18 +30,17 @@ class Provided:
     words: frozenset[str]
     impossible: str = ""
 
-    def covers(self, name: str, keyword: str = "") -> bool:
-        """Whether a program may use `name`, or pass `keyword` to it."""
-        if keyword:
-            return keyword in self.words and any(_is_member(changed, name) for changed in self.changed)
+    def covers_name(self, name: str) -> bool:
+        """Whether a program may use `name`."""
         owner, _, member = name.rpartition(".")
-        is_member = owner in self.changed or f"{owner}._config" in self.changed  # the table that a config module's options are in
+        is_member = (
+            owner in self.changed or f"{owner}._config" in self.changed
+        )  # the table that a config module's options are in
         return name in self.names or name in self.modules or (is_member and member in self.words)
 
-
-def _is_member(changed: str, name: str) -> bool:
-    """A changed ``Class.__init__`` changes what the class accepts."""
-    return name == changed or changed == f"{name}.__init__"
+    def covers_keyword(self, name: str, keyword: str) -> bool:
+        """Whether a program may pass `keyword` to `name`, which torch has."""
+        return keyword in self.words and not self.changed.isdisjoint((name, f"{name}.__init__"))
 
 
 def provided() -> list[Provided]:
@@ -55,14 +57,18 @@ def read_backport(name: str, text: str) -> Provided:
     """What the backport in the file `text` provides."""
     tree = ast.parse(text)
     constants = _constants(tree)
-    names, modules, changed = set(), set(), set()
+    names: set[str] = set()
+    modules: set[str] = set()
+    changed: set[str] = set()
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in calls:
         kind = getattr(call.func, "id", "")
         if kind in ("Change", "Replacement", "MissingName", "MissingModule", "Redefinition"):
             target, attribute = (_text(argument, constants) for argument in _two(call, kind))
             if target:
-                holder = names if kind == "MissingName" or _is_created(call) else modules if kind == "MissingModule" else changed
+                holder = (
+                    names if kind == "MissingName" or _is_created(call) else modules if kind == "MissingModule" else changed
+                )
                 holder.add(f"{target}.{attribute}" if attribute and kind != "MissingModule" else target)
     declared = _declaration(tree)
     given = {keyword.arg: keyword.value for keyword in declared.keywords} if declared is not None else {}
@@ -71,6 +77,7 @@ def read_backport(name: str, text: str) -> Provided:
         modules.add(target)
     names |= {f"{target}.{key}" for key in _keys(given.get("names"), constants)}
     changed |= {f"{target}.{key}" for key in _keys(given.get("replaces"), constants)}
+    names |= {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
     impossible = ast.unparse(given["impossible"]) if "impossible" in given else ""
     return Provided(name, frozenset(names), frozenset(modules), frozenset(changed), _words(tree), impossible)
 
@@ -94,9 +101,8 @@ def _text(node: ast.expr | None, constants: Mapping[str, str]) -> str:
     if isinstance(node, ast.JoinedStr):
         parts = [_text(part.value if isinstance(part, ast.FormattedValue) else part, constants) for part in node.values]
         return "".join(parts) if all(parts) else ""
-    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        if node.value.func.attr == "rpartition" and ast.unparse(node.slice) == "0":  # the package that a module is in
-            return _text(node.value.func.value, constants).rpartition(".")[0]
+    if isinstance(node, ast.Subscript) and ast.unparse(node).endswith(".rpartition('.')[0]"):  # the package that a module is in
+        return _text(node.value.func.value, constants).rpartition(".")[0]  # type: ignore[attr-defined]
     return ""
 
 
@@ -114,7 +120,11 @@ def _is_created(call: ast.Call) -> bool:
 
 def _declaration(tree: ast.Module) -> ast.Call | None:
     for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "BACKPORT" and isinstance(node.value, ast.Call):
+        if (
+            isinstance(node, ast.Assign)
+            and getattr(node.targets[0], "id", "") == "BACKPORT"
+            and isinstance(node.value, ast.Call)
+        ):
             return node.value
     return None
 
@@ -137,6 +147,7 @@ def _words(tree: ast.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def covering(provided: Sequence[Provided], name: str, keyword: str = "") -> Provided | None:
-    """The backport that provides `name`, or the argument `keyword` of it."""
-    return next((one for one in provided if one.covers(name, keyword)), None)
+def _texts(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value.partition("(")[0]

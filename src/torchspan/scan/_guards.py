@@ -25,8 +25,9 @@ _CATCHES = {
     "BaseException": IMPORT,
 }
 _TORCH_VERSION = re.compile(
-    r"torch.*(version|(^|_)(ge|gt|le|lt|gte|lte)(_|$)|greater|less|available|at_least|since|higher|newer|older|nightly|\d)"
-    r"|^(is|has|have|supports?|requires?)_.*torch",
+    r"torch.*(version|(^|_)(ge|gt|le|lt|gte|lte)(_|$)|greater|less|at_least|since|higher|newer|older|nightly|\d)"
+    r"|torch_(?!cuda_|distributed_)\w+_available"  # a part of torch; "is_torch_available" asks for torch itself
+    r"|^_?(has|have|supports?|requires?)_.*torch",
     re.IGNORECASE,
 )
 _FLAG = re.compile(r"^_?(IS|HAS|HAVE|SUPPORTS?|CAN|USE)_[A-Z0-9_]+$|^_?[A-Z0-9_]+_(AVAILABLE|SUPPORTED)$")
@@ -67,7 +68,9 @@ class Guards:
             yield node, guard
             if isinstance(node, ast.If) and not node.orelse:
                 last = node.body[-1]
-                leaves = isinstance(last, (ast.Return, ast.Continue, ast.Break)) or (isinstance(last, ast.Raise) and not is_module)
+                leaves = isinstance(last, (ast.Return, ast.Continue, ast.Break)) or (
+                    isinstance(last, ast.Raise) and not is_module
+                )
                 if leaves or _skips(last):
                     guard = self.of_test(node.test, guard)
 
@@ -132,7 +135,11 @@ class Guards:
             return f"if {node.attr}" if root not in self.torch_names and _is_flag(node.attr) else ""
         if isinstance(node, ast.Call):
             return self._call_asks(node)
-        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+        if (
+            isinstance(node, ast.Compare)
+            and isinstance(node.left, ast.Constant)
+            and isinstance(node.ops[0], (ast.In, ast.NotIn))
+        ):
             is_name = isinstance(node.left.value, str)
             return "a look at what is there" if is_name and self._is_look(node.comparators[0]) else ""
         return ""
@@ -157,7 +164,11 @@ class Guards:
     def _of_with(self, node: ast.With | ast.AsyncWith, guard: Guard) -> Guard:
         for item in node.items:
             call = item.context_expr
-            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in ("suppress", "raises", "assertRaises"):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in (
+                "suppress",
+                "raises",
+                "assertRaises",
+            ):
                 kinds = sum({_CATCHES.get(ast.unparse(argument), 0) for argument in call.args})
                 guard = guard.narrowed(kinds, ast.unparse(call)[:60]) if kinds else guard
         return guard
@@ -194,7 +205,9 @@ class Guards:
     def _is_question(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function only answers whether something is there."""
         returns = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
-        if not returns or not all(isinstance(v, ast.Constant) and isinstance(v.value, bool) or self.reason_of(v) for v in returns):
+        if not returns or not all(
+            (isinstance(v, ast.Constant) and isinstance(v.value, bool)) or self.reason_of(v) for v in returns
+        ):
             return False
         tries = [node for node in ast.walk(function) if isinstance(node, ast.Try)]
         return any(_caught(node)[0] & IMPORT for node in tries) or any(self.reason_of(value) for value in returns)

@@ -1,6 +1,6 @@
 """The database of torch's names: in which releases a dotted name is there, and what it accepts.
 
-``names.xz`` is made by ``tools/make_names_database.py``, whose ``_module_names.py`` and ``_link_names.py`` say what its lines mean.
+``tools/make_names_database.py`` makes ``names.xz``; ``_module_names.py`` and ``_link_names.py`` there say what its lines mean.
 A set of releases is a mask: an int with one bit for each, the oldest one lowest.
 """
 
@@ -123,6 +123,12 @@ class Names:
                 is_known = is_known and not signature.startswith("~")
         return Presence(f"{dotted}({keyword}=)", mask, mask != 0 or is_known)
 
+    def definitions(self, dotted: str) -> set[str]:
+        """The dotted names under which what `dotted` means is defined, after aliases."""
+        length = dotted.count(".") + 1
+        found = {outcome for outcome in self._outcomes(dotted, False) if outcome.is_there and outcome.consumed == length}
+        return {f"{outcome.module}.{outcome.name}" for outcome in found if outcome.name}
+
     def names_in(self, module: str) -> list[str]:
         """The names of a module in some release, its submodules among them."""
         found = self._module(module)
@@ -180,7 +186,7 @@ class Names:
         part = parts[index]
         below = self._module(f"{name}.{part}")
         for its, entry in module.names.get(part, ()):
-            if below is not None and (name == "torch" and part == "ops" or _is_value(entry) and index + 1 < len(parts)):
+            if below is not None and ((name == "torch" and part == "ops") or (_is_value(entry) and index + 1 < len(parts))):
                 its &= ~below.mask  # more names follow, so what is meant is the module, which has the same name
             if its & mask and entry != f"={name}.{part}":
                 yield from self._at_entry(entry, (name, part), parts, index + 1, its & mask, depth + 1)
@@ -210,7 +216,13 @@ class Names:
                     yield _Outcome(outcome.mask, index, True)
                 else:
                     yield _Outcome(
-                        outcome.mask, consumed, outcome.is_there, outcome.entry, outcome.module, outcome.name, outcome.tells_nothing
+                        outcome.mask,
+                        consumed,
+                        outcome.is_there,
+                        outcome.entry,
+                        outcome.module,
+                        outcome.name,
+                        outcome.tells_nothing,
                     )
         elif index == len(parts) or not entry.startswith((":", "@")):
             yield _Outcome(mask, index, True, entry, *place)
@@ -232,7 +244,9 @@ class Names:
                     outcome.mask & mask, length, True, outcome.entry if is_whole else "", outcome.module, outcome.name
                 )
 
-    def _in_class(self, found: _Outcome, parts: list[str], index: int, depth: int, *, is_instance: bool = False) -> Iterator[_Outcome]:
+    def _in_class(
+        self, found: _Outcome, parts: list[str], index: int, depth: int, *, is_instance: bool = False
+    ) -> Iterator[_Outcome]:
         """The rest of `parts` in a class, or in an instance of one (`found` is then reached by an entry with "@")."""
         for its, entry in self._members(found, parts[index], depth, is_instance):
             if entry is None or entry == "?":
@@ -264,11 +278,11 @@ class Names:
                 if not outcome.entry.startswith(":"):
                     yield outcome.mask, "?"
                     continue
-                for its, entry in self._members(outcome, member, depth + 1, is_instance):
-                    if entry is None:
+                for its, inherited in self._members(outcome, member, depth + 1, is_instance):
+                    if inherited is None:
                         lacking |= its
                     else:
-                        yield its, entry
+                        yield its, inherited
             mask = lacking
         if mask:
             yield mask, None

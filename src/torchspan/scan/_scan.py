@@ -125,7 +125,9 @@ def _asked(names: Names, torch: str | None) -> int:
         return 1 << names.minors.index(wanted)
     close = difflib.get_close_matches(torch, names.minors, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"no torch release {torch!r}; expected one from {names.minors[0]} to {names.minors[-1]}, such as 2.8{hint}")
+    raise InputError(
+        f"no torch release {torch!r}; expected one from {names.minors[0]} to {names.minors[-1]}, such as 2.8{hint}"
+    )
 
 
 def _version(minor: str) -> tuple[int, ...]:
@@ -243,42 +245,60 @@ class _Judge:
                 return None
         if mask == self.names.all or (mask == 0 and not found.is_known):
             return None
-        backport = _coverage.covering(self.provided, use.name, use.keyword) or _coverage.covering(self.provided, name, use.keyword)
-        return _Judged(name, mask, backport)
+        return _Judged(name, mask, *self._coverage_of(use, name))
+
+    def _coverage_of(self, use: Use, name: str) -> tuple[int, str]:
+        """In which releases a backport provides what is used, and which one."""
+        if not use.keyword:
+            places = {use.name, name} | self.names.definitions(use.name)
+            for one in self.provided:
+                if any(one.covers_name(place) for place in places):
+                    return self.supported, one.backport
+            return 0, ""
+        places = {use.name} | self.names.definitions(use.name)
+        lacking = self.supported & ~self.names.look_up(use.name).mask
+        for one in self.provided:
+            if any(one.covers_keyword(place, use.keyword) for place in places):
+                return self.supported, one.backport
+            if use.keyword in one.words and any(one.covers_name(place) for place in places) and lacking:
+                return lacking, one.backport
+        return 0, ""
 
     def _is_set_here(self, name: str) -> bool:
         parts = name.split(".")
         return any(".".join(parts[:length]) in self.sets for length in range(2, len(parts) + 1))
 
     def _finding(self, path: str, use: Use, judged: _Judged) -> Finding | None:
-        backport = judged.backport
-        provided = self.supported if backport is not None else 0
+        has, provided = judged.has, judged.has | judged.provided
+        uncovered = self.asked & ~provided
         if use.guard:
             standing: Standing = "guarded"
-        elif judged.mask == 0 and backport is None:
+        elif not provided:
             standing = "unknown"
         else:
-            self.needed &= judged.mask
-            self.running &= judged.mask | provided
-            standing = "uncovered" if self.asked & ~(judged.mask | provided) else "covered"
-        if judged.mask and not self.asked & ~judged.mask:
-            return None  # all releases that the scan is for have it
-        says = _says(self.names, judged.mask)
+            self.needed &= has
+            self.running &= provided
+            standing = "uncovered" if uncovered else "covered"
+        if not self.asked & ~has or (standing == "guarded" and not provided):
+            return None  # all releases that the scan is for have it, or it is no name of torch's, and the program knows
+        says = _says(self.names, has)
         if standing == "guarded":
             says += f" (guarded: {use.guard})"
-        elif backport is not None:
-            says += f" — covered by backport {backport.backport}"
+        elif standing == "covered":
+            says += f" — covered by backport {judged.backport}"
         elif standing == "uncovered":
-            says += " — not covered"
-        owner = backport.backport if backport is not None else ""
-        return Finding(path, use.line, judged.name, self.releases(judged.mask), standing, says, owner, use.guard)
+            says += f" — not covered on torch {self.names.text(uncovered)}" if judged.backport else " — not covered"
+        return Finding(path, use.line, judged.name, self.releases(has), standing, says, judged.backport, use.guard)
 
 
 @dataclass(frozen=True)
 class _Judged:
+    """A name that some release lacks: the releases that have it, and those in which `backport` provides it."""
+
     name: str
-    mask: int
-    backport: _coverage.Provided | None
+    has: int
+    provided: int = 0
+    backport: str = ""
 
 
 def _says(names: Names, mask: int) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +43,7 @@ def read_uses(text: str | bytes) -> FileUses:
     [(1, 'torch.nn.attention'), (2, 'torch.nn.attention.varlen.varlen_attn')]
     """
     tree = ast.parse(text)
-    reader = _Reader(tree, has_walrus=(b":=" if isinstance(text, bytes) else ":=") in text)
+    reader = _Reader(tree, has_walrus=b":=" in (text if isinstance(text, bytes) else text.encode()))
     reader.scope_of(tree.body, None, is_class=False)
     reader.visit_block(tree.body, NO_GUARD, is_module=True)
     return FileUses(tuple(dict.fromkeys(reader.uses)), frozenset(reader.sets))
@@ -104,7 +103,9 @@ class _Reader:
         self.is_in_function = False
         self.guards = Guards(tree)
         self.lazy_annotations = any(
-            isinstance(node, ast.ImportFrom) and node.module == "__future__" and any(a.name == "annotations" for a in node.names)
+            isinstance(node, ast.ImportFrom)
+            and node.module == "__future__"
+            and any(a.name == "annotations" for a in node.names)
             for node in tree.body
         )
 
