@@ -63,6 +63,14 @@ def test_operators_and_closures_travel() -> None:
     assert function(2) == 6 and op is torch.ops.aten.add.Tensor and builtin is operator.getitem
 
 
+def test_a_class_that_torch_has_by_another_name_arrives_as_itself() -> None:
+    from torch.nn.attention import SDPBackend  # whose full name is _SDPBackend, in every release
+
+    arrived = loads(dumps({"backends": [SDPBackend.MATH], "kind": SDPBackend}))
+    assert arrived["kind"] is SDPBackend
+    assert arrived["backends"] == [SDPBackend.MATH]
+
+
 def test_a_local_class_keeps_its_name() -> None:
     class Local(nn.Module):
         pass

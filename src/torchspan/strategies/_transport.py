@@ -53,6 +53,8 @@ class _Pickler(cloudpickle.Pickler):
             return _operator, (namespace, name, obj._overloadname)
         if isinstance(obj, (type, types.FunctionType)):
             self._note_module(getattr(obj, "__module__", None))
+        if isinstance(obj, type) and _is_renamed(obj):
+            return getattr, (sys.modules[obj.__module__], obj.__name__)
         if isinstance(obj, types.FunctionType):
             self.globals_ref.setdefault(id(obj.__globals__), _Globals(obj.__globals__))
         reduced = super().reducer_override(obj)
@@ -76,6 +78,11 @@ class _Pickler(cloudpickle.Pickler):
             return
         cloudpickle.register_pickle_by_value(module)
         self.by_value.append(module)
+
+
+def _is_renamed(cls: type) -> bool:
+    """Whether a class's module has it by its short name only, as torch has SDPBackend: pickle looks for the full name."""
+    return cls.__name__ != cls.__qualname__ and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
 
 
 class _Globals:
