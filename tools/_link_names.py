@@ -16,10 +16,20 @@ MADE_BY_C: dict[str, tuple[str, ...]] = {
     "torch.sparse": tuple(f"{kind}Tensor" for kind in _TENSORS),
     "torch.cuda.sparse": tuple(f"{kind}Tensor" for kind in _TENSORS),
 }
+# of torch's C module, but in no stub; each is in the releases whose C++ code mentions it
+NOT_IN_STUBS = """
+    AVG ArgumentSpec Capsule Code CompleteArgumentSpec DeepCopyMemoTable ExcludeDispatchKeyGuard ExecutionPlan FatalError
+    Gradient OperatorInfo PyObjectType SUM ScriptClass ScriptClassFunction ScriptDictIterator ScriptDictKeyIterator
+    ScriptListIterator ScriptObjectProperty StaticModule _freeze_functional_tensor _from_blob _mirror_autograd_meta_to _mkldnn
+    _functionalize_enable_reapply_views _functionalize_get_storage_size _functionalize_has_data_mutation
+    _functionalize_is_multi_output_view _functionalize_was_shallow_copy_data bit cpp get_autocast_ipu_dtype
+    get_autocast_xla_dtype int1 int2 int3 int4 int5 int6 int7 is_autocast_ipu_enabled is_autocast_xla_enabled read_vitals
+    set_autocast_ipu_dtype set_autocast_ipu_enabled set_autocast_xla_dtype set_autocast_xla_enabled set_vital uint1 uint2 uint3
+    uint4 uint5 uint6 uint7 vitals_enabled
+"""
 # of these the files tell everything, although the syntax alone does not say so
 CLOSED = {
     "torch": "its loops over dir(torch._C) give the names in the stubs",
-    "torch.return_types": "its loop over dir(torch._C._return_types) gives the names in its stub",
     "torch._jit_internal": "a loop over range(…)",
 }
 
@@ -127,6 +137,9 @@ def link(release: Release) -> None:
             release.modules[name].names.update(dict.fromkeys(names, ""))
         elif name.rpartition(".")[0] in release.modules:
             release.modules[name] = ModuleNames(names=dict.fromkeys(names, ""), is_open=True)
+    for name in NOT_IN_STUBS.split():
+        if release.wheel.mentions(name):
+            release.modules["torch"].names.setdefault(name, "")
     for name, module in release.modules.items():
         if name in CLOSED:
             module.is_open = False
@@ -203,7 +216,7 @@ def _follow_stars(release: Release, name: str, done: set[str]) -> None:
         if source in module.stars:
             for exported in names:
                 module.names.setdefault(exported, f"={source}.{exported}")
-            if other.is_open and other.exported is None and name not in CLOSED:
+            if (other.is_open or source in release.from_c) and other.exported is None and name not in CLOSED:
                 module.is_open = True
 
 

@@ -104,7 +104,7 @@ def read_module(name: str, text: str, *, is_package: bool, is_stub: bool) -> Mod
         return ModuleNames(is_open=True)
     reader.block(tree.body, {})
     if _HIDDEN.search(text):
-        reader.find_globals(tree)
+        reader.find_globals(tree, text)
     if reader.getattr_function is not None and not _bounded_names(
         reader.getattr_function, reader.constants, reader.found.names
     ):
@@ -126,6 +126,7 @@ class _Reader:
         self.found = ModuleNames()
         self.constants: dict[str, object] = {"__name__": name}
         self.foreign: set[str] = set()  # names imported from other packages
+        self.this_module = {"sys.modules[__name__]"}  # expressions that mean it
         self.getattr_function: ast.FunctionDef | None = None
 
     def block(self, statements: Iterable[ast.stmt], loop: Mapping[str, object]) -> None:
@@ -241,8 +242,11 @@ class _Reader:
         elif text in ("globals().update", "vars().update", "exec"):
             values = self.value_of(call.args[0], loop) if call.args else UNKNOWN
             self.set_names(list(values) if isinstance(values, dict) and text != "exec" else UNKNOWN)
-        elif text == "setattr" and len(call.args) == 3 and _is_this_module(call.args[0]):
+        elif text == "setattr" and len(call.args) == 3 and self.is_this_module(call.args[0]):
             self.set_names(self.value_of(call.args[1], loop))
+        elif text.endswith("install_config_module"):
+            self.found.replaced_by = "torch.utils._config_module.ConfigModule"
+            self.set_names(["_config", "_compile_ignored_keys", "_is_dirty", "_hash_digest"])
 
     def on_TypeAlias(self, node: ast.stmt, loop: Mapping[str, object]) -> None:
         self.bind(node.name, "")  # type: ignore[attr-defined]
@@ -254,6 +258,8 @@ class _Reader:
                 self.export(value, loop)
                 self.constants["__all__"] = self.found.exported or UNKNOWN
                 return
+            if self.is_this_module(value):
+                self.this_module.add(target.id)
             constant = self.value_of(value, loop)
             if constant is not UNKNOWN:
                 self.constants[target.id] = constant
@@ -262,13 +268,13 @@ class _Reader:
                 self.found.names[target.id] = entry
         elif isinstance(target, ast.Subscript):
             self.assign_item(target, value, loop)
-        elif isinstance(target, ast.Attribute) and target.attr == "__class__" and _is_this_module(target.value):
+        elif isinstance(target, ast.Attribute) and target.attr == "__class__" and self.is_this_module(target.value):
             self.found.replaced_by = self.dotted(value) or "?"
         else:
             self.bind(target, "")
 
     def assign_item(self, target: ast.Subscript, value: ast.expr, loop: Mapping[str, object]) -> None:
-        if _is_this_module(target):
+        if self.is_this_module(target):
             self.found.replaced_by = (self.dotted(value.func) if isinstance(value, ast.Call) else None) or "?"
         elif ast.unparse(target.value) in ("globals()", "vars()", "locals()"):
             self.set_names(self.value_of(target.slice, loop))
@@ -288,7 +294,7 @@ class _Reader:
 
     def bind(self, target: ast.expr, entry: str) -> None:
         for node in ast.walk(target):
-            if isinstance(node, ast.Name):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 self.found.names[node.id] = entry
 
     def export(self, value: ast.expr, loop: Mapping[str, object]) -> None:
@@ -304,6 +310,9 @@ class _Reader:
             names = [names]
         if isinstance(names, (list, tuple)):
             self.found.exported = [*(self.found.exported or []), *(name for name in names if isinstance(name, str))]
+
+    def is_this_module(self, node: ast.expr) -> bool:
+        return ast.unparse(node) in self.this_module
 
     # values
 
@@ -336,19 +345,20 @@ class _Reader:
         """The value of an expression made of text, lists of it, and loop variables; else UNKNOWN."""
         return _value_of(node, {**self.constants, **loop})
 
-    def find_globals(self, tree: ast.Module) -> None:
+    def find_globals(self, tree: ast.Module, text: str) -> None:
         """Names that functions set: ``global x``, and operators that are registered anywhere in the file."""
+        sets_globals = "globals()[" in text
         for node in ast.walk(tree):
             if isinstance(node, ast.Global):
                 for name in node.names:
                     self.found.names.setdefault(name, "")
             elif isinstance(node, ast.Call):
                 self.find_operator(node)
-            elif isinstance(node, ast.FunctionDef):
+            elif isinstance(node, ast.FunctionDef) and sets_globals:
                 self.find_set_globals(node)
 
     def find_set_globals(self, function: ast.FunctionDef) -> None:
-        for node in function.body:
+        for node in ast.walk(function):
             target = node.targets[0] if isinstance(node, ast.Assign) else None
             if isinstance(target, ast.Subscript) and ast.unparse(target.value) == "globals()":
                 self.set_names(self.value_of(target.slice, {}))
@@ -536,10 +546,6 @@ def _unpacked(target: ast.expr, value: object) -> Iterator[tuple[str, object]] |
         values = value if isinstance(value, list) and len(value) == len(target.elts) else [UNKNOWN] * len(target.elts)
         return {name: inner for part, one in zip(target.elts, values) for name, inner in dict(_unpacked(part, one)).items()}
     return {}
-
-
-def _is_this_module(node: ast.expr) -> bool:
-    return ast.unparse(node) == "sys.modules[__name__]"
 
 
 def _bounded_names(function: ast.FunctionDef, constants: Mapping[str, object], names: dict[str, str]) -> bool:

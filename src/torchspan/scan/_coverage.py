@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchspan.backports._base import REGISTRY
+from torchspan.backports._base import REGISTRY, Backport
+from torchspan.environment.patch import MissingModule, MissingName
 
-_OPERATOR = re.compile(r"\w+::\w+")
 OLDEST = "2.8"  # torch that torchspan runs on
+_OPERATOR = re.compile(r"\w+::\w+")
+_OWNED = ("MissingModule", "MissingName", "Replacement", "Redefinition")  # their first argument is their owner
+_PATCHES = ("Change", *_OWNED)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class Provided:
     """What one backport provides: dotted `names`, whole `modules`, and `changed` functions and classes.
 
     Of those that are changed it also provides whatever argument or member its code names: `words` are the words of its file.
-    Of its own names it provides such an argument only where torch lacks the name.
+    Of its own names it provides such an argument only where torch lacks the name. With `impossible`, the reason, it provides
+    none of them: they can be imported, and their use is an error. Where `is_read` is False, its file says it in a way that is
+    not understood here: it has to be imported to know more about what is in `target`, or anywhere if that is empty.
     """
 
     backport: str
@@ -29,6 +34,12 @@ class Provided:
     changed: frozenset[str]
     words: frozenset[str]
     impossible: str = ""
+    is_read: bool = True
+    target: str = ""
+
+    def may_cover(self, name: str) -> bool:
+        """Whether it has to be imported to tell if it covers `name`."""
+        return not self.is_read and f"{name}.".startswith(f"{self.target}." if self.target else "")
 
     def covers_name(self, name: str) -> bool:
         """Whether a program may use `name`."""
@@ -44,96 +55,163 @@ class Provided:
 
 
 def provided() -> list[Provided]:
-    """What every backport provides."""
+    """What every backport provides; those that have to be imported for it come last."""
     found = []
     for name in REGISTRY.names():
         spec = importlib.util.find_spec(REGISTRY.target(name).partition(":")[0])
         if spec is not None and spec.origin is not None:
-            found.append(read_backport(name, Path(spec.origin).read_text()))
-    return found
+            found.append(read_backport(name, Path(spec.origin).read_text(), Path(spec.origin).parent))
+    return sorted(found, key=lambda one: not one.is_read)
 
 
-def read_backport(name: str, text: str) -> Provided:
-    """What the backport in the file `text` provides."""
+def read_backport(name: str, text: str, folder: Path | None = None) -> Provided:
+    """What the backport in the file `text` provides; constants of modules beside it are looked up in `folder`."""
     tree = ast.parse(text)
-    constants = _constants(tree)
-    names: set[str] = set()
-    modules: set[str] = set()
-    changed: set[str] = set()
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for call in calls:
-        kind = getattr(call.func, "id", "")
-        if kind in ("Change", "Replacement", "MissingName", "MissingModule", "Redefinition"):
-            target, attribute = (_text(argument, constants) for argument in _two(call, kind))
-            if target:
-                holder = (
-                    names if kind == "MissingName" or _is_created(call) else modules if kind == "MissingModule" else changed
-                )
-                holder.add(f"{target}.{attribute}" if attribute and kind != "MissingModule" else target)
-    declared = _declaration(tree)
-    given = {keyword.arg: keyword.value for keyword in declared.keywords} if declared is not None else {}
-    target = _text(given.get("target"), constants)
-    if isinstance(given.get("is_module"), ast.Constant):
-        modules.add(target)
-    names |= {f"{target}.{key}" for key in _keys(given.get("names"), constants)}
-    changed |= {f"{target}.{key}" for key in _keys(given.get("replaces"), constants)}
-    names |= {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
-    impossible = ast.unparse(given["impossible"]) if "impossible" in given else ""
-    return Provided(name, frozenset(names), frozenset(modules), frozenset(changed), _words(tree), impossible)
+    reader = _Reader(tree, folder)
+    reader.read()
+    names = reader.names | {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
+    places = (frozenset(names), frozenset(reader.modules), frozenset(reader.changed))
+    return Provided(name, *places, _words(tree), _impossible(reader.given), reader.is_read, reader.unread_target)
+
+
+def imported(one: Provided) -> Provided:
+    """What a backport provides, asked of the backport itself."""
+    backport: Backport = REGISTRY.get(one.backport).BACKPORT
+    names, modules, changed = set(one.names), set(one.modules), set(one.changed)
+    for patch in backport.patches():
+        if isinstance(patch, MissingModule):
+            modules.add(patch.target)
+        else:
+            (names if isinstance(patch, MissingName) else changed).add(f"{patch.target}.{patch.attribute}")
+    names |= {f"{backport.target}.{attribute}" for attribute in backport.names}
+    return replace(one, names=frozenset(names), modules=frozenset(modules), changed=frozenset(changed), is_read=True)
+
+
+class _Reader:
+    """Reads a backport's declaration, and the patches that its file makes by calls with constant text."""
+
+    def __init__(self, tree: ast.Module, folder: Path | None) -> None:
+        self.tree = tree
+        self.names: set[str] = set()
+        self.modules: set[str] = set()
+        self.changed: set[str] = set()
+        self.is_read = True
+        self.unread_target = ""
+        self.constants = _constants(tree)
+        for node in ast.walk(tree) if folder is not None else ():
+            if isinstance(node, ast.ImportFrom) and node.module == "torchspan.backports":
+                for beside in (alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()):
+                    found = _constants(ast.parse((folder / f"{beside}.py").read_text()))
+                    self.constants |= {f"{beside}.{name}": text for name, text in found.items()}
+        self.makers = dict(filter(None, (_maker(node) for node in tree.body)))
+        self.given = _declared(tree)
+
+    def read(self) -> None:
+        inside = {id(inner) for _, call in self.makers.values() for inner in ast.walk(call)}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and id(node) not in inside:
+                if node.func.id in _PATCHES:
+                    self.add(node, self.constants)
+                elif node.func.id in self.makers:
+                    parameters, call = self.makers[node.func.id]
+                    values = (_text(argument, self.constants) for argument in node.args)
+                    self.add(call, {**self.constants, **dict(zip(parameters, values))})
+        target = _text(self.given.get("target"), self.constants)
+        self.is_read = self.is_read and bool(target)
+        if isinstance(self.given.get("is_module"), ast.Constant):
+            self.modules.add(target)
+        is_read_so_far = self.is_read
+        self.names |= {f"{target}.{key}" for key in self.keys("names")}
+        self.changed |= {f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(option)}
+        self.unread_target = target if is_read_so_far else ""
+        also = self.given.get("also")
+        parts = also.elts if isinstance(also, (ast.Tuple, ast.List)) else [] if also is None else [also]
+        known = {*_PATCHES, *self.makers}
+        if not all(isinstance(part, ast.Call) and getattr(part.func, "id", "") in known for part in parts):
+            self.is_read, self.unread_target = False, ""
+
+    def add(self, call: ast.Call, constants: Mapping[str, str]) -> None:
+        """Add what a call of one of the patches' classes says."""
+        kind = call.func.id  # type: ignore[attr-defined]
+        by_name = {keyword.arg: keyword.value for keyword in call.keywords}
+        given = [*call.args[1 if kind in _OWNED else 0 :], None, None]
+        target = _text(given[0] or by_name.get("target"), constants)
+        attribute = _text(given[1] or by_name.get("attribute"), constants)
+        if kind == "MissingModule":
+            self.modules.add(target)
+        else:
+            is_new = kind == "MissingName" or getattr(by_name.get("create"), "value", False)
+            (self.names if is_new else self.changed).add(f"{target}.{attribute}")
+        self.is_read = self.is_read and bool(target and (attribute or kind == "MissingModule"))
+
+    def keys(self, option: str) -> Iterator[str]:
+        """The keys of a dict in the declaration."""
+        node = self.given.get(option)
+        keys: Iterable[ast.expr | None] = ()
+        if isinstance(node, ast.Dict):
+            keys = node.keys
+        elif isinstance(node, ast.DictComp) and isinstance(node.generators[0].iter, (ast.Tuple, ast.List)):
+            keys = node.generators[0].iter.elts
+        elif node is not None:
+            self.is_read = False
+        for key in keys:
+            text = _text(key, self.constants)
+            self.is_read = self.is_read and bool(text)
+            yield text
 
 
 def _constants(tree: ast.Module) -> dict[str, str]:
+    """The names that are assigned constant text anywhere in a file."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            value = _text(node.value, found)
-            if value:
-                found[node.targets[0].id] = value
+            found[node.targets[0].id] = _text(node.value, found)
     return found
 
 
-def _text(node: ast.expr | None, constants: Mapping[str, str]) -> str:
-    """The text of an expression made of constants; empty where it is something else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.Name):
-        return constants.get(node.id, "")
-    if isinstance(node, ast.JoinedStr):
-        parts = [_text(part.value if isinstance(part, ast.FormattedValue) else part, constants) for part in node.values]
-        return "".join(parts) if all(parts) else ""
-    if isinstance(node, ast.Subscript) and ast.unparse(node).endswith(".rpartition('.')[0]"):  # the package that a module is in
-        return _text(node.value.func.value, constants).rpartition(".")[0]  # type: ignore[attr-defined]
-    return ""
+def _maker(node: ast.stmt) -> tuple[str, tuple[list[str], ast.Call]] | None:
+    """A function that only makes a patch from its arguments: its name, its parameters, and the call."""
+    if not isinstance(node, ast.FunctionDef) or len(node.body) != 1 or not isinstance(node.body[0], ast.Return):
+        return None
+    call = node.body[0].value
+    if not isinstance(call, ast.Call) or getattr(call.func, "id", "") not in _PATCHES:
+        return None
+    return node.name, ([argument.arg for argument in node.args.args], call)
 
 
-def _two(call: ast.Call, kind: str) -> Iterator[ast.expr | None]:
-    """The target and attribute that a call is given, by position or by name."""
-    first = 0 if kind == "Change" else 1  # the others' first argument is their owner
-    by_name = {keyword.arg: keyword.value for keyword in call.keywords}
-    for index, name in enumerate(("target", "attribute"), start=first):
-        yield call.args[index] if index < len(call.args) else by_name.get(name)
-
-
-def _is_created(call: ast.Call) -> bool:
-    return any(keyword.arg == "create" and getattr(keyword.value, "value", False) for keyword in call.keywords)
-
-
-def _declaration(tree: ast.Module) -> ast.Call | None:
+def _declared(tree: ast.Module) -> dict[str | None, ast.expr]:
+    """What the file gives to its ``BACKPORT = Backport(…)``."""
     for node in tree.body:
         if (
             isinstance(node, ast.Assign)
             and getattr(node.targets[0], "id", "") == "BACKPORT"
             and isinstance(node.value, ast.Call)
         ):
-            return node.value
-    return None
+            return {keyword.arg: keyword.value for keyword in node.value.keywords}
+    return {}
 
 
-def _keys(node: ast.expr | None, constants: Mapping[str, str]) -> Iterator[str]:
-    if isinstance(node, ast.Dict):
-        yield from filter(None, (_text(key, constants) for key in node.keys))
-    elif isinstance(node, ast.DictComp) and isinstance(node.generators[0].iter, (ast.Tuple, ast.List)):
-        yield from filter(None, (_text(key, constants) for key in node.generators[0].iter.elts))
+def _impossible(given: Mapping[str | None, ast.expr]) -> str:
+    """Why a backport cannot work; where it asks the machine, that it may not."""
+    node = given.get("impossible")
+    if node is None:
+        return ""
+    reason = _text(node.body, {}) if isinstance(node, ast.Lambda) else ""
+    return reason or "it depends on the machine whether it can work"
+
+
+def _text(node: ast.expr | None, constants: Mapping[str, str]) -> str:
+    """The text of an expression made of constants; empty where it is something else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return constants.get(ast.unparse(node), "")
+    if isinstance(node, ast.JoinedStr):
+        parts = [_text(part.value if isinstance(part, ast.FormattedValue) else part, constants) for part in node.values]
+        return "".join(parts) if all(parts) else ""
+    if isinstance(node, ast.Subscript) and ast.unparse(node).endswith(".rpartition('.')[0]"):  # the package that a module is in
+        return _text(node.value.func.value, constants).rpartition(".")[0]  # type: ignore[attr-defined]
+    return ""
 
 
 def _words(tree: ast.Module) -> frozenset[str]:

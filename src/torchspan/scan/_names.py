@@ -188,7 +188,9 @@ class Names:
         for its, entry in module.names.get(part, ()):
             if below is not None and ((name == "torch" and part == "ops") or (_is_value(entry) and index + 1 < len(parts))):
                 its &= ~below.mask  # more names follow, so what is meant is the module, which has the same name
-            if its & mask and entry != f"={name}.{part}":
+            if entry == f"={name}.{part}":  # the module below it, or C++'s own
+                entry, its = "", its if below is None else 0
+            if its & mask:
                 yield from self._at_entry(entry, (name, part), parts, index + 1, its & mask, depth + 1)
                 mask &= ~its
         if below is not None and below.mask & mask:
@@ -197,10 +199,11 @@ class Names:
         if part.startswith("__") and part.endswith("__"):
             yield _Outcome(mask, index + 1, True)
         elif mask:
-            is_open = mask & module.open_mask
+            # a module that may have more names in some release may there have one that others are known to have
+            is_open = mask & module.open_mask if part in module.names or below is not None else 0
             tells_nothing = module.is_partial or bool(module.open_mask)
             if is_open:
-                yield _Outcome(is_open, index + 1, True, tells_nothing=True)
+                yield _Outcome(is_open, index + 1, True)
             if mask & ~is_open:
                 yield _Outcome(mask & ~is_open, index + 1, False, tells_nothing=tells_nothing)
 
@@ -297,14 +300,18 @@ class Names:
             yield outcome.mask, "?"
 
     def _initializers(self, found: _Outcome) -> Iterator[tuple[int, str]]:
+        """What a class accepts: what its ``__init__`` does, and its ``__new__``."""
         for its, entry in self._members(found, "__init__"):
-            if entry is None:
-                for inner, other in self._members(_narrowed(found, its), "__new__"):
-                    yield inner, other[1:] if other and other.startswith("(") else "?"
-            elif entry.startswith("(+"):
-                yield from self._with_inherited(_narrowed(found, its), entry[2:])
-            else:
-                yield its, entry[1:] if entry.startswith("(") else "?"
+            for inner, other in self._members(_narrowed(found, its), "__new__"):
+                new = "" if other is None else other[1:] if other.startswith("(") else "?"
+                if entry is None:
+                    yield inner, new or "?"
+                elif entry.startswith("(+"):
+                    yield from (
+                        (mask, f"{own},{new}") for mask, own in self._with_inherited(_narrowed(found, inner), entry[2:])
+                    )
+                else:
+                    yield inner, f"{entry[1:] if entry.startswith('(') else '?'},{new}"
 
     def _with_inherited(self, found: _Outcome, own: str) -> Iterator[tuple[int, str]]:
         """A dataclass's fields, with those of its bases."""

@@ -247,22 +247,23 @@ class _Judge:
             return None
         return _Judged(name, mask, *self._coverage_of(use, name))
 
-    def _coverage_of(self, use: Use, name: str) -> tuple[int, str]:
+    def _coverage_of(self, use: Use, name: str) -> tuple[int, _coverage.Provided | None]:
         """In which releases a backport provides what is used, and which one."""
-        if not use.keyword:
-            places = {use.name, name} | self.names.definitions(use.name)
-            for one in self.provided:
-                if any(one.covers_name(place) for place in places):
-                    return self.supported, one.backport
-            return 0, ""
-        places = {use.name} | self.names.definitions(use.name)
+        places = {use.name, *(() if use.keyword else (name,)), *self.names.definitions(use.name)}
         lacking = self.supported & ~self.names.look_up(use.name).mask
-        for one in self.provided:
-            if any(one.covers_keyword(place, use.keyword) for place in places):
-                return self.supported, one.backport
-            if use.keyword in one.words and any(one.covers_name(place) for place in places) and lacking:
-                return lacking, one.backport
-        return 0, ""
+        for index, one in enumerate(self.provided):
+            if any(one.may_cover(place) for place in places):
+                one = self.provided[index] = _coverage.imported(one)
+            mask = 0
+            if not use.keyword:
+                mask = self.supported if any(one.covers_name(place) for place in places) else 0
+            elif any(one.covers_keyword(place, use.keyword) for place in places):
+                mask = self.supported
+            elif use.keyword in one.words and any(one.covers_name(place) for place in places):
+                mask = lacking  # where torch has the name it is torch's own, without the argument
+            if mask:
+                return (0 if one.impossible else mask), one
+        return 0, None
 
     def _is_set_here(self, name: str) -> bool:
         parts = name.split(".")
@@ -271,6 +272,7 @@ class _Judge:
     def _finding(self, path: str, use: Use, judged: _Judged) -> Finding | None:
         has, provided = judged.has, judged.has | judged.provided
         uncovered = self.asked & ~provided
+        backport = judged.backport.backport if judged.backport is not None else ""
         if use.guard:
             standing: Standing = "guarded"
         elif not provided:
@@ -285,10 +287,10 @@ class _Judge:
         if standing == "guarded":
             says += f" (guarded: {use.guard})"
         elif standing == "covered":
-            says += f" — covered by backport {judged.backport}"
+            says += f" — covered by backport {backport}"
         elif standing == "uncovered":
-            says += f" — not covered on torch {self.names.text(uncovered)}" if judged.backport else " — not covered"
-        return Finding(path, use.line, judged.name, self.releases(has), standing, says, judged.backport, use.guard)
+            says += _says_uncovered(self.names, uncovered, judged)
+        return Finding(path, use.line, judged.name, self.releases(has), standing, says, backport, use.guard)
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ class _Judged:
     name: str
     has: int
     provided: int = 0
-    backport: str = ""
+    backport: _coverage.Provided | None = None
 
 
 def _says(names: Names, mask: int) -> str:
@@ -313,6 +315,14 @@ def _says(names: Names, mask: int) -> str:
     if is_run and indices[0] == 0:
         return f"is gone since torch {names.minors[indices[-1] + 1]}"
     return f"is in torch {names.text(mask)} only"
+
+
+def _says_uncovered(names: Names, uncovered: int, judged: _Judged) -> str:
+    if judged.backport is None:
+        return " — not covered"
+    if judged.backport.impossible:
+        return f" — not covered: backport {judged.backport.backport}: {judged.backport.impossible}"
+    return f" — not covered on torch {names.text(uncovered)}"
 
 
 def _summary(names: Names, judge: _Judge, asked: int, running: int, num_files: int, num_lines: int) -> str:
