@@ -437,3 +437,17 @@ def real_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
     with unset_fake_temporarily():
         return copy.deepcopy(module)
+
+
+def is_functional(value: object) -> bool:
+    """Whether a value is a tensor as functionalization wraps it while it traces."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(value, FunctionalTensor)
+
+
+def in_memory_format(tensor: torch.Tensor, memory_format: Any) -> torch.Tensor:
+    """`tensor` with the strides that AOTAutograd has noted for it."""
+    from torch._functorch._aot_autograd.runtime_wrappers import coerce_to_expected_memory_format
+
+    return coerce_to_expected_memory_format(tensor, memory_format)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from typing import Any
 
-from torchspan.backports import _descriptors
-from torchspan.backports._base import Backport
+from torchspan.backports import _descriptors, _torch
+from torchspan.backports._base import Backport, Change
+
+
+def _taking_traced_tangents(process: Any) -> Any:
+    """AOTAutograd's check of a tangent's class, for compiled functions that are traced: tracing has a class of its own."""
+
+    @functools.wraps(process.__func__)
+    def process_runtime_tangent(x: Any, meta: Any) -> Any:
+        if _torch.is_functional(x) and not hasattr(meta, "attrs"):
+            x = _torch.in_memory_format(x, meta.memory_format)
+            return x, [x]
+        return process.__func__(x, meta)
+
+    return staticmethod(process_runtime_tangent)
+
 
 BACKPORT = Backport(
     name="descriptors",
@@ -13,6 +28,14 @@ BACKPORT = Backport(
     target=_descriptors.PLACE,
     since="2.9.0",
     upstream="https://github.com/pytorch/pytorch/pull/157779",
-    names={name: partial(getattr, _descriptors, name) for name in _descriptors.CLASSES},
+    names={name: functools.partial(getattr, _descriptors, name) for name in _descriptors.CLASSES},
     is_module=True,
+    # here and not where graphs are compiled: whether this torch lacks it is asked while AOTAutograd itself is being imported
+    also=(
+        Change(
+            "torch._functorch._aot_autograd.runtime_wrappers",
+            "AOTDispatchAutograd.process_runtime_tangent",
+            _taking_traced_tangents,
+        ),
+    ),
 )

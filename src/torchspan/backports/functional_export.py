@@ -219,9 +219,6 @@ class _BytecodeCodeGen(CodeGen):
         self.flatten, self.unflatten = flatten, unflatten
         self._arguments: tuple[Any, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BytecodeCodeGen:
-        return type(self)(self.argument_names, self.flatten, self.unflatten)
-
     def process_inputs(self, *args: Any) -> Any:
         self._arguments = args
         return self.flatten(*args)
@@ -248,7 +245,7 @@ BACKPORT = Backport(
     target=_PLACE,
     since="2.10.0",
     upstream="https://github.com/pytorch/pytorch/pull/165225",
-    differs='meta["module_call_specs"] is empty; a copy of the module has the parameters of the first one, as upstream',
+    differs='meta["module_call_specs"] is empty',
     names={"dynamo_graph_capture_for_export": lambda: dynamo_graph_capture_for_export},
     is_module=True,
 )

@@ -265,7 +265,9 @@ def _describe(traced: _Traced, primals: list[descriptors.AOTInput]) -> Any:
         node.meta["desc"] = descriptor
     values = pytree.arg_tree_leaves(*output.args)
     outputs += [descriptors.DummyAOTOutput(index) for index in range(len(outputs), len(values))]
-    output.meta["desc"] = [None if value is None else descriptor for value, descriptor in zip(values, outputs)]
+    output.meta["desc"] = [
+        None if value is None and descriptor.is_grad() else descriptor for value, descriptor in zip(values, outputs)
+    ]
     return inputs if traced.needs_autograd else inputs[0]
 
 
