@@ -27,6 +27,7 @@ NOT_IN_STUBS = """
     set_autocast_ipu_dtype set_autocast_ipu_enabled set_autocast_xla_dtype set_autocast_xla_enabled set_vital uint1 uint2 uint3
     uint4 uint5 uint6 uint7 vitals_enabled
 """
+_DEVICE_CODE = re.compile(r"cuda|cudnn|cusparse|nccl|nvtx|cufile|gds|xpu|xccl|hip", re.IGNORECASE)
 # of these the files tell everything, although the syntax alone does not say so
 CLOSED = {
     "torch": "its loops over dir(torch._C) give the names in the stubs",
@@ -109,25 +110,34 @@ def settle_c_names(releases: list[Release]) -> None:
     only, such as NCCL's) cannot be judged: it is added too.
     """
     for module in sorted(set().union(*(release.from_c for release in releases))):
+        for release in releases:  # a stub may be younger than its module
+            if module not in release.modules and _may_have(release, releases, module.rpartition(".")[2]):
+                release.modules[module] = ModuleNames(is_open=True)
+                release.from_c.add(module)
         having = [release for release in releases if module in release.modules]
         for name in sorted(set().union(*(release.modules[module].names for release in having))):
-            _settle(having, [release.modules[module].names for release in having], name)
+            _settle(having, [release.modules[module].names for release in having], module, name)
         for owner in sorted(set().union(*(release.modules[module].classes for release in having))):
             those = [release for release in having if owner in release.modules[module].classes]
             members = [release.modules[module].classes[owner].members for release in those]
             for name in sorted(set().union(*members)):
-                _settle(those, members, name)
+                _settle(those, members, f"{module}.{owner}", name)
 
 
-def _settle(releases: list[Release], tables: list[dict[str, str]], name: str) -> None:
+def _settle(releases: list[Release], tables: list[dict[str, str]], owner: str, name: str) -> None:
     with_name = [release for release, table in zip(releases, tables) if name in table]
-    can_judge = all(release.wheel.mentions(name) for release in with_name)
     if name.startswith("__") or len(with_name) == len(releases):
-        can_judge = False
+        return
+    # the wheels that are read have no CUDA code, so nothing there mentions its names
+    is_visible = not _DEVICE_CODE.search(f"{owner}.{name}") and all(release.wheel.mentions(name) for release in with_name)
     for release, table in zip(releases, tables):
-        if name not in table and (not can_judge or release.wheel.mentions(name)):
+        if name not in table and (not is_visible or release.wheel.mentions(name)):
             known = next(table[name] for table in tables if name in table)
             table[name] = "(?" if known.startswith("(") else known
+
+
+def _may_have(release: Release, releases: list[Release], name: str) -> bool:
+    return release.wheel.mentions(name) or not any(other.wheel.mentions(name) for other in releases)
 
 
 def link(release: Release) -> None:
@@ -189,6 +199,7 @@ def _add_class_names(release: Release, module: ModuleNames) -> None:
             continue
         seen.add(dotted)
         if dotted.endswith(".PropModule"):  # asks the module that it replaces
+            module.names.setdefault("m", "")
             continue
         place, name = find(release, dotted)
         if place is None or name not in place.classes:
@@ -216,7 +227,7 @@ def _follow_stars(release: Release, name: str, done: set[str]) -> None:
         if source in module.stars:
             for exported in names:
                 module.names.setdefault(exported, f"={source}.{exported}")
-            if (other.is_open or source in release.from_c) and other.exported is None and name not in CLOSED:
+            if (other.is_open or source.startswith("torch._C")) and other.exported is None and name not in CLOSED:
                 module.is_open = True
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 ROOTS = ("torch", "functorch")
 _HIDDEN = re.compile(
-    r"^\s+global |globals\(\)\[|custom_op|triton_op|\bdefine\(", re.MULTILINE
+    r"^\s+global |setattr\(sys|globals\(\)\[|custom_op|triton_op|\bdefine\(", re.MULTILINE
 )  # what only a look at all of a file finds
 UNKNOWN = object()  # a value that the syntax does not tell
 
@@ -347,7 +347,7 @@ class _Reader:
 
     def find_globals(self, tree: ast.Module, text: str) -> None:
         """Names that functions set: ``global x``, and operators that are registered anywhere in the file."""
-        sets_globals = "globals()[" in text
+        sets_globals = "globals()[" in text or "setattr(sys.modules" in text
         for node in ast.walk(tree):
             if isinstance(node, ast.Global):
                 for name in node.names:
@@ -360,6 +360,8 @@ class _Reader:
     def find_set_globals(self, function: ast.FunctionDef) -> None:
         for node in ast.walk(function):
             target = node.targets[0] if isinstance(node, ast.Assign) else None
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and self.is_this_module(node.args[0]):
+                self.set_names(self.value_of(node.args[1], {}))
             if isinstance(target, ast.Subscript) and ast.unparse(target.value) == "globals()":
                 self.set_names(self.value_of(target.slice, {}))
 
@@ -384,7 +386,7 @@ def read_class(node: ast.ClassDef, dotted: object, is_stub: bool, constants: Map
         found.members["__init__"] = ("(" if is_named_tuple else "(+") + ",".join(_fields(node))
     if any(name not in _KEEPING and name not in _DATACLASSES for name in decorators):
         initializer = found.members.get("__init__")
-        found.members["__init__"] = "(?" if initializer is None else _with_more(initializer)
+        found.members["__init__"] = "(?" if initializer is None or initializer.startswith("(+") else _with_more(initializer)
     function = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__getattr__"), None)
     if function is not None and not _bounded_names(function, constants, found.members):
         found.bases = ",".join(dict.fromkeys([*filter(None, found.bases.split(",")), "*"]))

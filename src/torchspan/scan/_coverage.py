@@ -64,7 +64,7 @@ def provided() -> list[Provided]:
     return sorted(found, key=lambda one: not one.is_read)
 
 
-def read_backport(name: str, text: str, folder: Path | None = None) -> Provided:
+def read_backport(name: str, text: str, folder: Path = Path()) -> Provided:
     """What the backport in the file `text` provides; constants of modules beside it are looked up in `folder`."""
     tree = ast.parse(text)
     reader = _Reader(tree, folder)
@@ -90,7 +90,7 @@ def imported(one: Provided) -> Provided:
 class _Reader:
     """Reads a backport's declaration, and the patches that its file makes by calls with constant text."""
 
-    def __init__(self, tree: ast.Module, folder: Path | None) -> None:
+    def __init__(self, tree: ast.Module, folder: Path) -> None:
         self.tree = tree
         self.names: set[str] = set()
         self.modules: set[str] = set()
@@ -98,7 +98,7 @@ class _Reader:
         self.is_read = True
         self.unread_target = ""
         self.constants = _constants(tree)
-        for node in ast.walk(tree) if folder is not None else ():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torchspan.backports":
                 for beside in (alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()):
                     found = _constants(ast.parse((folder / f"{beside}.py").read_text()))

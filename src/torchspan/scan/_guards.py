@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-IMPORT, NAME, KEYWORD = 1, 2, 4
-ALL = IMPORT | NAME | KEYWORD
+IMPORT, NAME, KEYWORD, MEMBER = 1, 2, 4, 8
+ALL = IMPORT | NAME | KEYWORD | MEMBER
 
-_BITS = {"import": IMPORT, "name": NAME, "store": NAME, "keyword": KEYWORD}
+_BITS = {"import": IMPORT, "name": NAME, "store": NAME, "member": MEMBER, "keyword": KEYWORD}
 _CATCHES = {
     "ImportError": IMPORT | NAME,
     "ModuleNotFoundError": IMPORT,
-    "AttributeError": IMPORT | NAME,
+    "AttributeError": IMPORT | NAME | MEMBER,
     "TypeError": KEYWORD,
     "Exception": IMPORT,
     "BaseException": IMPORT,
@@ -103,6 +103,8 @@ class Guards:
     def of_test(self, test: ast.expr, guard: Guard) -> Guard:
         """The guard of what stands under a condition."""
         reason = self.reason_of(test)
+        if not reason and not guard.kinds & MEMBER and any(map(_asks_object, ast.walk(test))):
+            return guard.narrowed(MEMBER, "hasattr()")
         return guard.narrowed(ALL, reason) if reason else guard
 
     after_operand = of_test  # of what follows it in an "and" or "or"
@@ -237,6 +239,11 @@ def _skips(node: ast.stmt) -> bool:
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
     return ast.unparse(node.value.func).rpartition(".")[2] in ("skip", "skipTest", "exit", "_exit")
+
+
+def _asks_object(node: ast.AST) -> bool:
+    """``hasattr(x, …)`` of anything: it guards the members of objects."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
 
 
 def _root(node: ast.expr) -> str:

@@ -108,6 +108,18 @@ class Names:
         is_known = mask != 0 or not any(outcome.tells_nothing for outcome in outcomes)
         return Presence(".".join(dotted.split(".")[:consumed]), mask, is_known)
 
+    def look_up_member(self, dotted: str) -> Presence:
+        """In which releases an instance of a class has a member, given as ``class.member``."""
+        owner, _, member = dotted.rpartition(".")
+        mask = 0
+        for outcome in self._outcomes_of(owner, self.all):
+            if outcome.entry.startswith(":"):
+                mask |= sum(its for its, entry in self._members(outcome, member, is_instance=True) if entry is not None)
+            else:
+                mask |= outcome.mask
+        # what its class lacks in every release is its subclass's
+        return Presence(dotted, mask or self.all)
+
     def accepting(self, dotted: str, keyword: str, *, by_name: bool = False) -> Presence:
         """In which releases the function or class `dotted` accepts `keyword`, of those that have it.
 

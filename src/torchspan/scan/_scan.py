@@ -233,7 +233,10 @@ class _Judge:
             return None
         if use.kind == "store" and not self.names.is_configuration(use.name.rpartition(".")[0]):
             return None
-        found = self.names.look_up(use.name, is_module=use.kind == "module")
+        is_member = use.kind == "member"
+        found = (
+            self.names.look_up_member(use.name) if is_member else self.names.look_up(use.name, is_module=use.kind == "module")
+        )
         name, mask = found.name, found.mask
         if use.keyword:
             if mask == 0:

@@ -11,12 +11,15 @@ from torchspan.scan._guards import ALL, NO_GUARD, Guard, Guards
 
 ROOTS = ("torch", "functorch")
 
-Kind = Literal["module", "name", "keyword", "store"]
+Kind = Literal["module", "name", "keyword", "store", "member"]
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a dotted name of torch; `keyword` is an argument passed to it; `guard` says why it is no need, or is empty."""
+    """One use of a dotted name of torch; `keyword` is an argument passed to it; `guard` says why it is no need, or is empty.
+
+    A ``member`` is asked of an instance of a class, which a variable is by its annotation or its making.
+    """
 
     line: int
     name: str
@@ -51,11 +54,15 @@ def read_uses(text: str | bytes) -> FileUses:
 
 @dataclass(frozen=True)
 class _Binding:
-    """What a name is bound to: a dotted name of torch, an expression that may be one, or (both None) something else."""
+    """What a name is bound to: a dotted name of torch, an expression that may be one, or (both None) something else.
+
+    Something else may be an instance of the class that the expression `class_of` spells.
+    """
 
     target: str | None = None
     value: ast.expr | None = None
     guard: str = ""
+    class_of: ast.expr | None = None
 
 
 _ELSEWHERE = _Binding()
@@ -117,7 +124,8 @@ class _Reader:
         if arguments is not None:
             for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
                 if argument is not None:
-                    self.scope.bind(argument.arg, _ELSEWHERE)
+                    is_one = argument not in (arguments.vararg, arguments.kwarg)
+                    self.scope.bind(argument.arg, _Binding(class_of=argument.annotation if is_one else None))
         self.bind_block(body, NO_GUARD, is_module=self.scope.parent is None or self.scope.parent.parent is None)
 
     def bind_block(self, body: Iterable[ast.stmt], guard: Guard, *, is_module: bool) -> None:
@@ -132,6 +140,8 @@ class _Reader:
             for target in node.targets:  # type: ignore[attr-defined]
                 if isinstance(target, ast.Name) and isinstance(node.value, (ast.Name, ast.Attribute)):  # type: ignore[attr-defined]
                     self.scope.bind(target.id, _Binding(value=node.value, guard=guard.reason))  # type: ignore[attr-defined]
+                elif isinstance(target, ast.Name) and isinstance(node.value, ast.Call):  # type: ignore[attr-defined]
+                    self.scope.bind(target.id, _Binding(class_of=node.value.func))  # type: ignore[attr-defined]
                 else:
                     self.bind_target(target)
         elif kind is ast.Import or kind is ast.ImportFrom:
@@ -181,12 +191,11 @@ class _Reader:
             reason = "" if target in ROOTS else guard.reason
             self.scope.bind(name, _Binding(target, guard=reason) if is_torch(target) else _ELSEWHERE)
 
-    def resolve(self, name: str) -> tuple[str, str] | None:
-        """The dotted name of torch that a name stands for here, and the guard it was bound under."""
+    def resolve(self, name: str, scope: _Scope | None = None) -> tuple[str, str] | None:
+        """The dotted name of torch that a name stands for in `scope` (here), and the guard it was bound under."""
+        scope = scope or self.scope
         seen: set[int] = set()
-        scope: _Scope | None = self.scope
-        rest = ""
-        guard = ""
+        rest = guard = ""
         while scope is not None:
             found = scope.find(name)
             if found is None:
@@ -207,6 +216,15 @@ class _Reader:
                 scope = scope.parent
             name = root
         return None
+
+    def class_of(self, name: str) -> tuple[str, str] | None:
+        """The class of torch that the variable `name` is an instance of, and the guard that the class was bound under."""
+        found = self.scope.find(name)
+        if found is None or found[0].class_of is None:
+            return None
+        class_of, scope = found[0].class_of, found[1]
+        # a function's arguments are annotated in the scope around it
+        return self.spelled(class_of, scope) or (self.spelled(class_of, scope.parent) if scope.parent else None)
 
     # visiting: every use
 
@@ -339,6 +357,7 @@ class _Reader:
     def visit_attribute(self, node: ast.Attribute, guard: Guard) -> None:
         found = self.spelled(node)
         if found is None:
+            self.visit_member(node, guard)
             inner: ast.expr = node
             while isinstance(inner, ast.Attribute):
                 inner = inner.value
@@ -351,15 +370,25 @@ class _Reader:
         elif isinstance(node.ctx, ast.Load):
             self.add(node, dotted, "name", its)
 
-    def spelled(self, node: ast.expr) -> tuple[str, str] | None:
+    def spelled(self, node: ast.expr, scope: _Scope | None = None) -> tuple[str, str] | None:
         """The dotted name of torch that an expression spells, and the guard under which its first part was bound."""
         chain = _chain(node)
         if chain is None:
             return None
-        found = self.resolve(chain[0])
+        found = self.resolve(chain[0], scope)
         if found is None:
             return None
         return ".".join([found[0], *chain[1:]]), found[1]
+
+    def visit_member(self, node: ast.Attribute, guard: Guard) -> None:
+        """``x.y`` where x is an instance of a class of torch."""
+        chain = _chain(node)
+        owner = self.class_of(chain[0]) if chain is not None else None
+        if chain is None or owner is None:
+            return
+        if isinstance(node.ctx, ast.Load) or len(chain) > 2:
+            its = guard.narrowed(ALL, owner[1]) if owner[1] else guard
+            self.add(node, f"{owner[0]}.{chain[1]}", "member", its)
 
     def visit_call(self, node: ast.Call, guard: Guard) -> None:
         function = self.spelled(node.func)
@@ -367,20 +396,32 @@ class _Reader:
         if function is not None:
             self.add_keywords(node, *function, guard)
             self.add_options(node, function[0], guard)
+        elif isinstance(node.func, ast.Attribute):
+            self.visit_other_call(node, guard)
         elif isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
             self.visit_getattr(node, guard)
-        elif (_chain(node.func) or ("",))[-1] == "partial" and node.args:
-            partial = self.spelled(node.args[0])
-            if partial is not None:
-                self.add_keywords(node, *partial, guard)
-        elif (_chain(node.func) or ("",))[-1] == "import_module" and node.args:
-            name = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
-            if isinstance(name, str) and is_torch(name):
-                self.add(node, name, "module", guard)
+        else:
+            self.visit_other_call(node, guard)
         for argument in node.args:
             self.visit(argument, guard)
         for keyword in node.keywords:
             self.visit(keyword.value, guard)
+
+    def visit_other_call(self, node: ast.Call, guard: Guard) -> None:
+        """``partial(torch.f, x=1)``, ``import_module("torch.x")``, and calls of an instance's method."""
+        last = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        first = node.args[0] if node.args else None
+        function = None
+        if last == "partial" and first is not None:
+            function = self.spelled(first)
+        elif last == "import_module" and isinstance(first, ast.Constant):
+            if isinstance(first.value, str) and is_torch(first.value):
+                self.add(node, first.value, "module", guard)
+        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            owner = self.class_of(node.func.value.id)
+            function = (f"{owner[0]}.{last}", owner[1]) if owner is not None else None
+        if function is not None:
+            self.add_keywords(node, *function, guard)
 
     def visit_getattr(self, node: ast.Call, guard: Guard) -> None:
         """``getattr(torch.x, "y")`` is a need, with a default it is guarded, as is ``hasattr``."""
