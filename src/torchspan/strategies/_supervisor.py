@@ -230,6 +230,7 @@ class _Connection:
                     self._hear(json.loads(line))
         except OSError:
             pass  # the channel was closed by end(): the same as its end
+        self.channel.close()
         self.process.wait()
         with self.lock:
             for done in self.waiting.values():
