@@ -58,25 +58,34 @@ def _public_modules(package: ModuleType) -> Iterator[ModuleType]:
 
 
 def test_every_public_name_is_in_the_database(names: Names, here: int, modules: list[ModuleType]) -> None:
-    missing = [
-        f"{module.__name__}.{name}"
-        for module in modules
-        for name in {*getattr(module, "__all__", ()), *(name for name in dir(module) if not name.startswith("_"))}
-        if not names.look_up(f"{module.__name__}.{name}").mask & here
-    ]
-    assert len(modules) > 150
-    # what a test of torch's, or another package, sets on a module while this process runs
+    missing, num_untold = [], 0
+    public = [(module, name) for module in modules for name in _public_names(module)]
+    for module, name in public:
+        found = names.look_up(f"{module.__name__}.{name}")
+        if found.mask == 0 and not found.is_known:
+            num_untold += 1  # the database says that it cannot tell
+        elif not found.mask & here:
+            missing.append(f"{module.__name__}.{name}")
+    assert len(public) > 10_000
     assert missing == []
+    assert num_untold < 0.02 * len(public)
 
 
+def _public_names(module: ModuleType) -> set[str]:
+    listed = {name for name in getattr(module, "__all__", ()) if hasattr(module, name)}  # some list what they lack
+    return listed | {name for name in vars(module) if not name.startswith("_")}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what torch says of its own old names when they are looked at
 def test_every_argument_of_a_public_function_is_in_the_database(names: Names, here: int, modules: list[ModuleType]) -> None:
     missing = []
     num_arguments = 0
     for module in modules:
         for name in getattr(module, "__all__", ()):
-            for keyword in _keywords(getattr(module, name)):
+            for keyword in _keywords(getattr(module, name, None)):
                 num_arguments += 1
-                if not names.accepting(f"{module.__name__}.{name}", keyword).mask & here:
+                found = names.accepting(f"{module.__name__}.{name}", keyword)
+                if found.is_known and not found.mask & here:
                     missing.append(f"{module.__name__}.{name}({keyword}=)")
     assert num_arguments > 3000
     assert missing == []

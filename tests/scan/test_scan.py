@@ -56,6 +56,16 @@ def test_an_argument_is_a_need_and_is_covered_through_every_alias(scanned: Scann
     assert found.findings[0].name == "torch.distributed.checkpoint.async_save(async_stager=)"
 
 
+def test_an_argument_that_is_passed_on_is_judged_by_what_takes_it(scanned: Scanned) -> None:
+    found = scanned(
+        program="from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper\n"
+        "checkpoint_wrapper(m, early_stop=False, anything=1)\n"
+        "from torch.utils.checkpoint import checkpoint\n"
+        "checkpoint(f, early_stop=False)\n"
+    )
+    assert [(finding.line, finding.backport) for finding in found.findings] == [(2, "checkpoint_early_stop"), (4, "")]
+
+
 def test_only_what_the_given_release_lacks_is_found(scanned: Scanned) -> None:
     program = "import torch\ntorch.compiler.keep_portable_guards_unsafe\n"
     assert scanned("2.8", program=program).exit_code == 1
@@ -199,7 +209,7 @@ def test_a_scan_imports_no_torch(run_python: Callable[..., object], tmp_path: Pa
 def test_the_example_of_this_project_runs_with_torchspan() -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "newer_cuda_gpt.py"
     found = scan([example], "2.8")
-    assert found.exit_code == 0 and [finding.backport for finding in found.findings] == ["annotate"]
+    assert found.exit_code == 0 and {finding.backport for finding in found.findings} == {"annotate", "checkpoint_early_stop"}
 
 
 def test_no_torch_release_in_the_python_api_is_an_error() -> None:

@@ -6,17 +6,26 @@ import difflib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from torchspan.core.errors import InputError
 from torchspan.scan import _coverage
-from torchspan.scan._names import Names
+from torchspan.scan._names import Names, Presence
 from torchspan.scan._uses import ROOTS, FileUses, Use, read_uses
 
 _SKIPPED = frozenset({"__pycache__", "node_modules"})
+
+# functions that pass any keyword on to another one, which takes those that it names
+_CHECKPOINT = "torch.utils.checkpoint.checkpoint"
+_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+_PASSES_ON = {
+    f"{_WRAPPER}.checkpoint_wrapper": f"{_WRAPPER}.CheckpointWrapper",
+    f"{_WRAPPER}.CheckpointWrapper": _CHECKPOINT,
+    _CHECKPOINT: "",
+}
 
 Standing = Literal["covered", "uncovered", "guarded", "unknown"]
 
@@ -241,7 +250,7 @@ class _Judge:
         if use.keyword:
             if mask == 0:
                 return None  # the function is a finding of its own
-            found = self.names.accepting(use.name, use.keyword)
+            found = self._accepting(use)
             name, has_function = f"{use.name}({use.keyword}=)", mask
             mask = found.mask
             if mask & has_function == has_function:
@@ -250,9 +259,18 @@ class _Judge:
             return None
         return _Judged(name, mask, *self._coverage_of(use, name))
 
+    def _accepting(self, use: Use) -> Presence:
+        """In which releases a function accepts a keyword: itself, or the one that it passes it on to."""
+        found = self.names.accepting(use.name, use.keyword)
+        if not self.names.definitions(use.name).isdisjoint(_PASSES_ON):
+            named = self.names.accepting(_CHECKPOINT, use.keyword, by_name=True).mask
+            return replace(found, mask=found.mask & named) if named else found
+        return found
+
     def _coverage_of(self, use: Use, name: str) -> tuple[int, _coverage.Provided | None]:
         """In which releases a backport provides what is used, and which one."""
         places = {use.name, *(() if use.keyword else (name,)), *self.names.definitions(use.name)}
+        places |= {_PASSES_ON[place] for place in places if use.keyword and place in _PASSES_ON}
         lacking = self.supported & ~self.names.look_up(use.name).mask
         for index, one in enumerate(self.provided):
             if any(one.may_cover(place) for place in places):
