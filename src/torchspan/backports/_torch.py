@@ -415,6 +415,12 @@ def share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     return StorageWeakRef(one.untyped_storage()) == StorageWeakRef(two.untyped_storage())
 
 
+def constant_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose result dynamo takes for a constant; torch._dynamo.assume_constant_result, without an import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def opaque_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which dynamo does not look into: it is traced by what comes after it."""
     from torch._dynamo import nonstrict_trace
