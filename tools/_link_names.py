@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -112,12 +113,16 @@ def settle_c_names(releases: list[Release]) -> None:
     for module in sorted(set().union(*(release.from_c for release in releases))):
         for release in releases:  # a stub may be younger than its module
             if module not in release.modules and _may_have(release, releases, module.rpartition(".")[2]):
-                release.modules[module] = ModuleNames(is_open=True)
+                release.modules[module] = ModuleNames()
                 release.from_c.add(module)
         having = [release for release in releases if module in release.modules]
         for name in sorted(set().union(*(release.modules[module].names for release in having))):
             _settle(having, [release.modules[module].names for release in having], module, name)
         for owner in sorted(set().union(*(release.modules[module].classes for release in having))):
+            known = next(found for release in having if (found := release.modules[module].classes.get(owner)) is not None)
+            for release in having:
+                if owner in release.modules[module].names:
+                    release.modules[module].classes.setdefault(owner, deepcopy(known))
             those = [release for release in having if owner in release.modules[module].classes]
             members = [release.modules[module].classes[owner].members for release in those]
             for name in sorted(set().union(*members)):

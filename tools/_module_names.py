@@ -455,6 +455,8 @@ def function_entry(node: ast.FunctionDef | ast.AsyncFunctionDef, is_stub: bool, 
     if {"property", "cached_property", "setter", "deleter", "classproperty"} & set(decorators):
         return ""
     entry = "(" + _parameters(node.args, skip_first=is_method and "staticmethod" not in decorators)
+    if node.args.kwarg is not None:
+        entry = ",".join([entry, *_taken_from(node.args.kwarg.arg, node)])
     return _with_more(entry) if is_stub or not set(decorators) <= _KEEPING else entry
 
 
@@ -468,6 +470,25 @@ def _parameters(arguments: ast.arguments, *, skip_first: bool) -> str:
         parts.append("*")
     parts += [argument.arg for argument in arguments.kwonlyargs]
     return ",".join([*parts, "**"] if arguments.kwarg is not None else parts)
+
+
+def _taken_from(keywords: str, function: ast.AST) -> list[str]:
+    """The names that a function takes out of its ``**keywords``: ``.pop("x")``, ``.get("x")``, ``["x"]``."""
+    found: dict[str, None] = {}
+    for node in ast.walk(function):
+        key: ast.expr | None = None
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("pop", "get")
+            and node.args
+        ):
+            key = node.args[0] if getattr(node.func.value, "id", "") == keywords else None
+        elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == keywords:
+            key = node.slice
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            found[key.value] = None
+    return list(found)
 
 
 def _with_more(entry: str) -> str:

@@ -176,25 +176,13 @@ def _scan(options: argparse.Namespace) -> int:
 
 def draw_scan(found: Scan, console: Console) -> None:
     """Each cause on a line of its own, then what they come to."""
-    titles = {"uncovered": "bold red", "covered": "bold", "guarded": "dim", "unknown": "dim"}
-    for standing, style in titles.items():
-        findings = found.of(standing)  # type: ignore[arg-type]
-        if findings:
-            console.print(f"[{style}]{standing}")
-        for finding in findings:
-            console.print(
-                f"  {finding}",
-                style="dim" if style == "dim" else None,
-                highlight=False,
-                markup=False,
-                emoji=False,
-                soft_wrap=True,
-            )
-    for path, reason in found.unreadable.items():
-        console.print(
-            f"could not be read: {path}: {reason}", style="red", highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-    console.print(found.summary, style="bold", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    lines = [("bold", found.summary)]
+    lines[:0] = [("red", f"could not be read: {path}: {reason}") for path, reason in found.unreadable.items()]
+    for standing, style in (("unknown", "dim"), ("guarded", "dim"), ("covered", ""), ("uncovered", "")):
+        texts = found.texts(standing)
+        lines[:0] = [("bold", standing), *((style, f"  {text}") for text in texts)] if texts else []
+    for style, text in lines:
+        console.print(text, style=style or None, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 # run

@@ -52,6 +52,12 @@ def test_a_backport_that_is_not_possible_says_why() -> None:
     assert read_backport("x", text.replace(", impossible=REASON", "")).impossible == ""
 
 
+def test_a_single_name_may_be_refused() -> None:
+    names = '{"y": f, "z": lambda: unavailable("torch.x.z", "no pass", "2.10")}'
+    one = read_backport("x", f'BACKPORT = Backport(name="x", target="torch.x", names={names})\n')
+    assert (one.refuses("torch.x.y"), one.refuses("torch.x.z")) == ("", "no pass")
+
+
 def test_arguments_and_members_of_what_is_changed_are_covered_where_the_code_names_them() -> None:
     one = read_backport(
         "x",

@@ -100,6 +100,11 @@ def test_functions_keep_their_parameters_and_changes_of_them(made: Made) -> None
     assert database.accepting("torch.m.g", "z").mask == 0b10
 
 
+def test_what_a_function_takes_out_of_its_keywords_is_named(made: Made) -> None:
+    database = made({"torch/m.py": "def f(**k):\n  k.pop('a', 1), k.get('b'), k['c'], k[d], other.pop('e')\n"})
+    assert [name for name in "abcde" if database.accepting("torch.m.f", name, by_name=True).mask] == ["a", "b", "c"]
+
+
 def test_classes_keep_members_bases_and_what_makes_them(made: Made) -> None:
     database = made(
         {
@@ -146,6 +151,13 @@ def test_a_name_that_a_stub_forgets_counts_where_the_code_mentions_it(made: Made
     database = made({stub: ""}, {stub: ""}, late, mentioned=(b"other\0", b"late\0", b"late\0early\0"))
     assert database.look_up("torch._C.late").mask == 0b110
     assert database.look_up("torch._C.unseen").mask == 0b111  # no code that is here mentions it: nobody knows since when
+
+
+def test_a_stub_may_be_younger_than_its_module_and_its_classes(made: Made) -> None:
+    stub = {"torch/_C/_sub.pyi": "class C:\n  def early(self): ...\n  def late(self): ...\n", "torch/_C/__init__.pyi": ""}
+    database = made({"torch/_C/__init__.pyi": ""}, stub, mentioned=(b"_sub\0C\0early\0", b"_sub\0C\0early\0late\0"))
+    assert database.look_up("torch._C._sub", is_module=True).mask == 0b11
+    assert database.look_up("torch._C._sub.C.early").mask == 0b11
 
 
 def test_operators_come_from_the_list_and_from_registrations(made: Made) -> None:

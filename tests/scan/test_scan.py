@@ -97,6 +97,17 @@ def test_a_name_of_no_release_is_unknown_and_does_not_fail(scanned: Scanned) -> 
     assert (finding.name, finding.standing, found.exit_code) == ("torch.no_such_name", "unknown", 0)
 
 
+def test_a_device_of_another_package_is_no_finding(scanned: Scanned) -> None:
+    assert scanned(program="import torch\ntorch.npu.synchronize()\n").findings == ()
+
+
+def test_the_same_name_in_a_file_is_one_line(scanned: Scanned) -> None:
+    found = scanned(program="import torch\n" + "torch.compiler.precompile\n" * 3)
+    assert len(found.uncovered) == 3
+    (text,) = found.texts("uncovered")
+    assert text.startswith("program.py:2: ") and text.endswith(" — not covered; also on lines 3, 4")
+
+
 def test_what_torchspan_alone_has_is_covered(scanned: Scanned) -> None:
     found = scanned(program="import torch\ntorch.Precompile\n")
     assert (found.findings[0].standing, found.runs[0], found.needs) == ("covered", "2.8", ())
@@ -118,12 +129,12 @@ def test_an_operator_that_a_backport_registers_is_covered(scanned: Scanned) -> N
 
 
 def test_what_a_backport_cannot_carry_is_not_covered(scanned: Scanned) -> None:
-    impossible = next((one for one in provided() if one.impossible), None)
-    if impossible is None:
-        pytest.skip("every backport is possible")
-    place, _, name = sorted(impossible.names)[0].rpartition(".")
+    refused = [(name, one.refuses(name)) for one in provided() for name in sorted(one.names) if one.refuses(name)]
+    if not refused:
+        pytest.skip("every name of every backport works")
+    place, _, name = refused[0][0].rpartition(".")
     (finding,) = scanned("2.8", program=f"from {place} import {name}\n").findings
-    assert finding.standing == "uncovered" and finding.says.endswith(f"backport {impossible.backport}: {impossible.impossible}")
+    assert finding.standing == "uncovered" and finding.says.endswith(f"{finding.backport}: {refused[0][1]}")
 
 
 def test_a_file_that_cannot_be_read_is_said_and_the_others_are_scanned(scanned: Scanned) -> None:

@@ -92,6 +92,13 @@ def test_a_name_that_may_be_something_else_is_not_followed() -> None:
             "  pass\nelse:\n  torch.a",
             "torch.a",
         ),
+        ("import torch\ndef f():\n  assert hasattr(torch, 'a')\n  torch.a", "torch.a"),
+        ("import torch\ndef f():\n  ok = hasattr(torch, 'a')\n  if ok:\n    torch.a", "torch.a"),
+        (
+            "import torch\nclass A:\n  def ok(self):\n    return torch.__version__ > '2.9'\n"
+            "  def f(self):\n    if self.ok():\n      torch.a",
+            "torch.a",
+        ),
         ("import torch\nHAS = hasattr(torch, 'a')\nif HAS:\n  torch.a", "torch.a"),
         ("import torch\ntry:\n  import torch.a\n  ok = True\nexcept ImportError:\n  ok = False\nif ok:\n  torch.b", "torch.b"),
         (

@@ -6,7 +6,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torchspan.backports._base import REGISTRY, Backport
@@ -24,8 +24,9 @@ class Provided:
 
     Of those that are changed it also provides whatever argument or member its code names: `words` are the words of its file.
     Of its own names it provides such an argument only where torch lacks the name. With `impossible`, the reason, it provides
-    none of them: they can be imported, and their use is an error. Where `is_read` is False, its file says it in a way that is
-    not understood here: it has to be imported to know more about what is in `target`, or anywhere if that is empty.
+    none of them: they can be imported, and their use is an error; so it is with single names that are `refused`. Where `is_read`
+    is False, its file says it in a way that is not understood here: it has to be imported to know more about what is in
+    `target`, or anywhere if that is empty.
     """
 
     backport: str
@@ -36,6 +37,11 @@ class Provided:
     impossible: str = ""
     is_read: bool = True
     target: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def refuses(self, name: str) -> str:
+        """Why the use of `name` is an error; nothing where it works."""
+        return self.impossible or self.refused.get(name, "")
 
     def may_cover(self, name: str) -> bool:
         """Whether it has to be imported to tell if it covers `name`."""
@@ -71,7 +77,9 @@ def read_backport(name: str, text: str, folder: Path = Path()) -> Provided:
     reader.read()
     names = reader.names | {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
     places = (frozenset(names), frozenset(reader.modules), frozenset(reader.changed))
-    return Provided(name, *places, _words(tree), _impossible(reader.given), reader.is_read, reader.unread_target)
+    return Provided(
+        name, *places, _words(tree), _impossible(reader.given), reader.is_read, reader.unread_target, reader.refused
+    )
 
 
 def imported(one: Provided) -> Provided:
@@ -97,6 +105,7 @@ class _Reader:
         self.changed: set[str] = set()
         self.is_read = True
         self.unread_target = ""
+        self.refused: dict[str, str] = {}
         self.constants = _constants(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torchspan.backports":
@@ -122,6 +131,7 @@ class _Reader:
             self.modules.add(target)
         is_read_so_far = self.is_read
         self.names |= {f"{target}.{key}" for key in self.keys("names")}
+        self.refused = {f"{target}.{key}": reason for key, reason in self.find_refused()}
         self.changed |= {f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(option)}
         self.unread_target = target if is_read_so_far else ""
         also = self.given.get("also")
@@ -143,6 +153,15 @@ class _Reader:
             is_new = kind == "MissingName" or getattr(by_name.get("create"), "value", False)
             (self.names if is_new else self.changed).add(f"{target}.{attribute}")
         self.is_read = self.is_read and bool(target and (attribute or kind == "MissingModule"))
+
+    def find_refused(self) -> Iterator[tuple[str, str]]:
+        """The names that are built by ``unavailable(…)``, and why they cannot work."""
+        names = self.given.get("names")
+        for key, value in zip(names.keys, names.values) if isinstance(names, ast.Dict) else ():
+            call = value.body if isinstance(value, ast.Lambda) else None
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "unavailable":
+                cause = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "cause")]
+                yield _text(key, self.constants), (_text(cause[0], self.constants) if cause else "") or "it cannot work here"
 
     def keys(self, option: str) -> Iterator[str]:
         """The keys of a dict in the declaration."""

@@ -66,7 +66,9 @@ class Guards:
         """Each statement of a block with the guard it stands under: after ``if not hasattr(…): return`` one begins."""
         for node in body:
             yield node, guard
-            if isinstance(node, ast.If) and not node.orelse:
+            if isinstance(node, ast.Assert) and not is_module:
+                guard = self.of_test(node.test, guard)
+            elif isinstance(node, ast.If) and not node.orelse:
                 last = node.body[-1]
                 leaves = isinstance(last, (ast.Return, ast.Continue, ast.Break)) or (
                     isinstance(last, ast.Raise) and not is_module
@@ -134,7 +136,8 @@ class Guards:
             root = _root(node)
             if node.attr in ("__version__", "TorchVersion") or (node.attr == "version" and root in self.torch_names):
                 return "a version check" if root in self.torch_names else ""
-            return f"if {node.attr}" if root not in self.torch_names and _is_flag(node.attr) else ""
+            is_flag = node.attr in self.flags or _is_flag(node.attr)
+            return f"if {node.attr}" if root not in self.torch_names and is_flag else ""
         if isinstance(node, ast.Call):
             return self._call_asks(node)
         if (
@@ -151,6 +154,8 @@ class Guards:
         if name in ("hasattr", "getattr") and node.args:
             asks = name == "hasattr" or len(node.args) == 3
             return f"{name}()" if asks and _root(node.args[0]) in self.torch_names else ""
+        if name in ("fields", "signature") and node.args:
+            return "a look at what is there" if _root(node.args[0]) in self.torch_names else ""
         if name == "find_spec" and node.args and isinstance(node.args[0], ast.Constant):
             return "find_spec()" if str(node.args[0].value).startswith("torch.") else ""
         return ""
@@ -187,15 +192,20 @@ class Guards:
                 self._find_torch_names([*node.body, *node.orelse])
 
     def _find_flags(self, body: Iterable[ast.stmt], *, is_guarded: bool) -> None:
-        """Names that a module makes by such questions: ``HAS_X = hasattr(…)``, ``except ImportError: HAS_X = False``."""
+        """Names that are made by such questions: ``HAS_X = hasattr(…)``, ``except ImportError: HAS_X = False``."""
         for node in body:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 is_constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, (bool, type(None)))
-                if (is_guarded and is_constant) or self.reason_of(node.value):
+                asks = isinstance(node.value, (ast.Call, ast.Compare, ast.BoolOp, ast.UnaryOp)) and self.reason_of(node.value)
+                if (is_guarded and is_constant) or asks:
                     self.flags |= {target.id for target in targets if isinstance(target, ast.Name)}
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and self._is_question(node):
-                self.flags.add(node.name)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self._find_flags(node.body, is_guarded=False)
+                if self._is_question(node):
+                    self.flags.add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                self._find_flags(node.body, is_guarded=False)
             elif isinstance(node, ast.Try):
                 guarded = is_guarded or bool(_caught(node)[0])
                 for part in (node.body, node.orelse, *(handler.body for handler in node.handlers)):

@@ -125,7 +125,8 @@ class Names:
 
         With `by_name`, only where it is a parameter's name: not where any keyword is passed on.
         """
-        mask, is_known = 0, True
+        mask = 0
+        is_known = any(outcome.is_there for outcome in self._outcomes(dotted, False))
         length = dotted.count(".") + 1
         for outcome in self._outcomes(dotted, False):
             if not outcome.is_there:

@@ -16,6 +16,8 @@ from torchspan.scan import _coverage
 from torchspan.scan._names import Names, Presence
 from torchspan.scan._uses import ROOTS, FileUses, Use, read_uses
 
+# devices that other packages register under torch
+_DEVICES_OF_OTHERS = frozenset({"cann", "gcu", "hpu", "ipu", "mlu", "mudnn", "musa", "neuron", "npu", "sdaa", "tpu"})
 _SKIPPED = frozenset({"__pycache__", "node_modules"})
 
 # functions that pass any keyword on to another one, which takes those that it names
@@ -73,6 +75,14 @@ class Scan:
         """The findings of one standing."""
         return tuple(finding for finding in self.findings if finding.standing == standing)
 
+    def texts(self, standing: str) -> list[str]:
+        """A line for each name in each file, for the findings of one standing."""
+        same: dict[tuple[str, str], list[Finding]] = {}
+        for finding in self.findings:
+            if finding.standing == standing:
+                same.setdefault((finding.path, finding.name), []).append(finding)
+        return [str(first) + _also(others) for first, *others in same.values()]
+
     @property
     def exit_code(self) -> int:
         """1 where something stays uncovered."""
@@ -90,6 +100,11 @@ class Scan:
             "unreadable": dict(self.unreadable),
             "findings": [{**vars(finding), "has": list(finding.has)} for finding in self.findings],
         }
+
+
+def _also(others: Sequence[Finding]) -> str:
+    lines = [str(other.line) for other in others]
+    return f"; also on line{'s' if len(lines) > 1 else ''} {', '.join(lines)}" if lines else ""
 
 
 def scan(paths: Sequence[str | os.PathLike[str]], torch: str | None = None) -> Scan:
@@ -257,6 +272,8 @@ class _Judge:
                 return None
         if mask == self.names.all or (mask == 0 and not found.is_known):
             return None
+        if mask == 0 and name.rpartition(".")[2] in _DEVICES_OF_OTHERS:
+            return None
         return _Judged(name, mask, *self._coverage_of(use, name))
 
     def _accepting(self, use: Use) -> Presence:
@@ -283,7 +300,8 @@ class _Judge:
             elif use.keyword in one.words and any(one.covers_name(place) for place in places):
                 mask = lacking  # where torch has the name it is torch's own, without the argument
             if mask:
-                return (0 if one.impossible else mask), one
+                refusal = next(filter(None, map(one.refuses, places)), "")
+                return (0 if refusal else mask), replace(one, impossible=refusal)
         return 0, None
 
     def _is_set_here(self, name: str) -> bool:
