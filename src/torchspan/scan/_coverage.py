@@ -24,8 +24,8 @@ class Provided:
 
     Of those that are changed it also provides whatever argument or member its code names: `words` are the words of its file.
     Of its own names it provides such an argument only where torch lacks the name. With `impossible`, the reason, it provides
-    none of them: they can be imported, and their use is an error; so it is with single names that are `refused`. Where `is_read`
-    is False, its file says it in a way that is not understood here: it has to be imported to know more about what is in
+    none of them: they can be imported, and their use is an error; so it is with single names that are `refused`. Where
+    `is_read` is False, its file says it in a way that is not understood here: it has to be imported to know more of what is in
     `target`, or anywhere if that is empty.
     """
 
