@@ -14,6 +14,7 @@ from _module_names import ClassNames, ModuleNames, read_module
 _TENSORS = ("Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short", "Bool", "BFloat16")
 MADE_BY_C: dict[str, tuple[str, ...]] = {
     "torch.cuda": tuple(f"{kind}Tensor" for kind in _TENSORS),
+    "torch.xpu": tuple(f"{kind}Tensor" for kind in _TENSORS),
     "torch.sparse": tuple(f"{kind}Tensor" for kind in _TENSORS),
     "torch.cuda.sparse": tuple(f"{kind}Tensor" for kind in _TENSORS),
 }

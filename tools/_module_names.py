@@ -67,9 +67,7 @@ _KEEPING = frozenset(
     ]
 )
 _DATACLASSES = frozenset({"dataclass", "dataclass_transform", "_dataclass", "dataclass_with_init"})
-_PLAIN_BASES = frozenset(
-    {"object", "Generic", "Protocol", "ABC", "Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "NamedTuple"}
-)
+_PLAIN_BASES = frozenset({"object", "Generic", "Protocol", "ABC", "Enum", "IntEnum", "StrEnum", "Flag", "IntFlag"})
 
 
 @dataclass

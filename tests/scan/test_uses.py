@@ -92,6 +92,11 @@ def test_a_name_that_may_be_something_else_is_not_followed() -> None:
             "  pass\nelse:\n  torch.a",
             "torch.a",
         ),
+        (
+            "import torch\ndef f():\n  with g():\n    from torch.l import L\n    ok = any(x == 'a' for x in fields(L))\n"
+            "    if ok:\n      torch.a",
+            "torch.a",
+        ),
         ("import torch\ndef f():\n  assert hasattr(torch, 'a')\n  torch.a", "torch.a"),
         ("import torch\ndef f():\n  ok = hasattr(torch, 'a')\n  if ok:\n    torch.a", "torch.a"),
         (

@@ -188,8 +188,8 @@ class Guards:
                 self.torch_names |= {alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch")}
             elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "torch":
                 self.torch_names |= {alias.asname or alias.name for alias in node.names}
-            elif isinstance(node, (ast.If, ast.Try)):
-                self._find_torch_names([*node.body, *node.orelse])
+            for inner in _blocks(node):
+                self._find_torch_names(inner)
 
     def _find_flags(self, body: Iterable[ast.stmt], *, is_guarded: bool) -> None:
         """Names that are made by such questions: ``HAS_X = hasattr(…)``, ``except ImportError: HAS_X = False``."""
@@ -204,7 +204,7 @@ class Guards:
                 self._find_flags(node.body, is_guarded=False)
                 if self._is_question(node):
                     self.flags.add(node.name)
-            elif isinstance(node, ast.ClassDef):
+            elif isinstance(node, (ast.ClassDef, ast.With, ast.For, ast.While)):
                 self._find_flags(node.body, is_guarded=False)
             elif isinstance(node, ast.Try):
                 guarded = is_guarded or bool(_caught(node)[0])
@@ -223,6 +223,14 @@ class Guards:
             return False
         tries = [node for node in ast.walk(function) if isinstance(node, ast.Try)]
         return any(_caught(node)[0] & IMPORT for node in tries) or any(self.reason_of(value) for value in returns)
+
+
+def _blocks(node: ast.stmt) -> Iterator[list[ast.stmt]]:
+    """The statements inside a statement."""
+    for name in ("body", "orelse", "finalbody"):
+        yield getattr(node, name, None) or []
+    for handler in getattr(node, "handlers", ()):
+        yield handler.body
 
 
 def _is_flag(name: str) -> bool:
