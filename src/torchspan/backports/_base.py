@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -90,7 +92,12 @@ class Backport:
             report.decide("backport", subject, f"torchspan's {self.name}", self.reason, user_site())
 
     def _where_lacking(self, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda old: build(old) if is_lacking(self) else old
+        def change(old: Any) -> object:
+            # what torch has is not imported to look into it, and not looked into half imported: this may be amid an import
+            is_there = self.is_module and not _is_imported(self.target) and _native_spec(self.target) is not None
+            return old if is_there or not is_lacking(self) else build(old)
+
+        return change
 
     def _build_module(self) -> Mapping[str, object]:
         return {name: self._build_name(name) for name in self.names}
@@ -151,11 +158,21 @@ def is_lacking(backport: Backport) -> bool:
 
 def _native_module(name: str) -> ModuleType | None:
     """The module `name` of torch itself, imported; None where torch has none, even if ours stands in its place."""
+    return None if _native_spec(name) is None else importlib.import_module(name)
+
+
+def _native_spec(name: str) -> ModuleSpec | None:
+    """Where torch has the module `name`; None where it has none, even if ours stands in its place."""
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:  # not even the package that it would be in
         return None
-    return None if spec is None or spec.origin == "torchspan" else importlib.import_module(name)
+    return None if spec is None or spec.origin == "torchspan" else spec
+
+
+def _is_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def status(backport: Backport) -> tuple[Standing, str]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+_NOT_IN_KEYS = "_cache_config_ignore_prefix"  # inductor's option that names the options which do not matter to its caches
+
 
 def context_manager_variables() -> ModuleType:
     """Dynamo's classes for context managers that it does not trace into."""
@@ -94,22 +96,43 @@ def tensors_as_indices() -> AbstractContextManager[None]:
 
 
 def inductor_option(name: str) -> Any:
-    """The value of an entry of inductor's configuration."""
+    """The value of an entry of inductor's configuration; its name may be dotted."""
     import torch._inductor.config as config
 
-    return getattr(config, name)
+    return config.__getattr__(name)
 
 
-def with_option(name: str, default: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Makes a configuration's table of entries one that also has `name`, of the type of `default`."""
+def with_options(options: Mapping[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes inductor's table of options one that also has these, with their defaults; they do not enter keys of caches."""
 
     def extend(entries: dict[str, Any]) -> dict[str, Any]:
         import torch.utils._config_module as module
 
-        entry: Any = module._ConfigEntry
-        return {**entries, name: entry(module._Config(default=default, value_type=type(default)))}
+        if options.keys() <= entries.keys():
+            return entries
+        make: Any = module._ConfigEntry
+        config: Any = module._Config
+        ignored = copy.copy(entries[_NOT_IN_KEYS])
+        for place in ("default", "user_override"):  # the second is a copy of the first once that has been read
+            if isinstance(names := getattr(ignored, place), list):
+                setattr(ignored, place, [*names, *options])
+        types = {name: None if value is None else type(value) for name, value in options.items()}
+        new = {name: make(config(default=value, value_type=types[name])) for name, value in options.items()}
+        return {**entries, **new, _NOT_IN_KEYS: ignored}
 
     return extend
+
+
+def option_group(name: str) -> Callable[[Any], Any]:
+    """Makes what stands for the options ``name.…`` in inductor's configuration, where it has none."""
+
+    def make(group: Any) -> Any:
+        import torch._inductor.config as config
+        from torch.utils._config_module import SubConfigProxy
+
+        return SubConfigProxy(config, f"{name}.") if group is None else group
+
+    return make
 
 
 def register_in_modes(operator: Any, fake_outputs: Callable[..., Any], as_constant: Callable[[Any], int]) -> None:

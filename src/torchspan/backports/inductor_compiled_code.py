@@ -167,7 +167,7 @@ BACKPORT = Backport(
     ),
     names={"inductor_compiled_code": _operator},
     also=(
-        Change("torch._inductor.config", "_config", _torch.with_option(_OPTION, False)),
+        Change("torch._inductor.config", "_config", _torch.with_options({_OPTION: False})),
         Change("torch._inductor.config", "_compile_ignored_keys", lambda keys: {*keys, _OPTION}),
         Change("torch._inductor.output_code", "CompiledFxGraph.__init__", _keeping_the_graph),
         Change("torch._inductor.output_code", "CompiledFxGraph.prepare_for_serialization", _leaving_the_graph),

@@ -1,20 +1,85 @@
-"""``torch._inductor.fx_passes.overlap_manual_scheduling``: bucket collectives by module and reorder them."""
+"""``manual_overlap_bucketing``: FSDP's collectives move by module, as they are told, and overlap with the modules beside."""
 
 from __future__ import annotations
 
-from torchspan.backports._base import Backport
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from torchspan.backports import _overlap
+from torchspan.backports._base import Backport, unavailable
+from torchspan.core.collectives import GATHER, SCATTER, Collective
+
+_PLACE = "torch._inductor.fx_passes.overlap_manual_scheduling"
+_SINCE = "2.10.0"
+
+
+def manual_overlap_bucketing(
+    gm: GraphModule,
+    module_bucket_plans: list[list[str] | str],
+    insert_overlap_deps: bool = False,
+    module_stack_fn: Callable[[Node], list[tuple[str, type[Any]]]] | None = None,
+    bucket_mode: str | None = None,
+) -> GraphModule:
+    """Merge the parameter gathers and gradient scatters of each planned part, and overlap them with the parts beside it.
+
+    A gather begins before the wait for the part before, a scatter is waited for after that of the part after has begun. Every
+    number stays bitwise what it was.
+
+    Args:
+        gm: a forward or backward graph of AOTAutograd, changed in place.
+        module_bucket_plans: the parts, each the name of a module or a list of names.
+        insert_overlap_deps: asks that inductor keeps the order; old torch's has no means for that (a Decision says so).
+        module_stack_fn: the modules that a node was traced in, outermost first; the metadata of the node by default.
+        bucket_mode: how upstream copies into buckets; the copies are written as plain operators here.
+    """
+    if insert_overlap_deps:
+        cause = "this torch's inductor has no control dependencies; it keeps the order of the graph where it does not fuse"
+        _overlap.say(BACKPORT.name, "insert_overlap_deps=True", "the order is not enforced", cause)
+    plans = [[plan] if isinstance(plan, str) else plan for plan in module_bucket_plans]
+    places = _overlap.places_of(gm.graph)
+    buckets = {}
+    for kind in (GATHER, SCATTER):
+        members = _overlap.fsdp_collectives(gm.graph.nodes, kind)
+        buckets[kind] = _overlap.merge(gm, _by_plan(members, plans, module_stack_fn), kind, places)
+    _overlap.overlap(buckets, places, limit_bytes=float("inf"))
+    return _overlap.finish(gm, places)
+
+
+manual_overlap_bucketing.__module__ = _PLACE
+
+
+def _by_plan(members: list[Collective], plans: list[list[str]], module_stack: Any) -> list[list[Collective]]:
+    """The members of each plan that move together; what is in no plan is left out."""
+    found: dict[Hashable, list[Collective]] = defaultdict(list)
+    for member in members:
+        for index, names in enumerate(plans):
+            if _overlap.is_inside(member.node, names, module_stack):
+                found[index, member.key].append(member)
+                break
+    return list(found.values())
+
 
 BACKPORT = Backport(
     name="overlap_manual_scheduling",
-    summary="bucket collectives by module and reorder them: torch._inductor.fx_passes.overlap_manual_scheduling",
-    target="torch._inductor.fx_passes.overlap_manual_scheduling",
-    since="2.10.0",
+    summary="bucket FSDP's collectives by module and overlap them: manual_overlap_bucketing",
+    target=_PLACE,
+    since=_SINCE,
     upstream="https://github.com/pytorch/pytorch/pull/165487",
+    differs=(
+        "insert_overlap_deps does not make inductor keep the order; buckets are copied with plain operators; "
+        "ManualOverlapScheduler itself is not there"
+    ),
     names={
-        "manual_overlap_bucketing": lambda: None,
-        "ManualOverlapScheduler": lambda: None,
+        "manual_overlap_bucketing": lambda: manual_overlap_bucketing,
+        "ManualOverlapScheduler": lambda: unavailable(
+            f"{_PLACE}.ManualOverlapScheduler",
+            "torchspan has the pass as a function",
+            _SINCE,
+            "call manual_overlap_bucketing",
+        ),
     },
     is_module=True,
-    impossible=lambda: "torchspan has no such pass for this torch yet",
-    instead="use torchspan.passes, such as transformer_block_bucketing",
 )

@@ -205,10 +205,14 @@ class Patches:
 
     def _set(self, holder: Any, name: str, value: object) -> None:
         before = vars(holder).get(name, _ABSENT)
-        # of a module in place: torch's configuration modules allow only options to be set
-        if isinstance(holder, ModuleType) and before is not _ABSENT:
+        # in place: torch's configuration modules allow only options to be set
+        if (
+            isinstance(holder, ModuleType)
+            and type(holder).__setattr__ is not ModuleType.__setattr__
+            and not _is_option(holder, name)
+        ):
             vars(holder)[name] = value
-            self._undo.append(lambda: vars(holder).__setitem__(name, before))
+            self._undo.append(lambda: vars(holder).pop(name) if before is _ABSENT else vars(holder).__setitem__(name, before))
             return
         setattr(holder, name, value)
 
@@ -247,6 +251,11 @@ def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]
         vars(function).update(names)
 
     return restore
+
+
+def _is_option(module: Any, name: str) -> bool:
+    """Whether a configuration module has an option of this name, which is set as any user sets it."""
+    return name in vars(module).get("_config", ())
 
 
 def _forget_module(module: ModuleType) -> None:

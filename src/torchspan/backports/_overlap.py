@@ -1,0 +1,176 @@
+"""Buckets of FSDP's collectives in an FX graph, and an order in which they overlap with compute; for the overlap passes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from torchspan.core.collectives import (
+    GATHER,
+    SCATTER,
+    Collective,
+    Merged,
+    is_call,
+    merge_gathers,
+    merge_scatters,
+    origin_of,
+    reorder,
+    value_of,
+    wait_for,
+)
+from torchspan.core.report import current_report, user_site
+
+_KEPT = ("partitioner_tag", "seq_nr", "autograd_backward", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "custom")
+
+
+def is_fsdp_gather(node: Node) -> bool:
+    """Whether `node` gathers something that is made of one graph input alone, as FSDP gathers a parameter."""
+    return is_call(node, GATHER) and origin_of(node.args[0]) is not None
+
+
+def is_fsdp_scatter(node: Node) -> bool:
+    """Whether `node` scatters something that then only becomes graph outputs, as FSDP scatters a gradient."""
+    return is_call(node, SCATTER) and all(len(user.all_input_nodes) == 1 for user in _downstream(node) if user.op != "output")
+
+
+def _downstream(node: Node) -> Iterator[Node]:
+    found, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user not in found:
+                found.add(user)
+                todo.append(user)
+                yield user
+
+
+def fsdp_collectives(nodes: Iterable[Node], kind: str) -> list[Collective]:
+    """FSDP's gathers or scatters among `nodes`, each with its one wait, in order."""
+    is_wanted = is_fsdp_gather if kind == GATHER else is_fsdp_scatter
+    found = ((node, wait_for(node)) for node in nodes if is_wanted(node))
+    return [Collective(node, wait) for node, wait in found if wait is not None]
+
+
+# the modules that nodes belong to
+
+
+def module_paths(node: Node, module_stack: Callable[[Node], Sequence[tuple[str, Any]]] | None = None) -> list[str]:
+    """The names of the modules that a node was traced in, outermost first; those of the forward for a backward node."""
+    if module_stack is not None:
+        return [path for path, _ in module_stack(node)]
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return [plain_path(path) for path, _ in stack.values()]
+
+
+def plain_path(path: str) -> str:
+    """The name of a module as its parent knows it, of how dynamo writes it.
+
+    >>> plain_path("L['self']._modules['layers']._modules['0'].wq"), plain_path("L['self'].layers.0.wq")
+    ('layers.0.wq', 'layers.0.wq')
+    """
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", re.sub(r"^L\['\w+'\]\.?", "", path)).strip(".")
+
+
+def is_inside(node: Node, names: Sequence[str], module_stack: Any = None) -> bool:
+    """Whether a node was traced in one of the modules `names`, or in what they hold."""
+    paths = module_paths(node, module_stack)
+    return any(path == name or path.startswith(f"{name}.") for path in paths for name in names)
+
+
+# merging and ordering
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What moves together: the nodes up to its beginning, those from its wait on, and how many bytes it moves."""
+
+    begin: Sequence[Node]
+    end: Sequence[Node]
+    size_bytes: int
+
+
+def merge(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str, places: dict[Node, float]) -> list[Bucket]:
+    """Merge each group of equal collectives; one of a single member stays as it is."""
+    merged: list[Bucket] = []
+    for group in groups:
+        size = size_of(group)
+        if len(group) == 1:
+            merged.append(Bucket([group[0].node], [group[0].wait], size))
+            continue
+        at = group[0] if kind == GATHER else group[-1]
+        meta = {key: value for key, value in at.node.meta.items() if key in _KEPT}
+        one: Merged = (merge_gathers if kind == GATHER else merge_scatters)(gm.graph, group, places, meta)
+        merged.append(Bucket(one.begin, one.end, size))
+    return merged
+
+
+def size_of(members: Iterable[Collective]) -> int:
+    """How many bytes the whole tensors have, gathered or not yet scattered."""
+    whole = (value_of(member.wait if is_call(member.node, GATHER) else member.source) for member in members)
+    return sum(value.numel() * value.element_size() for value in whole)
+
+
+def overlap(buckets: Mapping[str, list[Bucket]], places: dict[Node, float], limit_bytes: float) -> None:
+    """Begin each gather before the wait for the one before it, and wait for each scatter after the next has begun.
+
+    So a gather runs while the parameters before it are computed with, and a scatter while the gradients after it are computed;
+    two together are at most `limit_bytes`.
+    """
+    gathers = sorted(buckets.get(GATHER, ()), key=lambda bucket: places[bucket.begin[-1]])
+    for before, after in pairwise(gathers):
+        if before.size_bytes + after.size_bytes <= limit_bytes:
+            _move(after.begin, places[before.end[0]] - 0.5, places, with_inputs=True)
+    scatters = sorted(buckets.get(SCATTER, ()), key=lambda bucket: places[bucket.begin[-1]])
+    for before, after in pairwise(scatters):
+        if before.size_bytes + after.size_bytes <= limit_bytes:
+            _move(before.end, places[after.begin[-1]] + 0.5, places)
+
+
+def _move(nodes: Sequence[Node], place: float, places: dict[Node, float], *, with_inputs: bool = False) -> None:
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            continue
+        places[node] = min(places[node], place) if with_inputs else place
+        if with_inputs:
+            todo += node.all_input_nodes
+
+
+def sink_waits(graph: Graph, places: dict[Node, float]) -> None:
+    """Wait for every collective just before what needs it."""
+    for node in graph.nodes:
+        if is_call(node, "wait_tensor") and node.users:
+            places[node] = max(places[node], min(places[user] for user in node.users) - 0.25)
+
+
+def finish(gm: GraphModule, places: Mapping[Node, float]) -> GraphModule:
+    """Put the nodes at their places, as far as they can run there."""
+    reorder(gm.graph, places)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def places_of(graph: Graph) -> dict[Node, float]:
+    """Where each node stands."""
+    return {node: float(index) for index, node in enumerate(graph.nodes)}
+
+
+def has_waits(gm: GraphModule) -> bool:
+    """Whether the graph has collectives at all."""
+    return bool(gm.graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.wait_tensor.default))
+
+
+def say(backport: str, what: str, choice: str, reason: str) -> None:
+    """Record what is done otherwise than was asked for."""
+    report = current_report()
+    if report is not None:
+        report.decide("backport", what, f"torchspan's {backport}: {choice}", reason, user_site())
