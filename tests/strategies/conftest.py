@@ -35,21 +35,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: None) -> Path
 @pytest.fixture
 def nothing_left() -> Callable[[], None]:
     """Fail unless every process that a compile started is gone; only idle compile servers may stay."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}  # such as inductor's own workers
 
     def check() -> None:
         deadline = time.monotonic() + 1.0
-        left = _others()
+        left = _others(before)
         while left and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = _others()
+            left = _others(before)
         assert left == []
 
     return check
 
 
-def _others() -> list[str]:
-    servers = server_pids()
-    running = [child for child in psutil.Process().children(recursive=True) if child.pid not in servers]
+def _others(before: set[int]) -> list[str]:
+    known = before.union(server_pids())
+    running = [child for child in psutil.Process().children(recursive=True) if child.pid not in known]
     return [f"{child.pid} {child.name()}" for child in running if child.status() != psutil.STATUS_ZOMBIE]
 
 

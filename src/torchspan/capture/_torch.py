@@ -144,13 +144,15 @@ def dynamo_errors() -> tuple[type[Exception], ...]:
 
 
 def joint_export() -> Any:
-    """``aot_export_joint_with_descriptors``, or None where torch lacks it.
+    """``aot_export_joint_with_descriptors``, or None where torch itself lacks it (a backport may stand there).
 
     2.9 has the function, but its counterpart takes no ``partition_fn`` and its nodes no annotations: counted as lacking.
     """
     from torch._functorch import aot_autograd
 
-    compile_joint = getattr(aot_autograd, "aot_compile_joint_with_descriptors", None)
+    compile_joint = vars(aot_autograd).get("aot_compile_joint_with_descriptors")
+    if compile_joint is not None and compile_joint.__globals__ is not vars(aot_autograd):
+        return None
     if compile_joint is None or "partition_fn" not in inspect.signature(compile_joint).parameters:
         return None
     return aot_autograd.aot_export_joint_with_descriptors
