@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from torchspan.core.collectives import reorder
 from torchspan.core.errors import GraphError, InputError, PassError, UnknownNameError
 from torchspan.core.graph import Graph
 from torchspan.core.program import Program
@@ -16,7 +17,6 @@ from torchspan.core.report import Report
 from torchspan.passes import describe_passes
 from torchspan.passes._base import REGISTRY, Pass, PassContext, editable
 from torchspan.passes._instruments import Counts, Dump, Timing
-from torchspan.core.collectives import reorder
 from torchspan.passes._pipeline import Pipeline, default_of, verify_result
 from torchspan.passes.regional_inductor import RegionalInductor
 from torchspan.passes.transformer_block_bucketing import TransformerBlockBucketing
