@@ -56,6 +56,7 @@ def gather(*, has_tools: bool = True) -> Facts:
 
     Without `has_tools` the C++ compiler is not asked for its version (it is a process to start) and `cxx` is None.
     """
+    import psutil
     import torch
 
     return Facts(
@@ -67,18 +68,9 @@ def gather(*, has_tools: bool = True) -> Facts:
         num_xpu=torch.xpu.device_count(),
         has_mps=torch.backends.mps.is_available(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=_memory_bytes(),
+        memory_bytes=psutil.virtual_memory().total,
         platform=platform.system().lower(),
     )
-
-
-def _memory_bytes() -> int:
-    """Memory of this machine; asked of the system where that can be, as importing psutil is half of activation's time."""
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 def _installed(package: str) -> str | None:
