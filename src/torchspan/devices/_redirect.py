@@ -29,14 +29,7 @@ _MARKED = (torch.Tensor, torch.nn.Parameter)
 _ON_BEHALF = "torch._dynamo.variables"
 _OWN = ("torch.", "torchspan.")
 # What stands between the asker and the function that it called.
-_BETWEEN = (
-    "torchspan.devices",
-    "torchspan.environment.patch",
-    "torch.cuda",
-    "torch.accelerator",
-    "torch.library",
-    "torch._library",
-)
+_BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
 
 
 class Redirection:
