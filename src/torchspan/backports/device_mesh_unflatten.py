@@ -73,7 +73,8 @@ def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     if len(axis) < 2:
         stride = axis[0][1] if axis else 1
         return [_axis((size, stride * inner) for size, inner in row) for row in _rows(sizes)]
-    left, parts = list(axis), []
+    left = list(axis)
+    parts: list[Axis] = []
     for wanted in reversed(sizes):
         part: list[tuple[int, int]] = []
         while wanted > 1:
@@ -152,9 +153,9 @@ def _ranks(root: Any) -> torch.Tensor:
     return root.mesh.contiguous().flatten()
 
 
-def _flattened(root: Any) -> dict[str, Any]:
+def _flattened(root: Any) -> Mapping[str, Any]:
     """The meshes that were made by flattening one of ours, by name; a root mesh holds them."""
-    return vars(root).setdefault("_flatten_mapping", {})
+    return vars(root).get("_flatten_mapping", {})
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
         mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
         if not mine:
             raise RuntimeError(f"rank {rank} has no mesh of the dims {tuple(names)}: it is not in {root}")
-        mesh = DeviceMesh(root.device_type, mine[0], mesh_dim_names=tuple(names), _init_backend=False)
+        mesh: Any = DeviceMesh(root.device_type, mine[0], mesh_dim_names=tuple(names), _init_backend=False)
     mesh._root_mesh, mesh._axes = root, tuple(axes)
     if groups is not None:
         mesh._dim_group_names = groups
@@ -366,11 +367,11 @@ def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(flatten)
     def flatten_mesh(self: Any, mesh_dim_name: str | None = None, backend_override: Any = None) -> Any:
-        if not self.mesh_dim_names or not (_is_derived(self) or backend_override is not None):
-            return flatten(self, mesh_dim_name)
-        name = mesh_dim_name or "_".join(self.mesh_dim_names)
+        name = mesh_dim_name or "_".join(self.mesh_dim_names or ())
         if (name,) == self.mesh_dim_names:
             return self
+        if not self.mesh_dim_names or not (_is_derived(self) or backend_override is not None):
+            return flatten(self, mesh_dim_name)
         return _flatten(self, name, {} if backend_override is None else {0: backend_override})
 
     return flatten_mesh
@@ -383,7 +384,7 @@ def _flatten(mesh: Any, name: str, backend_override: Mapping[int | str, Any]) ->
             f"{name} already exists for submesh of the {root}, whose mesh_dim_names are {root.mesh_dim_names}. "
             "Please specify another valid mesh_dim_name."
         )
-    known = _flattened(root)
+    known = vars(root).setdefault("_flatten_mapping", {})
     if name not in known:
         groups = _new_groups(root, [axis], [name], _overrides(backend_override, [name]))
         known[name] = _derive(root, [axis], [name], groups)
@@ -399,8 +400,8 @@ def _getting_group(get_group: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_group)
     def get(self: Any, mesh_dim: int | str | None = None) -> Any:
-        flattened = _flattened(_get_root_mesh(self)) if isinstance(mesh_dim, str) else {}
-        return flattened[mesh_dim].get_group() if mesh_dim in flattened else get_group(self, mesh_dim)
+        flattened = _flattened(_get_root_mesh(self)).get(mesh_dim) if isinstance(mesh_dim, str) else None
+        return get_group(self, mesh_dim) if flattened is None else flattened.get_group()
 
     return get
 
