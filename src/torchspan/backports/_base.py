@@ -47,8 +47,9 @@ class Backport:
     changes elsewhere that the rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
-    where `target` has none of `names`. `impossible` gives the reason why it cannot work here, or None: then its names can be
-    imported, and their use is an error that says so, since when torch has it, and what to do `instead`.
+    where `target` has none of `names` (with `is_module`, not all). `impossible` gives the reason why it cannot work here, or
+    None: then its names can be imported, and their use is an error that says so, since when torch has it, and what to do
+    `instead`.
     """
 
     name: str
@@ -153,7 +154,8 @@ def is_lacking(backport: Backport) -> bool:
     if module is None:
         return True
     there = vars(module)
-    return not any(name in there and there[name] is not _built.get((backport.name, name)) for name in backport.names)
+    is_there = (name in there and there[name] is not _built.get((backport.name, name)) for name in backport.names)
+    return not (all if backport.is_module else any)(is_there)
 
 
 def _native_module(name: str) -> ModuleType | None:

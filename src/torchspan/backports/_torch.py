@@ -108,16 +108,17 @@ def with_options(options: Mapping[str, Any]) -> Callable[[dict[str, Any]], dict[
     def extend(entries: dict[str, Any]) -> dict[str, Any]:
         import torch.utils._config_module as module
 
-        if options.keys() <= entries.keys():
+        missing = {name: value for name, value in options.items() if name not in entries}
+        if not missing:
             return entries
         make: Any = module._ConfigEntry
         config: Any = module._Config
         ignored = copy.copy(entries[_NOT_IN_KEYS])
         for place in ("default", "user_override"):  # the second is a copy of the first once that has been read
             if isinstance(names := getattr(ignored, place), list):
-                setattr(ignored, place, [*names, *options])
-        types = {name: None if value is None else type(value) for name, value in options.items()}
-        new = {name: make(config(default=value, value_type=types[name])) for name, value in options.items()}
+                setattr(ignored, place, [*names, *missing])
+        types = {name: None if value is None else type(value) for name, value in missing.items()}
+        new = {name: make(config(default=value, value_type=types[name])) for name, value in missing.items()}
         return {**entries, **new, _NOT_IN_KEYS: ignored}
 
     return extend

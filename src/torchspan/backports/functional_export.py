@@ -59,6 +59,7 @@ def dynamo_graph_capture_for_export(
             _take_state(module, owner)
         root = module if isinstance(owner, torch.nn.Module) else owner
         call = _Call(function, captured.code, scope, captured.graph_name, () if root is None else (root,), len(args), [*kwargs])
+        vars(module).pop("_param_name_to_source", None)  # with it, AOTAutograd would take this for dynamo's own graph
         flatten, unflatten = call.ends()
         names = ["self_" if name == "self" else name for name in _argument_names(fn, args, kwargs)]
         module.graph.set_codegen(_BytecodeCodeGen(names, flatten, unflatten))

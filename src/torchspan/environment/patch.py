@@ -159,6 +159,7 @@ class Patches:
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return self._build_name(module, patch)
 
+        vars(__getattr__)["offers"] = lacking
         self._set(module, "__getattr__", __getattr__)
 
     def _build_name(self, module: ModuleType, patch: MissingName) -> object:
@@ -182,6 +183,8 @@ class Patches:
 
     def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
         found = vars(holder).get(name, _ABSENT)
+        if name in getattr(vars(holder).get("__getattr__"), "offers", ()):
+            return  # one of ours, built when it is asked for: torch has nothing here to be replaced
         current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
         if isinstance(patch, Redefinition) and callable(current):
             function = inspect.unwrap(current)
