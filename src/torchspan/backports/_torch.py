@@ -481,3 +481,13 @@ def in_memory_format(tensor: torch.Tensor, memory_format: Any) -> torch.Tensor:
     from torch._functorch._aot_autograd.runtime_wrappers import coerce_to_expected_memory_format
 
     return coerce_to_expected_memory_format(tensor, memory_format)
+
+
+@contextmanager
+def with_real_tensors() -> Iterator[None]:
+    """Inside, ranks can be computed also while a model is traced with fake tensors or on another default device."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.device("cpu"):
+        yield

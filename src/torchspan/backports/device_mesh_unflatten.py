@@ -11,13 +11,13 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change
 
 Axis = tuple[tuple[int, int], ...]
@@ -158,21 +158,11 @@ def _flattened(root: Any) -> Mapping[str, Any]:
     return vars(root).get("_flatten_mapping", {})
 
 
-@contextmanager
-def _with_real_tensors() -> Iterator[None]:
-    """Inside, ranks can be computed also while a model is traced with fake tensors or on another default device."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.device("cpu"):
-        yield
-
-
 def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[str] | None) -> Any:
     """A mesh of these axes over the ranks of `root`, the one that has this rank, with these process groups."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    with _with_real_tensors():
+    with _torch.with_real_tensors():
         copies, rank = _copies(axes, _ranks(root)), root.get_rank()
         mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
         if not mine:
@@ -186,7 +176,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
 
 def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides: Sequence[Override]) -> list[str]:
     """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
-    with _with_real_tensors():
+    with _torch.with_real_tensors():
         ranks = [_copies([axis], _ranks(root)).tolist() for axis in axes]
     groups = [_new_group(*given) for given in zip(ranks, names, overrides)]
     return [group for group in groups if group is not None]
@@ -436,7 +426,7 @@ def _get_all_submeshes(self: Any, mesh_dim_name: str) -> list[Any]:
     from torch.distributed.device_mesh import DeviceMesh
 
     dim = _get_mesh_dim_by_name(self, mesh_dim_name)
-    with _with_real_tensors():
+    with _torch.with_real_tensors():
         copies = _copies([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
         meshes = [DeviceMesh(self.device_type, copy, mesh_dim_names=(mesh_dim_name,), _init_backend=False) for copy in copies]
     for mesh in meshes:
