@@ -288,10 +288,6 @@ def test_on_ranks(failures: dict[str, dict[str, list[str]]], num: int, question:
 def test_a_mesh_is_sliced_while_a_model_is_traced_with_fake_tensors(environment: Environment) -> None:
     from torch._subclasses import FakeTensorMode
 
-    from torchspan.backports._base import get_backport, is_lacking
-
-    if not is_lacking(get_backport("device_mesh_unflatten")):
-        pytest.skip("torch 2.15's own mesh cannot")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = world()._unflatten(0, (1, 1), ("dp", "tp"))
