@@ -1,0 +1,64 @@
+"""``schedule.step(return_outputs=False)``: the same losses and gradients, and no outputs, on real ranks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, schedules
+
+from torchspan.environment.scope import Environment
+
+NUM_STAGES = {ScheduleGPipe: 2, Schedule1F1B: 2, ScheduleInterleaved1F1B: 4}
+
+
+def run(kind: Any, **options: Any) -> tuple[Any, list[torch.Tensor], list[Any], list[Any]]:
+    """What a step gives, the losses, every gradient of this rank, and what its stages have kept."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 4) for _ in range(NUM_STAGES[kind])]
+    mine = range(dist.get_rank(), len(layers), dist.get_world_size())
+    stages = [PipelineStage(layers[index], index, len(layers), torch.device("cpu")) for index in mine]
+    schedule = kind(stages if len(stages) > 1 else stages[0], 4, loss_fn=torch.nn.functional.mse_loss)
+    inputs, targets = torch.randn(8, 4), torch.randn(8, 4)
+    losses: list[torch.Tensor] = []
+    is_last = stages[-1].is_last
+    given = schedule.step(
+        *([inputs] if stages[0].is_first else []), target=targets if is_last else None, losses=losses, **options
+    )
+    gradients = [parameter.grad for stage in stages for parameter in stage.submod.parameters()]
+    return given, losses, gradients, [stage.output_chunks for stage in stages]
+
+
+def outputs_are_given_only_if_wanted() -> None:
+    for kind in NUM_STAGES:
+        given, losses, gradients, _ = run(kind)
+        wanted, _, _, _ = run(kind, return_outputs=True)
+        nothing, same_losses, same_gradients, kept = run(kind, return_outputs=False)
+        assert nothing is None and not any(kept), kind
+        torch.testing.assert_close((given, losses, gradients), (wanted, same_losses, same_gradients))
+        assert (given is None) == (dist.get_rank() == 0) and len(losses) == (4 if dist.get_rank() else 0)
+
+
+def one_step_may_want_them_and_the_next_not() -> None:
+    layer = torch.nn.Linear(4, 4)
+    schedule = ScheduleGPipe(PipelineStage(layer, dist.get_rank(), 2, torch.device("cpu")), 2)
+    for wanted in (True, False, True):
+        given = schedule.step(*([torch.ones(2, 4)] if dist.get_rank() == 0 else []), return_outputs=wanted)
+        assert (given is not None) == (wanted and dist.get_rank() == 1)
+
+
+QUESTIONS = {2: [outputs_are_given_only_if_wanted, one_step_may_want_them_and_the_next_not]}
+
+
+@pytest.mark.parametrize("question", [one.__name__ for one in QUESTIONS[2]])
+def test_on_ranks(failures: dict[str, dict[str, list[str]]], question: str) -> None:
+    assert not failures["2"][question], failures["2"][question][0]
+
+
+def test_the_signature_has_it(environment: Environment) -> None:
+    for kind in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
+        parameter = inspect.signature(kind.step).parameters["return_outputs"]
+        assert parameter.default is True and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
