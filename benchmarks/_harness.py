@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -61,8 +62,13 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def fresh_process(code: str, env: dict[str, str] | None = None) -> float:
-    """What `code`, run in a fresh Python process, prints as its last line, as a number."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")} | (env or {})
+    """What `code`, run in a fresh Python process, prints as its last line, as a number.
+
+    Bytecode is kept from one process to the next, as it is for installed packages.
+    """
+    unset = ("TORCHSPAN", "PYTHONDONTWRITEBYTECODE")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(unset)}
+    environ |= {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir(), "torchspan-bytecode"))} | (env or {})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
     if done.returncode:
         sys.exit(f"the measured program failed:\n{done.stderr}")

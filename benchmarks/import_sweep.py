@@ -2,9 +2,8 @@
 
     python benchmarks/import_sweep.py torchtitan peft --out sweep.json
 
-Every module, namespace packages too, is imported in a process of its own. A package is imported once and its process forked
-for each thing inside it, as a fresh import of the inner module would import the package first: so a sweep is fast, and what one
-module imports is not there for the next.
+Every module, namespace packages too, is first imported in a fork of a process that imported all that were found to import: so a
+sweep is fast, and a module that fails, hangs or ends its process leaves nothing behind for the next.
 """
 
 from __future__ import annotations
@@ -44,8 +43,13 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        json.dump({name: _sweep(name, options.side) for name in options.packages}, sys.stdout)
-        return
+        answer = os.fdopen(os.dup(1), "w")
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        json.dump({name: _sweep(name, options.side) for name in options.packages}, answer)
+        answer.flush()
+        os._exit(0)  # without the exit handlers of what was imported
     packages = [package for name in options.packages for package in _top_level(name)]
     start = time.perf_counter()
     with ThreadPoolExecutor() as pool:
@@ -83,8 +87,13 @@ def _sweep(package: str, side: str) -> dict[str, str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     places = list(spec.submodule_search_locations or ())
-    names = {package}.union(*(_modules(package, Path(place)) for place in places))
-    return _import_in_children(package, _nested(sorted(names)))
+    found: dict[str, str] = {}
+    for name in sorted({package}.union(*(_modules(package, Path(place)) for place in places))):
+        above = found.get(name.rpartition(".")[0], OK)
+        found[name] = above if above != OK else _import_in_child(name)
+        if found[name] == OK:
+            found[name] = _import(name)
+    return found
 
 
 def _modules(package: str, folder: Path) -> Iterator[str]:
@@ -97,50 +106,27 @@ def _modules(package: str, folder: Path) -> Iterator[str]:
             yield ".".join((package, *parts[: end + 1])).removesuffix(".__init__")
 
 
-def _nested(names: list[str]) -> dict[str, Any]:
-    """Dotted names as a tree by their parts."""
-    tree: dict[str, Any] = {}
-    for name in names:
-        branch = tree
-        for part in name.split("."):
-            branch = branch.setdefault(part, {})
-    return next(iter(tree.values()))
-
-
-def _import_in_children(name: str, inside: dict[str, Any]) -> dict[str, str]:
-    """Import `name` in a fork of this process, and what is inside it in forks of that one."""
+def _import_in_child(name: str) -> str:
+    """The outcome of the import of `name` in a fork of this process, which a failure leaves as it was."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         os.setpgid(0, 0)
-        _answer(writing, _import_all(name, inside))
+        os.write(writing, _import(name).encode())
+        os._exit(0)  # without the exit handlers of what was imported
     os.close(writing)
-    found = _read_all(reading, TIMEOUT_S * (1 + _size(inside)))
-    if found is None:
-        os.killpg(child, signal.SIGKILL)
+    with os.fdopen(reading, "rb") as pipe:
+        ended = select.select([pipe], [], [], TIMEOUT_S)[0]
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+        found = pipe.read().decode()
     _, status = os.waitpid(child, 0)
-    if found:
-        return json.loads(found)
-    cause = f"took more than {TIMEOUT_S} s" if found is None else f"ended the process: {_ending(status)}"
-    return dict.fromkeys(_names(name, inside), cause)
-
-
-def _import_all(name: str, inside: dict[str, Any]) -> dict[str, str]:
-    outcome = _import(name)
-    if outcome != OK:
-        return dict.fromkeys(_names(name, inside), outcome)
-    found = {name: OK}
-    for part, branch in inside.items():
-        found |= _import_in_children(f"{name}.{part}", branch)
-    return found
+    return found or (f"ended the process: {_ending(status)}" if ended else f"took more than {TIMEOUT_S} s")
 
 
 def _import(name: str) -> str:
-    """Import one module, silently; ``ok`` or what it misses."""
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    """Import one module; ``ok`` or what it misses."""
     try:
         importlib.import_module(name)
     except BaseException as cause:  # noqa: BLE001 - whatever a foreign module raises, an exit too, is the finding
@@ -170,36 +156,8 @@ def missing(cause: BaseException) -> str:
     return f"{type(cause).__name__}: {message}"[:200]
 
 
-def _answer(descriptor: int, found: dict[str, str]) -> None:
-    with os.fdopen(descriptor, "w") as pipe:
-        json.dump(found, pipe)
-    os._exit(0)  # without the exit handlers of what was imported
-
-
-def _read_all(descriptor: int, timeout_s: float) -> bytes | None:
-    """All that a child writes; None when it takes longer."""
-    parts, end = [], time.monotonic() + timeout_s
-    with os.fdopen(descriptor, "rb", buffering=0) as pipe:
-        while select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
-            part = pipe.read(1 << 16)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-    return None
-
-
 def _ending(status: int) -> str:
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
-
-
-def _names(name: str, inside: dict[str, Any]) -> Iterator[str]:
-    yield name
-    for part, branch in inside.items():
-        yield from _names(f"{name}.{part}", branch)
-
-
-def _size(inside: dict[str, Any]) -> int:
-    return sum(1 + _size(branch) for branch in inside.values())
 
 
 def _summary(package: str, found: dict[str, dict[str, str]]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _budget_of(variables: Mapping[str, str]) -> Budget | None:
 def _patches(
     device: str, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
 ) -> list[Patch]:
-    from torchspan.backports._base import all_backports, backport_names
+    from torchspan.backports._base import backport_names, backport_patches
 
     patches: list[Patch] = []
     known = set(backport_names())
@@ -197,7 +197,7 @@ def _patches(
     for name in disable - known:
         raise unknown_name("backport or device rule", name, known, "'torchspan doctor' lists them")
     if backports:
-        patches += [patch for backport in all_backports() for patch in backport.patches()]
+        patches += backport_patches()
     patches = [patch for patch in patches if patch.owner not in disable]
     if compile == "bounded":
         from torchspan.strategies import torch_compile_patch

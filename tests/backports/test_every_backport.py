@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from functools import reduce
 from typing import Any
 
 import pytest
 
-from torchspan.backports._base import REGISTRY, Backport, is_lacking, status
+from torchspan.backports._base import INDEX, REGISTRY, Backport, index_entry, is_lacking, status
 from torchspan.environment.patch import MissingModule, Replacement
 from torchspan.environment.scope import Environment
 
@@ -58,6 +59,13 @@ def test_a_backport_says_what_it_is(name: str) -> None:
     assert backport.summary and backport.differs
     assert backport.since or "no torch has" in backport.differs
     assert backport.names or backport.replaces or backport.redefines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_index_lists_what_it_changes_and_provides(name: str) -> None:
+    listed = json.loads(INDEX.read_text())
+    assert listed.get(name) == index_entry(backport_of(name)), "run tools/make_backport_index.py"
+    assert set(listed) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

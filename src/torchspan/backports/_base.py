@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,6 +21,8 @@ from torchspan.core.report import current_report, user_site
 from torchspan.environment.patch import MissingModule, MissingName, Patch, Redefinition, Replacement
 
 REGISTRY = Registry("torchspan.backports", "backport")
+
+INDEX = Path(__file__).with_name("_index.json")
 
 Standing = Literal["native", "backported", "not possible here"]
 
@@ -125,6 +130,19 @@ class Shim(Backport):
         return {name: value for name, value in names.items() if not (name.startswith("__") and name.endswith("__"))}
 
 
+def from_module(module: str, *names: str) -> dict[str, Callable[[], object]]:
+    """`names` as Backport takes them, found in the Python `module`, which is imported when the first is asked for.
+
+    >>> from_module("math", "tau")["tau"]()
+    6.283185307179586
+    """
+
+    def find(name: str) -> object:
+        return getattr(importlib.import_module(module), name)
+
+    return {name: partial(find, name) for name in names}
+
+
 def unavailable(name: str, cause: str, since: str, instead: str = "") -> type:
     """What stands for the dotted `name` where this torch cannot carry it: it can be imported and subclassed.
 
@@ -190,6 +208,43 @@ def status(backport: Backport) -> tuple[Standing, str]:
     if reason is not None:
         return "not possible here", reason
     return "backported", f"torch {torch.__version__} lacks it; {backport.reason}"
+
+
+def backport_patches() -> list[Patch]:
+    """The Patches of every backport.
+
+    Those of torchspan's own are listed in an index, so that activation need not import their files: each is imported when
+    something that it changes or provides is asked for. ``tools/make_backport_index.py`` makes the index.
+    """
+    index = json.loads(INDEX.read_text())
+    patches: list[Patch] = []
+    for name in backport_names():
+        entry = index.get(name)
+        patches += get_backport(name).patches() if entry is None else (_late(name, **listed) for listed in entry)
+    return patches
+
+
+def index_entry(backport: Backport) -> list[dict[str, Any]]:
+    """The Patches of `backport` as the index lists them."""
+    listed = []
+    for patch in backport.patches():
+        fields = {field.name: getattr(patch, field.name) for field in dataclasses.fields(patch)}
+        plain = {name: value for name, value in fields.items() if name not in ("owner", "build", "topic", "follow")}
+        listed.append({"kind": type(patch).__name__, **plain})
+    return listed
+
+
+def _late(owner: str, kind: str, **fields: Any) -> Patch:
+    def build(*old: Any) -> Any:
+        place = fields["target"], fields.get("attribute")
+        found = (patch for patch in get_backport(owner).patches() if type(patch).__name__ == kind)
+        return next(patch for patch in found if (patch.target, getattr(patch, "attribute", None)) == place).build(*old)
+
+    patch: Patch = _KINDS[kind](owner=owner, build=build, **fields)
+    return patch
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (MissingModule, MissingName, Replacement, Redefinition)}
 
 
 def all_backports() -> list[Backport]:

@@ -375,8 +375,7 @@ class SavedForBackwardsAOTOutput(AOTOutput):
         return f"__saved_for_backwards_{self.idx}"
 
 
-CLASSES = {value.__name__: value for value in list(globals().values()) if getattr(value, "__module__", None) == __name__}
-for _class in CLASSES.values():
+for _class in [value for value in globals().values() if getattr(value, "__module__", None) == __name__]:
     _class.__module__ = PLACE
 
 

@@ -5,8 +5,45 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torchspan.backports import _descriptors, _torch
-from torchspan.backports._base import Backport, Change
+from torchspan.backports import _torch
+from torchspan.backports._base import Backport, Change, from_module
+
+_CLASSES = [
+    "AOTInput",
+    "DifferentiableAOTInput",
+    "AOTOutput",
+    "DifferentiableAOTOutput",
+    "ParamAOTInput",
+    "BufferAOTInput",
+    "PlainAOTInput",
+    "DummyAOTInput",
+    "SubclassGetAttrAOTInput",
+    "SubclassSizeAOTInput",
+    "SubclassStrideAOTInput",
+    "ViewBaseAOTInput",
+    "SyntheticBaseAOTInput",
+    "PhiloxForwardSeedAOTInput",
+    "PhiloxForwardBaseOffsetAOTInput",
+    "PhiloxBackwardSeedAOTInput",
+    "PhiloxBackwardBaseOffsetAOTInput",
+    "ForwardTokenAOTInput",
+    "BackwardTokenAOTInput",
+    "TangentAOTInput",
+    "PlainAOTOutput",
+    "InputMutationAOTOutput",
+    "IntermediateBaseAOTOutput",
+    "MetadataMutationAOTOutput",
+    "GradAOTOutput",
+    "PhiloxUpdatedForwardOffsetAOTOutput",
+    "PhiloxUpdatedBackwardOffsetAOTOutput",
+    "ForwardTokenAOTOutput",
+    "BackwardTokenAOTOutput",
+    "SubclassGetAttrAOTOutput",
+    "SubclassSizeAOTOutput",
+    "SubclassStrideAOTOutput",
+    "DummyAOTOutput",
+    "SavedForBackwardsAOTOutput",
+]
 
 
 def _taking_traced_tangents(process: Any) -> Any:
@@ -25,10 +62,10 @@ def _taking_traced_tangents(process: Any) -> Any:
 BACKPORT = Backport(
     name="descriptors",
     summary="what the inputs and outputs of AOTAutograd's joint graphs mean: ParamAOTInput, GradAOTOutput and the others",
-    target=_descriptors.PLACE,
+    target="torch._functorch._aot_autograd.descriptors",
     since="2.9.0",
     upstream="https://github.com/pytorch/pytorch/pull/157779",
-    names={name: functools.partial(getattr, _descriptors, name) for name in _descriptors.CLASSES},
+    names=from_module("torchspan.backports._descriptors", *_CLASSES),
     is_module=True,
     # here and not where graphs are compiled: whether this torch lacks it is asked while AOTAutograd itself is being imported
     also=(

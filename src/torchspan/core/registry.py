@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from types import ModuleType
+from typing import Any
 
 from torchspan.core.errors import InputError, unknown_name
 
@@ -46,7 +47,7 @@ class Registry:
         for info in pkgutil.iter_modules(folder.__path__):
             if not info.name.startswith("_"):
                 targets[info.name] = f"{self.package}.{info.name}"
-        for point in entry_points(group=self.package):
+        for point in _entry_points().select(group=self.package):
             if point.name in targets:
                 raise InputError(
                     f"two plug-ins want the name {point.name!r} in {self.package}: {targets[point.name]} and {point.value}; "
@@ -54,3 +55,9 @@ class Registry:
                 )
             targets[point.name] = point.value
         return targets
+
+
+@cache
+def _entry_points() -> Any:
+    """What every installed package offers; read once, as that takes milliseconds."""
+    return entry_points()

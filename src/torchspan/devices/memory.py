@@ -12,8 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import psutil
-
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch
@@ -30,10 +28,9 @@ class Memory:
     """What this process uses, against what it used when this was made; the peak is the greatest figure that was read."""
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._read = _allocated_reader(self._process)
+        self._read = _allocated_reader()
         self._base = self._read()
-        self._resident_base = self._process.memory_info().rss
+        self._resident_base = _resident()
         self._peak = 0
 
     def allocated(self) -> int:
@@ -56,14 +53,14 @@ class Memory:
 
     def reserved(self) -> int:
         """Bytes of resident memory."""
-        return int(self._process.memory_info().rss)
+        return _resident()
 
 
-def _allocated_reader(process: psutil.Process) -> Callable[[], int]:
+def _allocated_reader() -> Callable[[], int]:
     library = ctypes.CDLL(None) if hasattr(ctypes, "RTLD_GLOBAL") else None
     mallinfo2 = getattr(library, "mallinfo2", None)  # glibc 2.33
     if mallinfo2 is None:
-        return lambda: int(process.memory_info().rss)
+        return _resident
     mallinfo2.restype = _Mallinfo2
 
     def read() -> int:
@@ -73,10 +70,24 @@ def _allocated_reader(process: psutil.Process) -> Callable[[], int]:
     return read
 
 
+def _resident() -> int:
+    found = _status("VmRSS")  # not psutil where that can be: it takes longer to import than the rest of an activation
+    if found is None:
+        import psutil
+
+        found = psutil.Process().memory_info().rss
+    return int(found)
+
+
 def _resident_peak() -> int:
+    return _status("VmHWM") or 0
+
+
+def _status(field: str) -> int | None:
+    """Bytes that Linux says of this process; None elsewhere."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
-    return 0
+        return int(next(line for line in file if line.startswith(field)).split()[1]) * 1024
+    return None
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
@@ -117,6 +128,8 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         redirection.index(device)
         redirection.simulate("torch.cuda.mem_get_info()", "free and total memory of this machine")
+        import psutil
+
         machine = psutil.virtual_memory()
         return machine.available, machine.total
 

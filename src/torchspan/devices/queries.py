@@ -9,10 +9,8 @@ import os
 import platform
 import threading
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
-
-import psutil
 
 from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function, stand_ins
@@ -94,16 +92,18 @@ def _unless_torch_asks(function: Function, old: Function) -> Function:
 
 
 def _properties(redirection: Redirection) -> dict[str, Function]:
-    properties = DeviceProperties(_name(redirection), psutil.virtual_memory().total, os.cpu_count() or 1)
+    @cache
+    def properties() -> DeviceProperties:
+        return DeviceProperties(_name(redirection), _memory().total, os.cpu_count() or 1)
 
     def get_device_properties(device: Any = None) -> DeviceProperties:
         redirection.index(device)
         redirection.simulate("torch.cuda.get_device_properties()", "memory and cores of this machine, capability 8.0")
-        return properties
+        return properties()
 
     def get_device_name(device: Any = None) -> str:
         redirection.index(device)
-        return properties.name
+        return _name(redirection)
 
     def get_device_capability(device: Any = None) -> tuple[int, int]:
         redirection.index(device)
@@ -127,14 +127,22 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
 
     def utilization(device: Any = None) -> int:
         redirection.simulate("torch.cuda.utilization()", "the load of this machine's CPU")
+        import psutil
+
         return int(psutil.cpu_percent())
 
     def memory_usage(device: Any = None) -> int:
         redirection.simulate("torch.cuda.memory_usage()", "the memory of this machine")
-        return int(psutil.virtual_memory().percent)
+        return int(_memory().percent)
 
     local = locals()
     return {name: function for name, function in local.items() if name not in ("redirection", "properties")}
+
+
+def _memory() -> Any:
+    import psutil  # here: it takes longer to import than the rest of an activation
+
+    return psutil.virtual_memory()
 
 
 def _name(redirection: Redirection) -> str:
@@ -193,7 +201,7 @@ class CudaRuntime:
 
     def cudaMemGetInfo(self, device: int = 0) -> tuple[int, int]:
         """Free and total bytes of this machine's memory."""
-        memory = psutil.virtual_memory()
+        memory = _memory()
         return memory.available, memory.total
 
 

@@ -54,9 +54,8 @@ class Facts:
 def gather(*, has_tools: bool = True) -> Facts:
     """The Facts of this machine; asks torch for its devices, so torch is imported.
 
-    Without `has_tools` the C++ compiler is not asked for its version (it is a process to start) and `cxx` is None.
+    Without `has_tools` what takes time is not asked: `cxx` is None (the compiler is a process to start), `memory_bytes` 0.
     """
-    import psutil
     import torch
 
     return Facts(
@@ -68,9 +67,15 @@ def gather(*, has_tools: bool = True) -> Facts:
         num_xpu=torch.xpu.device_count(),
         has_mps=torch.backends.mps.is_available(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=_memory_bytes() if has_tools else 0,
         platform=platform.system().lower(),
     )
+
+
+def _memory_bytes() -> int:
+    import psutil  # here: it takes longer to import than the rest of an activation
+
+    return int(psutil.virtual_memory().total)
 
 
 def _installed(package: str) -> str | None:
