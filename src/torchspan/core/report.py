@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
-log = logging.getLogger("torchspan")
+from torchspan.core.logs import is_logged_each, log_at
 
 Outcome = Literal["compiled", "loaded", "failed", "timeout", "memory", "crashed", "cancelled", "skipped"]
+
+SIMULATED = "simulated"
+"""How the reason of a Decision begins that gave only a part of what was asked for."""
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[1])
 _FOREIGN = (
@@ -33,7 +36,8 @@ class Decision:
     """A choice with its reason.
 
     `topic` is the part of torchspan that chose (``backport``, ``device``, ``compile``, ``precompile``, ``pass``, …), `subject`
-    what was asked for, `choice` what was given, `site` the user's ``file:line``, `count` how often.
+    what was asked for, `choice` what was given, `site` the user's ``file:line``, `count` how often, `function` the function of the
+    user's that the line is in.
     """
 
     topic: str
@@ -42,6 +46,12 @@ class Decision:
     reason: str
     site: str | None = None
     count: int = 1
+    function: str | None = None
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether only a part of what was asked for is given: the reason says which."""
+        return self.reason.startswith(SIMULATED)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,22 @@ class Tally:
         self.count = 0
 
 
+class _LoggedTally(Tally):
+    """A Tally that logs each time that its count grows: for who asked to see every single one."""
+
+    __slots__ = ("_count",)
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._count = value
+        if value:
+            _log(self.decision, "DEBUG")
+
+
 class Report:
     """All Decisions and Attempts, in order; thread-safe. Entries are passed on to `parent`, when there is one.
 
@@ -87,6 +113,7 @@ class Report:
 
     def __init__(self, parent: Report | None = None) -> None:
         self._parent = parent
+        self._on_new: Callable[[Decision | Attempt], None] = lambda entry: None
         self._lock = threading.Lock()
         self._entries: dict[Any, Decision | Tally | Attempt] = {}
         self._figures: dict[str, float] = {}
@@ -96,8 +123,12 @@ class Report:
         """Every Decision, in the order of its first occurrence."""
         with self._lock:
             entries = tuple(self._entries.values())
-        counted = (replace(e.decision, count=e.count) if isinstance(e, Tally) else e for e in entries)
-        return tuple(entry for entry in counted if isinstance(entry, Decision) and entry.count)
+        counts: dict[Decision, int] = {}
+        for entry in entries:
+            if not isinstance(entry, Attempt):
+                decision = entry.decision if isinstance(entry, Tally) else replace(entry, count=1)
+                counts[decision] = counts.get(decision, 0) + entry.count
+        return tuple(replace(decision, count=count) for decision, count in counts.items() if count)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -117,13 +148,16 @@ class Report:
         with self._lock:
             known = self._entries.get(key)
             if isinstance(known, Decision):
-                self._entries[key] = replace(known, count=known.count + 1)
+                entry = replace(known, count=known.count + 1)
             else:
-                self._entries[key] = Decision(topic, subject, choice, reason, site)
-        if known is None:
-            log.info("%s: %s → %s (%s)%s", topic, subject, choice, reason, f" at {site}" if site else "")
+                entry = Decision(topic, subject, choice, reason, site, function=_function_at(site))
+            self._entries[key] = entry
         if self._parent is not None:
             self._parent.decide(topic, subject, choice, reason, site)
+        else:
+            _log(entry, "INFO" if entry.count == 1 else "DEBUG")
+        if entry.count == 1:
+            self._on_new(entry)
 
     def tally(self, topic: str, subject: str, choice: str, reason: str, site: str | None = None) -> Tally:
         """A count of the same choice at the same site, for its maker to add to."""
@@ -132,24 +166,31 @@ class Report:
             known = self._entries.get(key)
             if isinstance(known, Tally):
                 return known
-        tally = Tally(Decision(topic, subject, choice, reason, site))
-        self._share(key, tally)
-        log.info("%s: %s → %s (%s)%s", topic, subject, choice, reason, f" at {site}" if site else "")
-        return tally
-
-    def _share(self, key: object, tally: Tally) -> None:
+        decision = Decision(topic, subject, choice, reason, site, function=_function_at(site))
+        tally = _LoggedTally(decision) if is_logged_each(topic) else Tally(decision)
+        _log(decision, "INFO")
         with self._lock:
             self._entries[key] = tally
+        self._share(tally)
+        return tally
+
+    def _share(self, tally: Tally) -> None:
+        """Tell who watches of `tally`, and give it to the parent, which may have others of the same choice and site."""
+        self._on_new(tally.decision)
         if self._parent is not None:
-            self._parent._share(key, tally)
+            with self._parent._lock:
+                self._parent._entries[id(tally)] = tally
+            self._parent._share(tally)
 
     def attempt(self, attempt: Attempt) -> None:
         """Record one try."""
         with self._lock:
             self._entries[object()] = attempt
-        log.info("attempt: %s", attempt)
+        self._on_new(attempt)
         if self._parent is not None:
             self._parent.attempt(attempt)
+        else:
+            log_at("INFO", "compile", None, None, "attempt: %s", attempt)
 
     def figure(self, name: str, value: float) -> None:
         """Record a measured figure; the unit is the end of its name."""
@@ -157,6 +198,10 @@ class Report:
             self._figures[name] = value
         if self._parent is not None:
             self._parent.figure(name, value)
+
+    def watch(self, on_new: Callable[[Decision | Attempt], None]) -> None:
+        """Call `on_new` with each entry when it is first made, from now on."""
+        self._on_new = on_new
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -183,6 +228,25 @@ def reporting(report: Report) -> Iterator[Report]:
         yield report
     finally:
         _current.remove(report)
+
+
+def _log(decision: Decision, level: Literal["INFO", "DEBUG"]) -> None:
+    arguments = (decision.subject, decision.choice, decision.reason)
+    log_at(level, decision.topic, decision.site, decision.function, "%s → %s (%s)", *arguments)
+
+
+def _function_at(site: str | None, limit: int = 60) -> str | None:
+    """The name of the function on the stack that is at the line `site`."""
+    file, _, line = (site or "").rpartition(":")
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(limit):
+        if frame is None or not line:
+            return None
+        code = frame.f_code
+        if frame.f_lineno == int(line) and code.co_filename == file:
+            return getattr(code, "co_qualname", code.co_name)
+        frame = frame.f_back
+    return None
 
 
 def user_site(limit: int = 60) -> str | None:
