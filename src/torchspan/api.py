@@ -29,6 +29,7 @@ _environment: Environment | None = None
 def activate(
     device: str = "auto",
     *,
+    masquerade: bool = False,
     backports: bool = True,
     compile: Literal["off", "bounded"] = "off",
     budget: Budget | None = None,
@@ -39,6 +40,8 @@ def activate(
     Args:
         device: ``auto`` gives the device that was asked for where it is here, else the best accelerator, else the CPU;
             a device such as ``cpu`` gives that one; ``off`` leaves devices alone.
+        masquerade: whether a tensor answers the program (``x.is_cuda``, ``x.device``) as if it were on the device that it
+            asked for; torch's own code is always told the truth.
         backports: whether names that this torch lacks are provided.
         compile: ``bounded`` makes ``torch.compile`` compile in a child process within a budget while the program runs eagerly.
         budget: what one bounded compile may spend; None is torchspan's default.
@@ -61,6 +64,7 @@ def activate(
     settings = {
         "TORCHSPAN": "1",
         "TORCHSPAN_DEVICE": device,
+        "TORCHSPAN_MASQUERADE": str(int(masquerade)),
         "TORCHSPAN_BACKPORTS": str(int(backports)),
         "TORCHSPAN_COMPILE": compile,
         "TORCHSPAN_DISABLE": ",".join(sorted(disable)),
@@ -74,7 +78,7 @@ def activate(
                 return _environment
             _environment.deactivate()
         report = Report()
-        patches = _patches(device, backports, compile, budget, frozenset(disable), report)
+        patches = _patches(device, masquerade, backports, compile, budget, frozenset(disable), report)
         from torchspan.environment.scope import Environment
 
         _environment = Environment(patches, report, settings).activate()
@@ -152,15 +156,17 @@ def register_shim(module_name: str, factory: Callable[[], ModuleType | Mapping[s
 
 
 def autoload() -> None:
-    """Activate as the variables ``TORCHSPAN_DEVICE``, ``_BACKPORTS``, ``_COMPILE``, ``_BUDGET_…`` and ``_DISABLE`` say.
+    """Activate as the environment variables say.
 
-    torch calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
+    They are ``TORCHSPAN_DEVICE``, ``_MASQUERADE``, ``_BACKPORTS``, ``_COMPILE``, ``_BUDGET_…`` and ``_DISABLE``. torch
+    calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
     """
     mode = os.environ.get("TORCHSPAN_COMPILE", "off")
     if mode not in ("off", "bounded"):
         raise InputError(f"TORCHSPAN_COMPILE is {mode!r}; expected 'off' or 'bounded'")
     activate(
         os.environ.get("TORCHSPAN_DEVICE", "auto"),
+        masquerade=os.environ.get("TORCHSPAN_MASQUERADE", "0") not in ("", "0"),
         backports=os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0",
         compile="bounded" if mode == "bounded" else "off",
         budget=_budget_of(os.environ),
@@ -181,7 +187,7 @@ def _budget_of(variables: Mapping[str, str]) -> Budget | None:
 
 
 def _patches(
-    device: str, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
+    device: str, masquerade: bool, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
 ) -> list[Patch]:
     from torchspan.backports._base import backport_names, backport_patches
 
@@ -193,7 +199,7 @@ def _patches(
         from torchspan.environment.facts import gather
 
         known |= set(RULES.names())
-        patches += device_patches(gather(has_tools=False), device, report)
+        patches += device_patches(gather(has_tools=False), device, report, masquerade=masquerade)
     for name in disable - known:
         raise unknown_name("backport or device rule", name, known, "'torchspan doctor' lists them")
     if backports:

@@ -31,7 +31,8 @@ def run(construct: dict[str, str]) -> None:
     names: dict[str, object] = {"torch": torch, "__name__": "__main__"}
     exec(construct["before"], names)
     report = Report()
-    Environment(device_patches(Facts(), "auto", report), report).activate()
+    masquerade = construct["kind"] == "answers"
+    Environment(device_patches(Facts(), "auto", report, masquerade=masquerade), report).activate()
     exec(construct["body"], names)
 
 

@@ -13,13 +13,16 @@ from torchspan.environment.patch import Patch, Replacement
 REGISTRY = Registry("torchspan.devices", "device rule")
 
 
-def device_patches(facts: Facts, device: str = "auto", report: Report | None = None) -> list[Patch]:
+def device_patches(
+    facts: Facts, device: str = "auto", report: Report | None = None, *, masquerade: bool = False
+) -> list[Patch]:
     """The Patches that make a program for a GPU run on what is here; none where what it asks for is here.
 
     Args:
         facts: what is here.
         device: ``auto`` for the asked device, else the best accelerator, else the CPU; or the device to use.
         report: where each redirection is recorded with the program's file and line.
+        masquerade: whether tensors answer the program, never torch, as if they were on the device that it asked for.
 
     Raises:
         InputError: `device` is not a device.
@@ -32,7 +35,7 @@ def device_patches(facts: Facts, device: str = "auto", report: Report | None = N
         return []
     from torchspan.devices._redirect import Redirection
 
-    redirection = Redirection(facts, device, report or Report())
+    redirection = Redirection(facts, device, report or Report(), masquerade=masquerade)
     switch = Replacement("devices", "torchspan.devices._redirect", "in_force", lambda old: redirection, create=True)
     return [switch, *(patch for name in REGISTRY.names() for patch in _rule(name, redirection))]
 

@@ -13,6 +13,7 @@ import torch
 
 from torchspan.core.report import Report, Tally, user_site
 from torchspan.devices._policy import ACCELERATORS, Choice, DeviceRequest, choose
+from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
 TOPIC = "device"
@@ -24,6 +25,7 @@ comptime: Any = None
 """dynamo's way to call a function while it reads a program; known when dynamo is imported."""
 
 _DEVICE = torch.device
+_DEVICE_OF = torch._C.TensorBase.device.__get__
 _MARKED = (torch.Tensor, torch.nn.Parameter)
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
@@ -31,14 +33,18 @@ _OWN = ("torch.", "torchspan.")
 # What stands between the asker and the function that it called.
 _BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
 
+_REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
+
 
 class Redirection:
     """Gives each request the device that the policy chooses, remembers which tensors it placed, and counts by call site."""
 
-    def __init__(self, facts: Facts, mode: str, report: Report) -> None:
+    def __init__(self, facts: Facts, mode: str, report: Report, *, masquerade: bool = False) -> None:
         self.facts = facts
         self.mode = mode
         self.report = report
+        self.masquerade = masquerade
+        self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
         self.kinds = tuple(
@@ -105,9 +111,46 @@ class Redirection:
     def is_marked(self, tensor: Any) -> bool:
         """Whether the program believes this tensor to be on the device it asked for."""
         try:
-            return hasattr(tensor.untyped_storage(), "_torchspan_placed")
+            marks = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
             return False
+        return not hasattr(marks, "_torchspan_host") if self.masquerade else hasattr(marks, "_torchspan_placed")
+
+    def mark_host(self, made: Any) -> Any:
+        """Remember that the program believes this tensor or storage to be on the CPU, unless it placed it; returns it."""
+        if not self.masquerade:
+            return made
+        try:
+            marks: Any = made.untyped_storage() if isinstance(made, torch.Tensor) else getattr(made, "_untyped_storage", made)
+        except (RuntimeError, NotImplementedError):
+            return made  # no storage: it is taken to be on the device
+        if not hasattr(marks, "_torchspan_placed"):
+            marks._torchspan_host = True
+        return made
+
+    def believed(self, holder: Any) -> torch.device | None:
+        """The device that the program believes a tensor or a storage to be on; None where that is where it is."""
+        marks = holder
+        if isinstance(holder, torch.Tensor):
+            if _DEVICE_OF(holder).type != self.target:
+                return None
+            try:
+                marks = holder.untyped_storage()
+            except (RuntimeError, NotImplementedError):
+                return self.ordinal()
+        return None if hasattr(marks, "_torchspan_host") else self.ordinal()
+
+    def asked_default(self) -> torch.device | None:
+        """The default device that the program asked for, if it was redirected."""
+        for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+            asked: torch.device | None = getattr(mode, "_torchspan_asked", None)
+            if asked is not None:
+                return asked
+        return self.ordinal() if self.is_cuda_default else None
+
+    def ordinal(self) -> torch.device:
+        """The device of the program: the one that it made current."""
+        return torch.device("cuda", torch.cuda.current_device())
 
     # who asks, and what is recorded
 
@@ -175,7 +218,9 @@ def asked_by_torch() -> bool:
     It is told the truth: that there is no such device. The program is told what it needs to go on.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and (frame.f_globals.get("__name__") or "").startswith(_BETWEEN):
+    while frame is not None and (
+        frame.f_code.co_filename == _REDEFINED or (frame.f_globals.get("__name__") or "").startswith(_BETWEEN)
+    ):
         frame = frame.f_back
     name = (frame.f_globals.get("__name__") or "") if frame is not None else ""
     return name.startswith(_OWN) and not name.startswith(_ON_BEHALF)

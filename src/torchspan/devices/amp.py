@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import Function
+from torchspan.devices._wrap import Function, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 
@@ -20,6 +20,9 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield Replacement("amp", "torch.amp.grad_scaler", "GradScaler.__init__", partial(_scaler, redirection))
     for name in ("custom_fwd", "custom_bwd"):
         yield Redefinition("amp", "torch.amp.autocast_mode", name, partial(_decorator, redirection, name))
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        yield Replacement("amp", "torch", name, partial(_of_the_target, redirection), follow=True)
+    yield Replacement("amp", "torch", "get_autocast_gpu_dtype", partial(_gpu_dtype, redirection), follow=True)
 
 
 def _autocast(redirection: Redirection, old: Any) -> Function:
@@ -46,6 +49,25 @@ def _cuda_autocast(redirection: Redirection, old: Any) -> Function:
 
     init.__doc__ = old.__doc__
     return init
+
+
+def _of_the_target(redirection: Redirection, old: Any) -> Function:
+    """What autocast does on a device that was asked for is what it does on the target; by default, CUDA is meant."""
+    kinds, target = redirection.kinds, redirection.target
+
+    def function(device_type: str = "cuda") -> Any:
+        return old(target if device_type in kinds else device_type)
+
+    redirection.originals[id(function)] = old
+    return named_like(function, old, "torch")
+
+
+def _gpu_dtype(redirection: Redirection, old: Any) -> Function:
+    def get_autocast_gpu_dtype() -> torch.dtype:
+        return torch.get_autocast_dtype(redirection.target)
+
+    redirection.originals[id(get_autocast_gpu_dtype)] = old
+    return named_like(get_autocast_gpu_dtype, old, "torch")
 
 
 def _scaler(redirection: Redirection, old: Any) -> Function:

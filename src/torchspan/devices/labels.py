@@ -38,6 +38,7 @@ def _device_context(redirection: Redirection, old: Any) -> Function:
         target = redirection.lookup(device)
         if target is not None:
             redirection.note("the default device", device)
+            self._torchspan_asked = torch.device(device)
         old(self, device if target is None else target)
 
     return init
@@ -46,7 +47,8 @@ def _device_context(redirection: Redirection, old: Any) -> Function:
 def _default_type(redirection: Redirection, old: Function) -> Function:
     def set_default_tensor_type(t: Any) -> None:
         name = t if isinstance(t, str) else f"{getattr(t, '__module__', '')}.{getattr(t, '__name__', '')}"
-        if name.startswith(_CUDA_TYPE):
+        redirection.is_cuda_default = name.startswith(_CUDA_TYPE)
+        if redirection.is_cuda_default:
             redirection.note(f"torch.set_default_tensor_type({name!r})")
             t = name.replace(_CUDA_TYPE, "torch.")
         old(t)

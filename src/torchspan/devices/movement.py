@@ -71,12 +71,18 @@ def _move_elsewhere(
     redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """To where another tensor is, or back to the CPU."""
-    if isinstance(first, torch.Tensor):
-        if redirection.is_marked(first) and not redirection.is_marked(tensor):
-            return redirection.mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
-    elif redirection.is_marked(tensor):
-        return old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "copy": True})
-    return old(tensor, *args, **kwargs)
+    is_here = redirection.is_marked(tensor)
+    is_like = isinstance(first, torch.Tensor)
+    is_wanted_here = redirection.is_marked(first) if is_like else is_here and not _is_cpu(first)
+    if is_here == is_wanted_here:
+        return old(tensor, *args, **kwargs)
+    given = dict(zip(_TO_POSITIONAL[2:], args[1:])) if is_like else dict(zip(_TO_POSITIONAL, args))
+    mark = redirection.mark if is_wanted_here else redirection.mark_host
+    return mark(old(tensor, *([first] if is_like and args else []), **{**given, **kwargs, "copy": True}))
+
+
+def _is_cpu(device: object) -> bool:
+    return (device.partition(":")[0] if isinstance(device, str) else getattr(device, "type", None)) == "cpu"
 
 
 def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
@@ -107,7 +113,7 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
 
     def cpu(self: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         if redirection.is_marked(self) and _redirect.in_force is redirection:
-            return to(self, device="cpu", copy=True, memory_format=memory_format)
+            return redirection.mark_host(to(self, device="cpu", copy=True, memory_format=memory_format))
         return old(self, memory_format=memory_format)
 
     return cpu

@@ -1,0 +1,178 @@
+"""``masquerade=True``: the program's own code is told that its tensors are on the device that it asked for; torch's never is.
+
+What a tensor was computed from is not followed: a tensor is taken to be on the device unless the program made it on the CPU
+(a factory without a device, ``from_numpy``, a load to the CPU) or moved it there. So a result of such tensors alone answers for
+the device as well, which costs a program nothing: its values are the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+from torchspan.devices import _redirect
+from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._wrap import Function, is_compiling, named_like
+from torchspan.devices.factories import FACTORIES
+from torchspan.environment.patch import Patch, Redefinition, Replacement
+
+C10D = "torch.distributed.distributed_c10d"
+TENSOR_VARIABLE = "torch._dynamo.variables.tensor"
+_MAKERS = [*FACTORIES, "as_tensor", "asarray", "from_numpy", "frombuffer"]
+
+
+def patches(redirection: Redirection) -> Iterable[Patch]:
+    """What answers for a device; nothing unless it was asked for."""
+    if not redirection.masquerade:
+        return
+    for name in _MAKERS:
+        yield Replacement("masquerade", "torch", name, partial(_made, redirection), follow=True)
+    yield Redefinition("masquerade", "torch.serialization", "default_restore_location", partial(_restored, redirection))
+    properties: dict[str, Callable[[torch.device], object]] = {
+        "device": lambda device: device,
+        "is_cuda": lambda device: device.type == "cuda",
+        "is_cpu": lambda device: False,
+    }
+    for name, answer in properties.items():
+        yield Replacement("masquerade", "torch", f"Tensor.{name}", partial(_property, redirection, answer))
+        if name != "is_cpu":
+            yield Replacement("masquerade", "torch", f"UntypedStorage.{name}", partial(_property, redirection, answer))
+            yield Replacement(
+                "masquerade", TENSOR_VARIABLE, f"TensorVariable.method_attr_{name}", partial(_traced, redirection)
+            )
+    yield Replacement("masquerade", "torch", "Tensor.get_device", partial(_get_device, redirection))
+    yield Replacement("masquerade", "torch", "get_device", partial(_get_device, redirection), follow=True)
+    yield Replacement("masquerade", "torch", "Tensor.type", partial(_type, redirection))
+    yield Redefinition("masquerade", "torch", "get_default_device", partial(_get_default_device, redirection))
+    groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+    for name in ("init_process_group", "new_group"):
+        yield Redefinition("masquerade", C10D, name, partial(_group, groups, name))
+    yield Redefinition("masquerade", C10D, "get_backend", partial(_get_backend, groups))
+    yield Redefinition("masquerade", C10D, "is_nccl_available", partial(_yes))
+
+
+# which tensors are on the CPU
+
+
+def _made(redirection: Redirection, old: Any) -> Function:
+    """A function that makes tensors on the CPU where it is given no device, nor a tensor that is on one."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        made = old(*args, **kwargs)
+        if is_compiling() or redirection.asked_default() is not None:
+            return made
+        is_like = bool(args) and isinstance(args[0], torch.Tensor) and redirection.is_marked(args[0])
+        return made if is_like else redirection.mark_host(made)
+
+    redirection.originals[id(function)] = redirection.originals.get(id(old), old)
+    return named_like(function, old, "torch")
+
+
+def _restored(redirection: Redirection, old: Function) -> Function:
+    def default_restore_location(storage: Any, location: str) -> Any:
+        restored = old(storage, location)
+        if location == "cpu":
+            redirection.mark_host(restored)
+        return restored
+
+    return default_restore_location
+
+
+# what a tensor answers
+
+
+def _property(redirection: Redirection, answer: Callable[[torch.device], object], old: Any) -> property:
+    read = old.__get__
+
+    def get(self: Any) -> object:
+        if asked_by_torch() or _redirect.in_force is not redirection:
+            return read(self)
+        device = redirection.believed(self)
+        return read(self) if device is None else answer(device)
+
+    return property(get, doc=old.__doc__)
+
+
+def _get_device(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def get_device(input: Any) -> int:
+        device = None if asked_by_torch() else redirection.believed(input)
+        found: int = old(input) if device is None else device.index or 0
+        return found
+
+    redirection.originals[id(get_device)] = old
+    return get_device
+
+
+def _type(redirection: Redirection, old: Function) -> Function:
+    def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = old(self, dtype, *args, **kwargs)
+        if dtype is not None or asked_by_torch() or redirection.believed(self) is None:
+            return found
+        return found.replace("torch.", "torch.cuda.", 1)
+
+    redirection.originals[id(type_)] = redirection.originals.get(id(old), old)
+    return named_like(type_, old, "torch._tensor")
+
+
+def _traced(redirection: Redirection, old: Any) -> Function:
+    """dynamo's answer for the program that it reads."""
+
+    @wraps(old)
+    def method(self: Any, tx: Any) -> Any:
+        real = self.device
+        if real is None or real.type != redirection.target or _redirect.is_torchs(tx.f_globals, tx.f_code):
+            return old(self, tx)
+        self.device = redirection.ordinal()
+        try:
+            return old(self, tx)
+        finally:
+            self.device = real
+
+    return method
+
+
+# what else answers
+
+
+def _get_default_device(redirection: Redirection, old: Function) -> Function:
+    def get_default_device() -> torch.device:
+        found: torch.device = old()
+        asked = redirection.asked_default()
+        return found if asked is None or asked_by_torch() else asked
+
+    return get_default_device
+
+
+def _group(groups: weakref.WeakKeyDictionary[Any, str], name: str, old: Function) -> Function:
+    """Remember which groups the program believes to be NCCL's."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        made = old(*args, **kwargs)
+        asked = kwargs.get("backend", args[0] if args and name == "init_process_group" else None)
+        group = torch.distributed.group.WORLD if name == "init_process_group" else made
+        if isinstance(asked, str) and asked.lower() == "nccl" and isinstance(group, torch.distributed.ProcessGroup):
+            groups[group] = "nccl"
+        return made
+
+    return function
+
+
+def _get_backend(groups: weakref.WeakKeyDictionary[Any, str], old: Function) -> Function:
+    def get_backend(group: Any = None) -> str:
+        found: str = old(group)
+        asked = groups.get(torch.distributed.group.WORLD if group is None else group)
+        return found if asked is None or asked_by_torch() else asked
+
+    return get_backend
+
+
+def _yes(old: Function) -> Function:
+    def answer() -> bool:
+        return True if not asked_by_torch() else bool(old())
+
+    return answer

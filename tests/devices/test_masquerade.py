@@ -1,0 +1,138 @@
+"""In disguise, the program is told that its tensors are on the device that it asked for; torch is told the truth."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchspan.core.report import Report
+from torchspan.devices._base import device_patches
+from torchspan.environment.facts import Facts
+from torchspan.environment.scope import Environment
+
+CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+
+
+@pytest.fixture
+def disguised() -> Iterator[Report]:
+    report = Report()
+    with Environment(device_patches(Facts(), "auto", report, masquerade=True), report):
+        yield report
+
+
+def where(tensor: torch.Tensor) -> str:
+    """What it answers, all answers agreeing."""
+    kind = tensor.device.type
+    assert type(tensor.device) is torch.device
+    assert tensor.is_cuda == (kind == "cuda") and tensor.is_cpu == (kind == "cpu")
+    assert tensor.get_device() == (0 if kind == "cuda" else -1)
+    assert tensor.type().startswith("torch.cuda." if kind == "cuda" else "torch.Float")
+    assert tensor.untyped_storage().device.type == kind
+    return kind
+
+
+def test_what_was_made_or_moved_there_and_what_is_computed_from_it_answers_for_the_device(disguised: Report) -> None:
+    x = torch.zeros(2, device="cuda")
+    for tensor in (
+        x,
+        x + 1,
+        x[:1],
+        x.double(),
+        torch.ones(2).cuda(),
+        torch.ones(2).to("cuda"),
+        torch.zeros(2, device=x.device),
+    ):
+        assert tensor.device == CUDA
+    assert where(x) == where(x + 1) == "cuda"
+
+
+def test_what_was_made_on_the_cpu_or_brought_back_answers_for_the_cpu(disguised: Report) -> None:
+    x = torch.zeros(2, device="cuda") + 1
+    for tensor in (
+        torch.zeros(2),
+        torch.tensor([1.0]),
+        torch.from_numpy(x.numpy()),
+        x.cpu(),
+        x.to("cpu"),
+        x.to(torch.zeros(2)),
+    ):
+        assert where(tensor) == "cpu"
+
+
+def test_a_move_copies_as_it_would_on_a_gpu(disguised: Report) -> None:
+    x = torch.zeros(2, device="cuda") + 1
+    back = x.cpu()
+    back[0] = 9
+    assert x[0] == 1
+    assert x.cuda() is x and x.to(CUDA) is x
+    host = torch.zeros(2)
+    assert host.to("cpu") is host and host.cpu() is host
+    host.cuda()[0] = 9
+    assert host[0] == 0
+
+
+def test_a_model_trains_and_all_of_it_answers_for_the_device(disguised: Report) -> None:
+    model = torch.nn.Linear(2, 2)
+    assert where(model.weight) == "cpu"
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.is_autocast_enabled()
+        loss = model(torch.ones(2, 2, device="cuda")).sum()
+    loss.backward()
+    optimizer.step()
+    state = optimizer.state[model.weight]["exp_avg"]
+    assert where(model.weight) == where(model.weight.grad) == where(state) == "cuda" and loss.is_cuda  # type: ignore[arg-type]
+
+
+def test_torch_itself_is_told_the_truth(disguised: Report) -> None:
+    x = torch.zeros(2, device="cuda")
+    assert "cuda" not in repr(x)
+    attention = torch.nn.MultiheadAttention(4, 2, device="cuda")  # asks in torch's own code which kernels there are
+    assert where(attention(*[torch.zeros(1, 3, 4, device="cuda")] * 3)[0]) == "cuda"
+    assert torch.isfinite(torch.nn.utils.clip_grad_norm_([x.requires_grad_()], 1.0))
+
+
+def test_a_pickle_and_a_copy_are_the_truth_for_torch_and_load_without_torchspan(tmp_path: Path) -> None:
+    with Environment(device_patches(Facts(), "auto", Report(), masquerade=True)):
+        x = torch.zeros(2, device="cuda")
+        assert where(copy.deepcopy(x)) == "cuda"
+        torch.save(x, tmp_path / "x.pt")
+        assert where(torch.load(tmp_path / "x.pt", map_location="cpu")) == "cpu"
+        pickled = pickle.dumps(x)
+    assert x.device == CPU and not x.is_cuda
+    assert pickle.loads(pickled).device == torch.load(tmp_path / "x.pt").device == CPU
+
+
+def test_compiled_code_is_told_the_same_without_a_graph_break(disguised: Report) -> None:
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x: torch.Tensor) -> torch.Tensor:
+        assert x.device.type == "cuda"
+        return torch.nn.functional.relu(x) + (torch.ones(2, device=x.device) if x.is_cuda else torch.zeros(2))
+
+    assert function(torch.zeros(2, device="cuda")).tolist() == [1, 1]
+
+
+def test_other_threads_are_told_the_same(disguised: Report) -> None:
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(where(torch.zeros(2, device="cuda") + 1)))
+    thread.start()
+    thread.join()
+    assert answers == ["cuda"]
+
+
+def test_the_default_device_is_the_one_that_was_asked_for(disguised: Report) -> None:
+    with torch.device("cuda"):
+        assert torch.get_default_device().type == where(torch.zeros(2)) == "cuda"
+    assert torch.get_default_device() == CPU and where(torch.zeros(2)) == "cpu"
+
+
+def test_without_it_a_tensor_answers_truthfully() -> None:
+    with Environment(device_patches(Facts(), "auto", Report())):
+        assert torch.zeros(2, device="cuda").device == CPU
