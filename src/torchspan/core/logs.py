@@ -1,7 +1,7 @@
-"""Logs: what torchspan does, on the ``torchspan`` logger, as from the file, line and function of the program that made it do so.
+"""Logs: what torchspan does, on the ``torchspan`` logger, as from the line of the program that made it do so.
 
-Each folder of torchspan has a child logger of its own (``torchspan.devices``, ``torchspan.backports``, …). Nothing is shown unless
-the program's own logging, or the variable ``TORCHSPAN_LOG``, asks for it.
+Each folder of torchspan has a child logger of its own (``torchspan.devices``, ``torchspan.backports``, …). Nothing is shown
+unless the program's own logging, or the variable ``TORCHSPAN_LOG``, asks for it.
 """
 
 from __future__ import annotations

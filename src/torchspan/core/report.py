@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from torchspan.core.logs import is_logged_each, log_at
+
+log = logging.getLogger("torchspan")
 
 Outcome = Literal["compiled", "loaded", "failed", "timeout", "memory", "crashed", "cancelled", "skipped"]
 
@@ -36,8 +39,8 @@ class Decision:
     """A choice with its reason.
 
     `topic` is the part of torchspan that chose (``backport``, ``device``, ``compile``, ``precompile``, ``pass``, …), `subject`
-    what was asked for, `choice` what was given, `site` the user's ``file:line``, `count` how often, `function` the function of the
-    user's that the line is in.
+    what was asked for, `choice` what was given, `site` the user's ``file:line``, `count` how often, `function` the function that
+    the line is in.
     """
 
     topic: str
