@@ -39,8 +39,7 @@ class Decision:
     """A choice with its reason.
 
     `topic` is the part of torchspan that chose (``backport``, ``device``, ``compile``, ``precompile``, ``pass``, …), `subject`
-    what was asked for, `choice` what was given, `site` the user's ``file:line``, `count` how often, `function` the function that
-    the line is in.
+    what was asked for, `choice` what was given, `site` the user's ``file:line``, `function` where that is, `count` how often.
     """
 
     topic: str
