@@ -102,26 +102,70 @@ def inductor_option(name: str) -> Any:
     return config.__getattr__(name)
 
 
-def with_options(options: Mapping[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Makes inductor's table of options one that also has these, with their defaults; they do not enter keys of caches."""
+class ExtendedOptions(dict[str, Any]):
+    """A table of options with some more; `native` is the table that torch has."""
+
+    def __init__(self, native: dict[str, Any], more: Mapping[str, Any]) -> None:
+        super().__init__({**native, **more})
+        self.native = native
+
+
+def has_native_option(module: ModuleType, name: str) -> bool:
+    """Whether the configuration `module` has an entry of this name by itself; says the same while it is extended."""
+    entries = vars(module)["_config"]
+    while isinstance(entries, ExtendedOptions):
+        entries = entries.native
+    return name in entries
+
+
+def with_options(
+    options: Mapping[str, Any], left_out_by: str | None = _NOT_IN_KEYS
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes a table of options one that also has these, with their defaults.
+
+    They do not enter keys of caches: the option `left_out_by` lists them (None: they enter).
+    """
 
     def extend(entries: dict[str, Any]) -> dict[str, Any]:
-        import torch.utils._config_module as module
-
         missing = {name: value for name, value in options.items() if name not in entries}
         if not missing:
             return entries
-        make: Any = module._ConfigEntry
-        config: Any = module._Config
-        ignored = copy.copy(entries[_NOT_IN_KEYS])
-        for place in ("default", "user_override"):  # the second is a copy of the first once that has been read
-            if isinstance(names := getattr(ignored, place), list):
-                setattr(ignored, place, [*names, *missing])
-        types = {name: None if value is None else type(value) for name, value in missing.items()}
-        new = {name: make(config(default=value, value_type=types[name])) for name, value in missing.items()}
-        return {**entries, **new, _NOT_IN_KEYS: ignored}
+        new = {name: _option(value) for name, value in missing.items()}
+        if left_out_by is not None:
+            new[left_out_by] = _with_more_names(entries.get(left_out_by) or _option([]), list(missing))
+        return ExtendedOptions(entries, new)
 
     return extend
+
+
+def _option(default: Any) -> Any:
+    import torch.utils._config_module as module
+
+    make: Any = module._ConfigEntry
+    config: Any = module._Config
+    return make(config(default=default, value_type=None if default is None else type(default)))
+
+
+def _with_more_names(entry: Any, names: list[str]) -> Any:
+    extended = copy.copy(entry)
+    for place in ("default", "user_override"):  # the second is a copy of the first once that has been read
+        if isinstance(there := getattr(extended, place), list):
+            setattr(extended, place, [*there, *names])
+    return extended
+
+
+def aot_option(name: str) -> Any:
+    """The value of an entry of AOTAutograd's configuration."""
+    import torch._functorch.config as config
+
+    return config.__getattr__(name)
+
+
+def refuse_to_cache_joint_graph(cause: str) -> None:
+    """Raise what makes AOTAutograd compile a program anew and keep nothing of it in its cache."""
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+
+    raise BypassAOTAutogradCache(cause)
 
 
 def option_group(name: str) -> Callable[[Any], Any]:
