@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torchspan.backports._base import Backport as Backport
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report
+    from torchspan.devices._value import TorchDevice as TorchDevice
+    from torchspan.devices._value import keep_cpu as keep_cpu
     from torchspan.strategies import Budget as Budget
     from torchspan.strategies import compile_bounded as compile  # noqa: F401
 
@@ -28,10 +30,12 @@ _PUBLIC = {
     "Budget": "torchspan.strategies:Budget",
     "Precompile": "torchspan.artifacts:Precompile",
     "Report": "torchspan.core.report:Report",
+    "TorchDevice": "torchspan.devices._value:TorchDevice",
     "TorchspanError": "torchspan.core.errors:TorchspanError",
     "activate": "torchspan.api:activate",
     "compile": "torchspan.strategies:compile_bounded",
     "deactivate": "torchspan.api:deactivate",
+    "keep_cpu": "torchspan.devices._value:keep_cpu",
     "load": "torchspan.artifacts:load",
     "precompile": "torchspan.artifacts:precompile",
     "register_backport": "torchspan.api:register_backport",

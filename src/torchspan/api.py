@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torchspan.core.config import split_names
 from torchspan.core.errors import InputError, unknown_name
-from torchspan.core.report import Report
+from torchspan.core.logs import show_logs
+from torchspan.core.report import Report, current_report
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -39,7 +40,9 @@ def activate(
 
     Args:
         device: ``auto`` gives the device that was asked for where it is here, else the best accelerator, else the CPU;
-            a device such as ``cpu`` gives that one; ``off`` leaves devices alone.
+            a device such as ``cpu`` gives that one; ``strict`` makes each redirection an error that names file and line;
+            ``torchdevice`` gives the accelerator to what asks for the CPU too (see :func:`torchspan.keep_cpu`), and the CPU to
+            ``cpu:-1``; ``off`` leaves devices alone.
         masquerade: whether a tensor answers the program (``x.is_cuda``, ``x.device``) as if it were on the device that it
             asked for; torch's own code is always told the truth.
         backports: whether names that this torch lacks are provided.
@@ -77,7 +80,7 @@ def activate(
             if _environment.settings == settings:
                 return _environment
             _environment.deactivate()
-        report = Report()
+        report = Report(current_report())
         patches = _patches(device, masquerade, backports, compile, budget, frozenset(disable), report)
         from torchspan.environment.scope import Environment
 
@@ -161,10 +164,11 @@ def autoload() -> None:
     They are ``TORCHSPAN_DEVICE``, ``_MASQUERADE``, ``_BACKPORTS``, ``_COMPILE``, ``_BUDGET_…`` and ``_DISABLE``. torch
     calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
     """
+    show_logs(os.environ.get("TORCHSPAN_LOG", ""))
     mode = os.environ.get("TORCHSPAN_COMPILE", "off")
     if mode not in ("off", "bounded"):
         raise InputError(f"TORCHSPAN_COMPILE is {mode!r}; expected 'off' or 'bounded'")
-    activate(
+    environment = activate(
         os.environ.get("TORCHSPAN_DEVICE", "auto"),
         masquerade=os.environ.get("TORCHSPAN_MASQUERADE", "0") not in ("", "0"),
         backports=os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0",
@@ -172,6 +176,10 @@ def autoload() -> None:
         budget=_budget_of(os.environ),
         disable=split_names(os.environ.get("TORCHSPAN_DISABLE")),
     )
+    if os.environ.get("TORCHSPAN_REPORT_PARTS"):  # the process that started this one makes a page of what both do
+        from torchspan.report import write_part
+
+        write_part(environment.report)
 
 
 def _budget_of(variables: Mapping[str, str]) -> Budget | None:

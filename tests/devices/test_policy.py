@@ -32,6 +32,17 @@ NOTHING, CUDA, TWO, MPS, XPU = Facts(), Facts(num_cuda=1), Facts(num_cuda=2), Fa
         (TWO, "mps", None, "cpu", "cpu"),
         (MPS, "cuda", None, "mps", "mps"),
         (MPS, "mps", None, "mps", "mps"),
+        (MPS, "cpu", None, "torchdevice", "mps"),
+        (MPS, "cpu", 2, "torchdevice", "mps"),
+        (MPS, "cpu", -1, "torchdevice", "cpu"),
+        (MPS, "", None, "torchdevice", "mps"),
+        (MPS, "", None, "auto", "cpu"),
+        (CUDA, "cpu", None, "torchdevice", "cuda"),
+        (CUDA, "mps", None, "torchdevice", "cuda"),
+        (CUDA, "cuda", 0, "torchdevice", "cuda:0"),
+        (NOTHING, "cpu", None, "torchdevice", "cpu"),
+        (NOTHING, "mps", 0, "torchdevice", "cpu"),
+        (MPS, "cuda", None, "strict", "mps"),
     ],
 )
 def test_a_request_is_given_the_device(facts: Facts, kind: str, index: int | None, mode: str, device: str) -> None:
@@ -60,5 +71,7 @@ def test_nothing_is_patched_where_what_was_asked_for_is_here() -> None:
 
 
 def test_an_unknown_device_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="device is 'gpu'; expected 'auto', or a device: 'cpu', 'cuda', 'xpu', 'mps'"):
+    with pytest.raises(
+        InputError, match="device is 'gpu'; expected one of auto, strict, torchdevice, off, cpu, cuda, xpu, mps"
+    ):
         device_patches(NOTHING, "gpu")

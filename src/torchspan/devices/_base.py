@@ -10,6 +10,7 @@ from torchspan.devices._policy import DeviceRequest, check_mode, choose
 from torchspan.environment.facts import Facts
 from torchspan.environment.patch import Patch, Replacement
 
+_OF_THE_CPU = ("amp", "factories", "labels", "movement", "serialization")  # rules for what asks for the CPU where CUDA is here
 REGISTRY = Registry("torchspan.devices", "device rule")
 
 
@@ -31,13 +32,14 @@ def device_patches(
     []
     """
     check_mode(device)
-    if choose(facts, DeviceRequest("cuda"), device).device == "cuda":
+    has_cuda = choose(facts, DeviceRequest("cuda"), device).device == "cuda"
+    if has_cuda and choose(facts, DeviceRequest("cpu"), device).device == "cpu":
         return []
     from torchspan.devices._redirect import Redirection
 
     redirection = Redirection(facts, device, report or Report(), masquerade=masquerade)
     switch = Replacement("devices", "torchspan.devices._redirect", "in_force", lambda old: redirection, create=True)
-    return [switch, *(patch for name in REGISTRY.names() for patch in _rule(name, redirection))]
+    return [switch, *(patch for name in (_OF_THE_CPU if has_cuda else REGISTRY.names()) for patch in _rule(name, redirection))]
 
 
 def _rule(name: str, redirection: object) -> Iterable[Patch]:

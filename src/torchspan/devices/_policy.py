@@ -8,19 +8,32 @@ from torchspan.core.errors import InputError
 from torchspan.environment.facts import Facts
 
 ACCELERATORS = ("cuda", "xpu", "mps")
+POLICIES = ("auto", "strict", "torchdevice")
+KEEP_CPU = "cpu:-1"
+"""How a program says, in the mode ``torchdevice``, that it means the CPU; torch knows no such device."""
 MOST_DEVICES = 16
 """As many devices as the largest common machine has: an index beyond it is a mistake, wherever the program runs."""
 
 
 @dataclass(frozen=True)
 class DeviceRequest:
-    """What a program asked for; `index` is None where it named none."""
+    """What a program asked for: `kind` is empty where it named no device, `index` None where it named none."""
 
-    kind: str
+    kind: str = ""
     index: int | None = None
 
     def __str__(self) -> str:
         return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+
+def request_of(device: str) -> DeviceRequest:
+    """The request that a device's name makes; raises ValueError where its index is no number.
+
+    >>> request_of("cuda:1"), request_of("cpu")
+    (DeviceRequest(kind='cuda', index=1), DeviceRequest(kind='cpu', index=None))
+    """
+    kind, _, index = device.partition(":")
+    return DeviceRequest(kind, int(index) if index else None)
 
 
 @dataclass(frozen=True)
@@ -37,34 +50,41 @@ def check_mode(mode: str) -> str:
 
     >>> check_mode("gpu")
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: device is 'gpu'; expected 'auto', or a device: 'cpu', 'cuda', 'xpu', 'mps'
+    torchspan.core.errors.InputError: device is 'gpu'; expected one of auto, strict, torchdevice, off, cpu, cuda, xpu, mps
     """
-    if mode not in ("auto", "cpu", *ACCELERATORS):
-        names = ", ".join(repr(name) for name in ("cpu", *ACCELERATORS))
-        raise InputError(f"device is {mode!r}; expected 'auto', or a device: {names}")
+    if mode not in (*POLICIES, "cpu", *ACCELERATORS):
+        raise InputError(f"device is {mode!r}; expected one of {', '.join((*POLICIES, 'off', 'cpu', *ACCELERATORS))}")
     return mode
 
 
 def choose(facts: Facts, request: DeviceRequest, mode: str = "auto") -> Choice:
     """The device that `request` is given on a machine with these `facts`.
 
-    Mode ``auto``: what was asked for where it is here, else the best accelerator that is, else the CPU. A device's name as
-    the mode: that device for every request for an accelerator. The CPU stays the CPU in each.
+    Mode ``auto``: what was asked for where it is here, else the best accelerator that is, else the CPU; what asks for the CPU,
+    or for nothing, is left alone. ``strict`` chooses the same: what it refuses is to act on it. ``torchdevice`` gives the best
+    accelerator to what asks for the CPU and for nothing too, and the CPU for index -1. A device's name as the mode: that device
+    for every request for an accelerator.
 
     >>> choose(Facts(has_mps=True), DeviceRequest("cuda", 0))
     Choice(device='mps', reason='no CUDA device here; mps is the best accelerator that is', is_possible=True)
     >>> choose(Facts(), DeviceRequest("cpu")).device
     'cpu'
     """
+    is_policy = check_mode(mode) in POLICIES
+    best = facts.accelerator()
+    if mode == "torchdevice" and request.kind in ("", "cpu"):
+        if request.index == -1:
+            return Choice("cpu", f"{KEEP_CPU!r} asks for the CPU itself")
+        if best is not None:
+            return Choice(best, f"device='torchdevice' gives the accelerator; {KEEP_CPU!r} would give the CPU")
     if request.kind not in ACCELERATORS:
-        return Choice(str(request), "not an accelerator: given as asked")
-    if check_mode(mode) == request.kind or (mode == "auto" and facts.has_device(request.kind)):
+        return Choice(str(request) or "cpu", "not an accelerator: given as asked")
+    if mode == request.kind or (is_policy and facts.has_device(request.kind)):
         return Choice(str(request), f"{request.kind} is here")
     if (request.index or 0) >= MOST_DEVICES:
         return Choice(str(request), f"no machine has {request}", is_possible=False)
-    if mode != "auto":
+    if not is_policy:
         return Choice(mode, f"device={mode!r} was asked of torchspan")
-    best = facts.accelerator()
     if best is None:
         return Choice("cpu", f"no {request.kind.upper()} device here, nor another accelerator")
     return Choice(best, f"no {request.kind.upper()} device here; {best} is the best accelerator that is")

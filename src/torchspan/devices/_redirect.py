@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
-from torchspan.devices._policy import ACCELERATORS, Choice, DeviceRequest, choose
+from torchspan.devices._policy import ACCELERATORS, KEEP_CPU, Choice, DeviceRequest, choose
 from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
@@ -48,13 +49,14 @@ class Redirection:
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
         self.kinds = tuple(
-            kind for kind in ACCELERATORS if choose(facts, DeviceRequest(kind), mode).device.partition(":")[0] != kind
+            kind for kind in (*ACCELERATORS, "cpu") if choose(facts, DeviceRequest(kind), mode).device.partition(":")[0] != kind
         )
         self.originals: dict[int, Any] = {}
         self._devices: dict[object, torch.device | None] = {}
         self._tallies: dict[tuple[CodeType, int, str, object], Tally] = {}
         self._is_foreign: dict[CodeType, bool] = {}
-        self._quiet = _Quiet()
+        self._quiet = _Depth()
+        self._keeping_cpu = _Depth()
 
     # which device
 
@@ -68,27 +70,34 @@ class Redirection:
             try:
                 return self._devices[device]
             except KeyError:
-                found = self._devices[device] = self._resolve(device)
+                found = self._resolve(device)
+                if "cpu" not in self.kinds:  # else it depends on the scope
+                    self._devices[device] = found
                 return found
         if kind is int:
             return self._resolve(device)
         return None
 
     def _resolve(self, device: Any) -> torch.device | None:
-        if isinstance(device, int):
-            if device < 0:
-                return None
-            request = DeviceRequest("cuda", device)
-        else:
-            try:
-                asked = torch.device(device)
-            except RuntimeError:
-                return None  # torch says what is wrong with it
-            request = DeviceRequest(asked.type, asked.index)
+        request = self._request(device)
+        if request is None or (request.kind == "cpu" and self._keeping_cpu.depth):
+            return None
         choice = choose(self.facts, request, self.mode)
         if not choice.is_possible:
             raise _invalid_ordinal(choice)
-        return torch.device(choice.device) if request.kind in self.kinds else None
+        return torch.device(choice.device) if request.kind in self.kinds or request.index == -1 else None
+
+    def _request(self, device: Any) -> DeviceRequest | None:
+        """What `device` asks for; None for what torch will say is wrong."""
+        if isinstance(device, int):
+            return DeviceRequest("cuda", device) if device >= 0 else None
+        if device == KEEP_CPU and self.mode == "torchdevice":
+            return DeviceRequest("cpu", -1)
+        try:
+            asked = torch.device(device)
+        except RuntimeError:
+            return None
+        return DeviceRequest(asked.type, asked.index)
 
     def index(self, device: object = None) -> int:
         """The index that `device` names, 0 where it names none; raises torch's error for one that no machine has."""
@@ -184,6 +193,15 @@ class Redirection:
 
     def _tally(self, site: str | None, name: str, asked: object, reason: str | None, choice: str | None) -> Tally:
         subject = name if asked is None else f"{name}(device={str(asked)!r})"
+        request = None if asked is None or reason else self._request(asked)
+        if request is not None:
+            chosen = choose(self.facts, request, self.mode)
+            choice, reason = choice or chosen.device, chosen.reason
+        if self.mode == "strict":
+            raise UnsupportedError(
+                f"{site}: {subject}: {reason or self.choice.reason}; device='strict' redirects nothing: take the device from "
+                "torch.accelerator.current_accelerator(), or run with device='auto'"
+            )
         return self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
 
     @contextmanager
@@ -195,12 +213,21 @@ class Redirection:
         finally:
             self._quiet.depth -= 1
 
+    @contextmanager
+    def keeping_cpu(self) -> Iterator[None]:
+        """In this thread, inside the block, what asks for the CPU is given the CPU, whatever the mode says."""
+        self._keeping_cpu.depth += 1
+        try:
+            yield
+        finally:
+            self._keeping_cpu.depth -= 1
+
     def simulate(self, name: str, what: str) -> None:
         """Count one use of `name`, of which only `what` is given here."""
         self.note(name, None, f"simulated: {what}", "simulated")
 
 
-class _Quiet(threading.local):
+class _Depth(threading.local):
     depth = 0
 
 

@@ -16,13 +16,14 @@ from torchspan.environment.patch import Patch, Redefinition, Replacement
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """The classes keep their identity; their device type is redirected."""
     yield Replacement("amp", "torch.amp.autocast_mode", "autocast.__init__", partial(_autocast, redirection))
-    yield Replacement("amp", "torch.cuda.amp.autocast_mode", "autocast.__init__", partial(_cuda_autocast, redirection))
     yield Replacement("amp", "torch.amp.grad_scaler", "GradScaler.__init__", partial(_scaler, redirection))
     for name in ("custom_fwd", "custom_bwd"):
         yield Redefinition("amp", "torch.amp.autocast_mode", name, partial(_decorator, redirection, name))
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield Replacement("amp", "torch", name, partial(_of_the_target, redirection), follow=True)
-    yield Replacement("amp", "torch", "get_autocast_gpu_dtype", partial(_gpu_dtype, redirection), follow=True)
+    if "cuda" in redirection.kinds:
+        yield Replacement("amp", "torch.cuda.amp.autocast_mode", "autocast.__init__", partial(_cuda_autocast, redirection))
+        yield Replacement("amp", "torch", "get_autocast_gpu_dtype", partial(_gpu_dtype, redirection), follow=True)
 
 
 def _autocast(redirection: Redirection, old: Any) -> Function:

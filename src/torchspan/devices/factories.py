@@ -81,7 +81,18 @@ def _replacement(target: str, attribute: str, build: Callable[[Any], object]) ->
 
 
 def _wrapped(redirection: Redirection, old: Function, *, name: str, module: str = "torch") -> Function:
-    return placing(redirection, old, name, module)
+    placed = placing(redirection, old, name, module)
+    if "cpu" not in redirection.kinds or name.startswith("Tensor.") or name.endswith("_like"):
+        return placed
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        """What names no device asks for the CPU, which is redirected."""
+        if kwargs.get("device") is None:
+            kwargs["device"] = "cpu"
+        return placed(*args, **kwargs)
+
+    redirection.originals[id(function)] = old
+    return named_like(function, old, module)
 
 
 def _converting(redirection: Redirection, old: Function, *, name: str) -> Function:

@@ -22,6 +22,8 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     """The default device and the legacy types."""
     build = partial(_device_context, redirection)
     yield Replacement("labels", "torch.utils._device", "DeviceContext.__init__", build)
+    if "cuda" not in redirection.kinds:
+        return
     yield Redefinition("labels", "torch", "set_default_tensor_type", partial(_default_type, redirection))
     for name in dir(torch.cuda):
         if name.endswith(("Tensor", "Storage")) and hasattr(torch, name):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
+from torchspan.devices._policy import KEEP_CPU
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, named_like
 from torchspan.environment.patch import Patch, Replacement
@@ -58,6 +59,9 @@ def _move(
     if _redirect.in_force is not redirection:
         return old(tensor, *args, **kwargs)
     target = redirection.lookup(first)
+    if target is not None and target.type == "cpu" and first == KEEP_CPU:
+        redirection.note("Tensor.to", first)
+        return old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "device": target})
     if target is None:
         return _move_elsewhere(redirection, old, tensor, first, args, kwargs)
     for name, value in zip(_TO_POSITIONAL, args):
@@ -112,6 +116,10 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
     to = torch._C.TensorBase.to
 
     def cpu(self: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+        target = redirection.lookup("cpu")
+        if target is not None and _redirect.in_force is redirection:
+            redirection.note("Tensor.cpu", "cpu")
+            return to(self, device=target, memory_format=memory_format)
         if redirection.is_marked(self) and _redirect.in_force is redirection:
             return redirection.mark_host(to(self, device="cpu", copy=True, memory_format=memory_format))
         return old(self, memory_format=memory_format)

@@ -72,7 +72,7 @@ def _num_devices() -> int:
 
 def _answer(redirection: Redirection, name: str, answer: object, old: Function) -> Function:
     def query() -> Any:
-        if asked_by_torch():
+        if asked_by_torch() or redirection.mode == "strict":
             return old()
         redirection.note(
             f"torch.cuda.{name}()", None, f"{redirection.choice.reason}; the program is told so that it goes on", str(answer)
@@ -155,12 +155,16 @@ def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
 
     def synchronize(device: Any = None) -> None:
         redirection.index(device)
+        if not asked_by_torch():
+            redirection.simulate("torch.cuda.synchronize()", "nothing here is left to wait for")
 
     def current_device() -> int:
         return current.index
 
     def set_device(device: Any) -> None:
         index = redirection.index(device)
+        if not asked_by_torch():
+            redirection.simulate("torch.cuda.set_device()", "an index that is remembered")
         if index >= 0:
             current.index = index
 
