@@ -13,7 +13,7 @@ LEVELS = [
     {"core"},
     {"environment"},
     {"backports", "devices", "capture", "passes", "models", "parallel"},
-    {"artifacts", "scan"},
+    {"artifacts", "scan", "report"},
     {"strategies"},
     {"api", "simulate"},
     {"train", "auto"},

@@ -7,7 +7,6 @@ import difflib
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import runpy
 import sys
@@ -25,6 +24,7 @@ from rich.table import Table
 import torchspan
 from torchspan.core.config import format_bytes
 from torchspan.core.errors import InputError, TorchspanError, unknown_name
+from torchspan.core.logs import show_logs
 from torchspan.core.report import Attempt, Decision, Report
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is one line on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        show_logs(os.environ.get("TORCHSPAN_LOG", ""))
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
-        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        if options.verbose and options.command is not _run:
+            show_logs(os.environ.get("TORCHSPAN_LOG") or "info")
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except TorchspanError as error:
@@ -74,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="torchspan", description="One PyTorch program, on any PyTorch, any device, any scale.")
     parser.add_argument("--version", action="version", version=f"torchspan {torchspan.__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log each decision when it is made")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is decided (run: a table at the end)")
     commands = parser.add_subparsers(dest="command_name", metavar="command", required=True, parser_class=_Parser)
 
     doctor = commands.add_parser("doctor", help="what is here, and what torchspan provides for it")
@@ -93,12 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--device", default="auto", help="auto, off, or the device that every request is given (default: auto)")
     run.add_argument(
+        "--masquerade", action="store_true", help="tensors answer the program as if they were on the device that it asked for"
+    )
+    run.add_argument(
         "--compile", choices=("bounded", "off"), default="bounded", help="what torch.compile does (default: bounded)"
     )
     run.add_argument("--budget-seconds", help="seconds that one compile may take")
     run.add_argument("--budget-memory", help="memory that one compile may take, such as 4GiB")
     run.add_argument("--disable", default="", help="backports and device rules to leave out, separated by commas")
-    run.add_argument("--report", type=Path, help="also write the report to this JSON file")
+    run.add_argument("--report", type=Path, help="write the migration report to this file, .html or .json")
+    run.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="end with the migration report as a table"
+    )
     run.add_argument("--quiet", action="store_true", help="print no report at the end")
     run.add_argument("-m", dest="module", action="store_true", help="what follows is the name of a module")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="program", help="the program and its arguments")
@@ -190,33 +198,41 @@ def draw_scan(found: Scan, console: Console) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from torchspan.api import autoload, deactivate
-    from torchspan.core.report import current_report
+    from torchspan.report import Recording, draw_table, rank_of_world, report_path, write_page
     from torchspan.strategies import end_compiles
 
     if not options.program:
         raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
     target, *arguments = options.program
     _check_program(target, options.module)
+    report_to = report_path(options.report) if options.report else None
     os.environ |= {  # children that the program starts are activated by these, as this process is
         "TORCHSPAN": "1",
         "TORCHSPAN_DEVICE": options.device,
+        "TORCHSPAN_MASQUERADE": str(int(options.masquerade)),
         "TORCHSPAN_COMPILE": options.compile,
         "TORCHSPAN_DISABLE": options.disable,
     }
     budget = {"TORCHSPAN_BUDGET_SECONDS": options.budget_seconds, "TORCHSPAN_BUDGET_MEMORY": options.budget_memory}
     os.environ |= {name: value for name, value in budget.items() if value is not None}
-    autoload()
-    report = current_report() or Report()
-    try:
-        return _run_program(target, options.module, arguments)
-    finally:
-        if options.compile == "bounded":
-            end_compiles()
-        deactivate()
-        if options.report:
-            options.report.write_text(json.dumps(report.to_dict(), indent=1))
-        if not options.quiet:
-            draw_report(report, _console(stderr=True))
+    with Recording([target, *arguments], None if options.module else target) as recording:
+        autoload()
+        try:
+            code, recording.outcome = _run_program(target, options.module, arguments)
+        finally:
+            if options.compile == "bounded":
+                end_compiles()
+            deactivate()
+        if report_to or options.verbose:
+            page = recording.page()
+        if report_to:
+            write_page(page, report_to)
+        if not options.quiet and not rank_of_world()[0]:
+            console = _console(stderr=True)
+            draw_report(recording.report, console)
+            if options.verbose:
+                draw_table(page, console)
+    return code
 
 
 def _check_program(target: str, is_module: bool) -> None:
@@ -245,8 +261,8 @@ def _has_module(name: str) -> bool:
     return spec is not None
 
 
-def _run_program(target: str, is_module: bool, arguments: list[str]) -> int:
-    """Run the program as ``python target`` would; its exit code, and its own traceback when it fails."""
+def _run_program(target: str, is_module: bool, arguments: list[str]) -> tuple[int, str]:
+    """Run the program as ``python target`` would, with its own traceback when it fails; its exit code, and how it ended."""
     sys.argv = [target, *arguments]
     try:
         if is_module:
@@ -256,15 +272,15 @@ def _run_program(target: str, is_module: bool, arguments: list[str]) -> int:
             runpy.run_path(target, run_name="__main__")
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
+            return stop.code or 0, f"exit code {stop.code}" if stop.code else "ended"
         print(stop.code, file=sys.stderr)
-        return 1
+        return 1, f"exit: {stop.code}"
     except KeyboardInterrupt:
-        return 130
+        return 130, "interrupted"
     except BaseException as error:  # noqa: BLE001 (whatever the program raises is shown as Python would show it)
         traceback.print_exception(type(error), error, _without_ours(error.__traceback__))
-        return 1
-    return 0
+        return 1, "failed: " + "".join(traceback.format_exception_only(type(error), error)).strip()
+    return 0, "ended"
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:

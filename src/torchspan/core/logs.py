@@ -81,6 +81,8 @@ class _Formatter(logging.Formatter):
 def show_logs(spec: str) -> None:
     """Write what `spec` asks for (see `parse_log_spec`) to standard error; the program's own logging is left alone."""
     levels = parse_log_spec(spec)
+    if not levels:
+        return
     root = logging.getLogger("torchspan")
     if not any(isinstance(handler.formatter, _Formatter) for handler in root.handlers):
         handler = logging.StreamHandler(sys.stderr)

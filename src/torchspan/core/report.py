@@ -201,6 +201,15 @@ class Report:
         if self._parent is not None:
             self._parent.figure(name, value)
 
+    def add(self, entry: Decision | Attempt) -> None:
+        """Take an entry of another process over: its count is added to that of the same one here."""
+        with self._lock:
+            key: object = replace(entry, count=0) if isinstance(entry, Decision) else object()
+            known = self._entries.get(key)
+            if isinstance(entry, Decision) and isinstance(known, Decision):
+                entry = replace(entry, count=known.count + entry.count)
+            self._entries[key] = entry
+
     def watch(self, on_new: Callable[[Decision | Attempt], None]) -> None:
         """Call `on_new` with each entry when it is first made, from now on."""
         self._on_new = on_new

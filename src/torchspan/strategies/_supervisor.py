@@ -96,7 +96,7 @@ def child_environ() -> dict[str, str]:
     """The environment variables of a child: the caller's, and those that put the active Environment in force there too."""
     environment = active_environment()
     settings: Mapping[str, str] = getattr(environment, "settings", {}) if environment else {}
-    return {**os.environ, **settings, "TORCHSPAN_COMPILE": "off"}
+    return {**os.environ, **settings, "TORCHSPAN_COMPILE": "off", "TORCHSPAN_REPORT_PARTS": ""}
 
 
 def _ask_server(
