@@ -2,13 +2,14 @@
 
     python benchmarks/import_sweep.py torchtitan peft --out sweep.json
 
-Every module, namespace packages too, is first imported in a fork of a process that imported all that were found to import: so a
-sweep is fast, and a module that fails, hangs or ends its process leaves nothing behind for the next.
+The modules, those of namespace packages too, are first imported one after another in a fork of a process that imported all
+that were found to import, up to the first that fails, hangs or ends the fork: so a sweep is fast, and a failure leaves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -84,15 +85,20 @@ def _sweep(package: str, side: str) -> dict[str, str]:
     import torch  # noqa: F401 - the one thing that all processes share; it activates torchspan where that is asked for
 
     assert ("torchspan.api" in sys.modules) == (side == "with"), "torch did not load torchspan's entry point"
+    gc.disable()  # which would copy the whole of this process's memory in each fork
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     places = list(spec.submodule_search_locations or ())
+    names = sorted({package}.union(*(_modules(package, Path(place)) for place in places)))
     found: dict[str, str] = {}
-    for name in sorted({package}.union(*(_modules(package, Path(place)) for place in places))):
-        above = found.get(name.rpartition(".")[0], OK)
-        found[name] = above if above != OK else _import_in_child(name)
-        if found[name] == OK:
-            found[name] = _import(name)
+    while len(found) < len(names):
+        for name, outcome in zip(names[len(found) :], _import_in_child(names[len(found) :])):
+            found[name] = _import(name) if outcome == OK else outcome
+        for name in names[len(found) :]:
+            above = found.get(name.rpartition(".")[0], OK)
+            if above == OK:
+                break
+            found[name] = above
     return found
 
 
@@ -106,23 +112,32 @@ def _modules(package: str, folder: Path) -> Iterator[str]:
             yield ".".join((package, *parts[: end + 1])).removesuffix(".__init__")
 
 
-def _import_in_child(name: str) -> str:
-    """The outcome of the import of `name` in a fork of this process, which a failure leaves as it was."""
+def _import_in_child(names: list[str]) -> list[str]:
+    """The outcomes of the imports of `names` up to the first failure, in a fork of this process, which stays as it was."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         os.setpgid(0, 0)
-        os.write(writing, _import(name).encode())
+        for name in names:
+            outcome = _import(name)
+            os.write(writing, outcome.encode() + b"\0")
+            if outcome != OK:
+                break
         os._exit(0)  # without the exit handlers of what was imported
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        ended = select.select([pipe], [], [], TIMEOUT_S)[0]
-        if not ended:
-            os.killpg(child, signal.SIGKILL)
-        found = pipe.read().decode()
+    answer, part = b"", b"-"
+    while part and (ended := bool(select.select([reading], [], [], TIMEOUT_S)[0])):
+        part = os.read(reading, 1 << 16)
+        answer += part
+    os.close(reading)
+    if not ended:
+        os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return found or (f"ended the process: {_ending(status)}" if ended else f"took more than {TIMEOUT_S} s")
+    outcomes = answer.decode().split("\0")[:-1]
+    if len(outcomes) < len(names) and set(outcomes) <= {OK}:
+        outcomes.append(f"ended the process: {_ending(status)}" if ended else f"took more than {TIMEOUT_S} s")
+    return outcomes
 
 
 def _import(name: str) -> str:
@@ -144,6 +159,8 @@ def missing(cause: BaseException) -> str:
     >>> missing(ModuleNotFoundError("No module named 'vllm'", name="vllm"))
     'vllm'
     """
+    while cause.__cause__ is not None:  # lazy packages wrap what failed
+        cause = cause.__cause__
     message = str(cause).partition("\n")[0]
     if isinstance(cause, ModuleNotFoundError) and cause.name:
         return cause.name
