@@ -24,13 +24,13 @@ _TILES = {
     "simulated": "only simulated",
     "unsupported": "unsupported",
     "without_portable_line": "without a portable line",
-    "named_not_reached": "name a device, not reached",
+    "named_only": "only name a device",
     "backports": "backports used",
 }
 _CHANGED = "This file was written to after the run began: its lines may not be those that ran."
 _HOW_TO_READ = (
     "Walk down the page: each card is a statement of the program as it is, beside it one that runs on every device, and below "
-    "what it asked for in this run. Dashed cards name a device and asked for nothing. Tick what is ported: "
+    "what it asked for in this run. Dashed cards name a device and asked for nothing themselves. Tick what is ported: "
     '<span id="left-to-port">all</span> left.'
 )
 _BADGES = {"simulated": "simulated", "left out": "left", "unsupported": "unsupported"}
@@ -115,7 +115,7 @@ def _statement(statement: Statement, file: File, number: int, page: Page) -> str
     anchor = f"file-{number}-line-{statement.first}"
     lines = f"{statement.first}" if statement.first == statement.last else f"{statement.first}–{statement.last}"
     key = hashlib.sha256(f"{file.path}\0{statement.source}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
-    count = f"{statement.count:,}×" if statement.is_reached else "not reached"
+    count = f"{statement.count:,}×" if statement.is_reached else "named only"
     said = "".join([_entries(statement.entries, page), _notes(statement)])
     return (
         f'<article class="line{"" if statement.is_reached else " unreached"}" id="{anchor}">'
@@ -135,7 +135,7 @@ def _pair(statement: Statement) -> str:
     before, after = _marked(old, new)
     return (
         f'<div class="pair"><pre class="now" data-label="as it is">{before}</pre>'
-        f'<pre class="then" data-label="portable">{after}</pre></div>'
+        f'<pre class="then" data-label="portable{", in part" if statement.is_partial else ""}">{after}</pre></div>'
     )
 
 
@@ -159,7 +159,7 @@ def _entry(entry: Entry, page: Page, *, is_only: bool) -> str:
     given = "" if entry.standing == "simulated" else f" → <b>{_text(entry.given)}</b>"
     badge = f' <span class="badge {_BADGES[entry.standing]}">{entry.standing}</span>' if entry.standing in _BADGES else ""
     times = f' <span class="soft">{entry.count:,}×</span>' if entry.count > 1 and not is_only else ""
-    reason = "" if is_usual else f": {_text(entry.reason)}"
+    reason = "" if is_usual else f' <span class="why">{_text(entry.reason)}</span>'
     inside = f' <span class="soft">in {_text(entry.function)}</span>' if entry.function and entry.function != "<module>" else ""
     return f"<li><code>{_text(entry.asked)}</code>{given}{badge}{reason}{times}{inside}</li>"
 

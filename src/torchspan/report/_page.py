@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,8 +58,8 @@ class Entry:
 class Statement:
     """One statement of the program, from line `first` to `last`, and what to write instead.
 
-    `portable` is None where it needs no change, or there is no line that runs everywhere: `notes` say which. A statement
-    without `entries` names a device, and asked for nothing itself in this run.
+    `portable` is None where it needs no change, or there is no line that runs everywhere: `notes` say which. `is_partial`: the
+    portable one still names CUDA. A statement without `entries` names a device, and asked for nothing itself in this run.
     """
 
     first: int
@@ -67,6 +68,7 @@ class Statement:
     portable: str | None
     notes: Sequence[str] = ()
     entries: Sequence[Entry] = ()
+    is_partial: bool = False
 
     @property
     def count(self) -> int:
@@ -121,7 +123,7 @@ class Page:
             "simulated": sum(entry.standing == "simulated" for entry in entries),
             "unsupported": len(self.unsupported) + sum(entry.standing == "unsupported" for entry in entries),
             "without_portable_line": sum(s.portable is None and bool(s.notes) for s in reached),
-            "named_not_reached": sum(not s.is_reached for file in own for s in file.statements),
+            "named_only": sum(not s.is_reached for file in own for s in file.statements),
             "installed_files": len(self.files) - len(own),
             "backports": len(self.backports),
             "compile_attempts": len(self.attempts),
@@ -224,7 +226,8 @@ def _statement(source: Source, porter: Porter | None, span: tuple[int, int], ent
     if porter is None:
         return Statement(*span, text, None, (), entries)
     port = porter.port(span, [entry.asked for entry in entries])
-    return Statement(*span, text, port.portable, port.notes, entries)
+    is_partial = re.search(r"torch\.cuda\b|[\"']cuda", port.portable or "") is not None
+    return Statement(*span, text, port.portable, port.notes, entries, is_partial)
 
 
 def _entry(line: int, decision: Decision) -> Entry:

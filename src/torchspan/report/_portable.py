@@ -27,6 +27,7 @@ from torchspan.report._rules import (
 from torchspan.report._source import Edit, Source
 
 _CUDA = re.compile(r"cuda(?::(\d+))?")
+_TAKES_TEXT = frozenset("print debug info warning error startswith endswith split replace join getattr hasattr append".split())
 _ELSEWHERE = "The line names no device itself: what it is given comes from elsewhere ({names}); port the line that sets it"
 
 
@@ -70,6 +71,8 @@ class Porter:
 
     def port(self, span: tuple[int, int], subjects: Iterable[str] = ()) -> Port:
         """The statement of these lines, made portable; `subjects` is what torchspan saw it ask for."""
+        if self.source.tree is None or span[1] > len(self.source.lines):
+            return Port(None, ())
         edits = list(self._found.edits)
         subjects = list(subjects)
         if any(subject.startswith("torch.load, storage") for subject in subjects):
@@ -78,7 +81,7 @@ class Porter:
         notes = [note for line in range(span[0], span[1] + 1) for note in self._found.notes.get(line, ())]
         if not notes:
             notes = [note for subject in subjects for start, note in SUBJECT_NOTES if subject.startswith(start)][:1]
-        if after == before and not notes and subjects and self.source.tree is not None:
+        if after == before and not notes and subjects:
             notes = [self._where_from(span)]
         return Port(after if after != before and is_python(after) else None, tuple(dict.fromkeys(notes)))
 
@@ -184,6 +187,8 @@ class Porter:
     def _port_cuda_call(self, node: ast.Call, name: str) -> None:
         rule = self._rule(name)
         self._found.lines.add(node.lineno)
+        if isinstance(self._parents.get(node), ast.Assert) and name.endswith("is_available"):
+            self._note(node, "Refuses to run without an accelerator: leave the line out where the CPU will do")
         if rule.note:
             self._note(node, rule.note)
         if rule.shape == "rename":
@@ -323,6 +328,8 @@ class Porter:
         match = _CUDA.fullmatch(text)
         if not match or isinstance(parent, (ast.Expr, ast.JoinedStr, ast.Subscript, ast.List, ast.Tuple, ast.Set)):
             return
+        if isinstance(parent, ast.Call) and node in parent.args and self.source.code(parent.func).split(".")[-1] in _TAKES_TEXT:
+            return
         index = int(match[1] or 0)
         if is_value:
             self._edit(node, HERE if not index else f'f"{{{KIND}}}:{index}"')
@@ -377,7 +384,8 @@ class Porter:
         parent = self._parents.get(node)
         free = (ast.Assign, ast.AnnAssign, ast.Return, ast.keyword, ast.If, ast.While, ast.Assert, ast.Expr)
         is_argument = isinstance(parent, ast.Call) and node in parent.args
-        return text if isinstance(parent, free) or is_argument or text.endswith(')") or "cpu")') else f"({text})"
+        is_test = isinstance(parent, ast.IfExp) and parent.test is node
+        return text if isinstance(parent, free) or is_argument or is_test or text == HERE else f"({text})"
 
     def _after_paren(self, node: ast.Call) -> int:
         return self.source.data.index(b"(", self.source.end(node.func)) + 1
