@@ -32,7 +32,14 @@ _MARKED = (torch.Tensor, torch.nn.Parameter)
 _ON_BEHALF = "torch._dynamo.variables"
 _OWN = ("torch.", "torchspan.")
 # What stands between the asker and the function that it called.
-_BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
+_BETWEEN = (
+    "torchspan.devices",
+    "torchspan.environment.patch",
+    "torch.cuda",
+    "torch.accelerator",
+    "torch.library",
+    "torch._library",
+)
 
 _REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
 
@@ -236,21 +243,25 @@ def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:
     name = names.get("__name__") or ""
     file = code.co_filename
     is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
-    return is_generated or name in ("torch", "contextlib", "collections") or name.startswith(_OWN)
+    return is_generated or name in ("torch", "contextlib", "collections", "functools", "typing_extensions") or name.startswith(_OWN)
 
 
-def asked_by_torch() -> bool:
+def asked_by_torch(name: str = "") -> bool:
     """Whether torch's own code (or torchspan's) is what called the redefined function that calls this.
 
-    It is told the truth: that there is no such device. The program is told what it needs to go on.
+    It is told the truth: that there is no such device. The program is told what it needs to go on. What dynamo calls for the
+    program is the program's; with the `name` of the function, that is told from what dynamo asks for itself: its code names it.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and (
         frame.f_code.co_filename == _REDEFINED or (frame.f_globals.get("__name__") or "").startswith(_BETWEEN)
     ):
         frame = frame.f_back
-    name = (frame.f_globals.get("__name__") or "") if frame is not None else ""
-    return name.startswith(_OWN) and not name.startswith(_ON_BEHALF)
+    if frame is None:
+        return False
+    module = frame.f_globals.get("__name__") or ""
+    is_behalf = module.startswith(_ON_BEHALF) and name not in frame.f_code.co_names
+    return module.startswith(_OWN) and not is_behalf
 
 
 def _invalid_ordinal(choice: Choice) -> RuntimeError:
