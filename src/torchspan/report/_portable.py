@@ -27,7 +27,10 @@ from torchspan.report._rules import (
 from torchspan.report._source import Edit, Source
 
 _CUDA = re.compile(r"cuda(?::(\d+))?")
-_TAKES_TEXT = frozenset("print debug info warning error startswith endswith split replace join getattr hasattr append".split())
+_TAKES_TEXT = frozenset(
+    ("print", "debug", "info", "warning", "error", "startswith", "endswith", "split", "replace", "join", "getattr", "hasattr")
+)
+"""Functions to which text is just text."""
 _ELSEWHERE = "The line names no device itself: what it is given comes from elsewhere ({names}); port the line that sets it"
 
 
