@@ -1,0 +1,69 @@
+"""``torch.accelerator``, where there is none, answers as ``torch.cuda`` does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchspan.core.report import Report
+from torchspan.devices._base import device_patches
+from torchspan.environment.facts import Facts
+from torchspan.environment.scope import Environment
+
+
+def test_a_program_is_told_of_a_device_and_tensors_for_it_are_on_the_cpu(redirected: Report) -> None:
+    assert torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == torch.cuda.device_count() == 1
+    device = torch.accelerator.current_accelerator()
+    assert device == torch.accelerator.current_accelerator(check_available=True) == torch.device("cuda")
+    assert torch.ones(2, device=device).sum() == 2
+    told = {decision.subject: decision.choice for decision in redirected.decisions}
+    assert told["torch.accelerator.current_accelerator()"] == "cuda" and told["torch.accelerator.is_available()"] == "True"
+    assert all(decision.site.startswith(__file__) for decision in redirected.decisions if decision.site)
+
+
+def test_its_device_and_its_stream_are_those_of_cuda(redirected: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.accelerator.set_device_index(torch.device("cuda", 0))
+    assert torch.accelerator.current_device_index() == torch.cuda.current_device() == 0
+    for device in (None, 0, "cuda", torch.device("cuda:0"), torch.cuda):  # torchtitan gives the module
+        assert torch.accelerator.current_stream(device) == torch.cuda.current_stream()
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        assert torch.accelerator.current_stream() == torch.cuda.current_stream() != torch.cuda.default_stream()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        torch.accelerator.set_stream(stream)
+        assert torch.cuda.current_stream() == stream
+    torch.accelerator.synchronize()
+    torch.accelerator.synchronize("cuda:0")
+
+
+def test_another_device_is_current_inside_a_block(redirected: Report) -> None:
+    with torch.accelerator.device_index(3):
+        assert torch.accelerator.current_device_index() == 3
+        with torch.accelerator.device_index(None):
+            assert torch.cuda.current_device() == 3
+    assert torch.accelerator.current_device_index() == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.accelerator, "memory_allocated"), reason="torch.accelerator.memory came with torch 2.9")
+def test_memory_is_that_of_cuda(redirected: Report) -> None:
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats()
+    held = torch.ones(1 << 20, device="cuda")
+    assert torch.accelerator.memory_allocated() >= held.nbytes
+    assert torch.accelerator.max_memory_allocated(0) >= held.nbytes
+    assert torch.accelerator.memory_stats().keys() == torch.cuda.memory_stats().keys()
+
+
+def test_torchs_own_code_is_told_the_truth(redirected: Report) -> None:
+    program = "import torch\nanswer = torch.accelerator.is_available()"
+    names = {"__name__": "torch.utils.data.dataloader"}
+    exec(program, names)
+    assert names["answer"] is False
+
+
+def test_another_accelerator_is_left_to_torch() -> None:
+    before = vars(torch.accelerator).copy(), torch.accelerator.is_available.__code__
+    report = Report()
+    with Environment(device_patches(Facts(has_mps=True), "auto", report), report):
+        assert (vars(torch.accelerator), torch.accelerator.is_available.__code__) == before
