@@ -19,6 +19,7 @@ from torchspan.environment.scope import Environment
 
 x, weight = torch.randn(64, 64), torch.randn(64, 64)
 small = torch.ones(3)
+CPU = torch.device("cpu")
 layer = torch.nn.Linear(64, 64)
 
 # A function of a device where it names one. What is looked up (torch.zeros) is looked up at each call, as in a program.
@@ -36,8 +37,12 @@ NAMED: dict[str, Callable[[str], object]] = {
     "torch.arange(3, device=…)": lambda device: torch.arange(3, device=device),
     "torch.tensor([1.], device=…)": lambda device: torch.tensor([1.0], device=device),
     "x.to(…, copy=True)": lambda device: small.to(device, copy=True),
-    "x.cuda().cpu(), x.cpu().cpu()": lambda device: getattr(small, device)().cpu(),
+    "x.cuda().cpu(), two copies": lambda device: small.cuda().cpu() if device == "cuda" else _two_copies(),
 }
+
+
+def _two_copies() -> torch.Tensor:
+    return small.to(CPU, copy=True).to(CPU, copy=True)
 
 
 def main() -> None:

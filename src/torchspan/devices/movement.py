@@ -59,15 +59,14 @@ def _move(
     if _redirect.in_force is not redirection:
         return old(tensor, *args, **kwargs)
     target = redirection.lookup(first)
-    if target is not None and target.type == "cpu" and first == KEEP_CPU:
-        redirection.note("Tensor.to", first)
-        return old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "device": target})
     if target is None:
         return _move_elsewhere(redirection, old, tensor, first, args, kwargs)
-    for name, value in zip(_TO_POSITIONAL, args):
-        kwargs[name] = value
+    if len(args) > 1:
+        kwargs.update(zip(_TO_POSITIONAL, args))
     kwargs["device"] = target
     redirection.note("Tensor.to", first)
+    if redirection.mode == "torchdevice" and first == KEEP_CPU:
+        return old(tensor, **kwargs)
     return _placed(redirection, old, tensor, kwargs)
 
 
@@ -97,7 +96,7 @@ def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[st
 
 
 def _cuda(redirection: Redirection, old: Function) -> Function:
-    to = torch._C.TensorBase.to
+    to, preserve = torch._C.TensorBase.to, torch.preserve_format
 
     def cuda(
         self: Any, device: Any = None, non_blocking: bool = False, memory_format: torch.memory_format = torch.preserve_format
@@ -106,7 +105,9 @@ def _cuda(redirection: Redirection, old: Function) -> Function:
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking, memory_format=memory_format)
         redirection.note("Tensor.cuda", "cuda" if device is None else device)
-        wanted = {"device": target, "non_blocking": non_blocking, "memory_format": memory_format}
+        wanted: dict[str, Any] = {"device": target}  # what is as by default is left out: torch reads each argument
+        if memory_format is not preserve:
+            wanted["memory_format"] = memory_format
         return _placed(redirection, to, self, wanted)
 
     return cuda
