@@ -248,13 +248,12 @@ def _log(decision: Decision, level: Literal["INFO", "DEBUG"]) -> None:
 
 def _function_at(site: str | None, limit: int = 60) -> str | None:
     """The name of the function on the stack that is at the line `site`."""
-    file, _, line = (site or "").rpartition(":")
     frame: FrameType | None = sys._getframe(1)
     for _ in range(limit):
-        if frame is None or not line:
+        if frame is None or site is None:
             return None
         code = frame.f_code
-        if frame.f_lineno == int(line) and code.co_filename == file:
+        if f"{code.co_filename}:{frame.f_lineno}" == site:
             return getattr(code, "co_qualname", code.co_name)
         frame = frame.f_back
     return None
