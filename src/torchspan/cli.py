@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -232,6 +233,8 @@ def _run(options: argparse.Namespace) -> int:
             draw_report(recording.report, console)
             if options.verbose:
                 draw_table(page, console)
+            elif not report_to and any(decision.topic == "device" for decision in recording.report.decisions):
+                console.print("'torchspan run --report out.html' shows what to write instead of each line", style="dim")
     return code
 
 
@@ -382,7 +385,7 @@ def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision])
     console.print(f"[bold]{_TOPICS.get(topic, topic)}")
     width = min(40, max(len(decision.subject) for decision in decisions))
     for reason in dict.fromkeys(decision.reason for decision in decisions):
-        console.print(f"  {reason}", style="italic", highlight=False)
+        console.print(f"  {reason}", style="italic", highlight=False, markup=False)
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(overflow="fold", width=width)
         table.add_column(overflow="fold", min_width=9)
@@ -391,7 +394,8 @@ def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision])
         for decision in decisions:
             if decision.reason == reason:
                 times = f"{decision.count}×" if decision.count > 1 else ""
-                table.add_row(decision.subject, f"→ {decision.choice}", times, _short_site(decision.site))
+                cells = (decision.subject, f"→ {decision.choice}", times, _short_site(decision.site))
+                table.add_row(*map(escape, cells))
         console.print(Padding(table, (0, 0, 0, 4)))
 
 

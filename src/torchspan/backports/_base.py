@@ -156,6 +156,9 @@ def unavailable(name: str, cause: str, since: str, instead: str = "") -> type:
     message = "; ".join(part for part in (f"{name}: {cause}", f"torch has it since {since}", instead) if part)
 
     def refuse(cls: type, *args: object, **kwargs: object) -> object:
+        report = current_report()
+        if report is not None:
+            report.decide("unsupported", name, "an error", cause, user_site())
         raise UnsupportedError(message)
 
     return type(last, (), {"__new__": refuse, "__module__": place, "__doc__": f"Not possible here. {message}."})
