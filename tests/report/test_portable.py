@@ -33,6 +33,11 @@ RUNS = {
     'device = "cuda:0" if torch.cuda.is_available() else "cpu"': f"device = {HERE}",
     'device = torch.device("cuda")': f"device = {DEVICE}",
     'dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")': f"dev = {DEVICE}",
+    'kind = "cuda" if "cuda" in str(x.device) else "cpu"': "kind = torch.device(str(x.device)).type",
+    'device = "cuda" if rank else "cpu"': f'device = ({HERE}) if rank else "cpu"',
+    'device = torch.device("cuda" if torch.cuda.is_available() and rank else "cpu")': (
+        f'device = torch.device(({HERE}) if torch.accelerator.is_available() and rank else "cpu")'
+    ),
     'x = torch.zeros(3, device="cuda")': "x = torch.zeros(3, device=device)",
     'x = th.zeros(3, device="cuda:0")': "x = th.zeros(3, device=device)",
     'y = x.to("cuda", torch.float64)': "y = x.to(device, torch.float64)",
@@ -108,6 +113,10 @@ NONE = {
     "torch.backends.cudnn.benchmark = True": "May stay",
     "from torch.cuda import nccl": "Not needed once",
     "y = x.type(torch.cuda.FloatTensor)": "dtype=",
+    "if torch.cuda.is_available(): print(torch.cuda.get_device_name())": "Stays as it is",
+    "y = torch.cuda.is_available() and torch.cuda.is_bf16_supported()": "Stays as it is",
+    "torch.cuda.synchronize = print": "Changes torch.cuda itself",
+    "wait = torch.cuda.synchronize": "Handed on",
 }
 # Lines that name no device, though they may look so.
 UNTOUCHED = (

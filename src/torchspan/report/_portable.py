@@ -166,11 +166,23 @@ class Porter:
 
     def _port_choice(self, node: ast.IfExp) -> bool:
         """``"cuda" if torch.cuda.is_available() else "cpu"``."""
-        values = [getattr(part, "value", None) for part in (node.body, node.orelse)]
-        if not (all(isinstance(value, str) for value in values) and any(_CUDA.fullmatch(str(value)) for value in values)):
+        if not _is_cuda(node.body):
             return False
-        self._edit(node, self._free(node, HERE))
-        return True
+        test = node.test
+        if self._is_choice(node):
+            self._edit(node, self._free(node, HERE))
+            return True
+        if isinstance(test, ast.Compare) and _is_cuda(test.left) and isinstance(test.ops[0], ast.In):
+            self._edit(node, f"torch.device({self.source.code(test.comparators[0])}).type")
+            return True
+        return False
+
+    def _is_choice(self, node: ast.AST) -> bool:
+        """Whether it is the accelerator where there is one, and the CPU elsewhere: no more and no less."""
+        if not (isinstance(node, ast.IfExp) and isinstance(node.test, ast.Call) and _is_cuda(node.body)):
+            return False
+        is_other = isinstance(node.orelse, ast.Constant) and isinstance(node.orelse.value, str)
+        return is_other and self._dotted(node.test.func) == "torch.cuda.is_available"
 
     def _port_call(self, node: ast.Call) -> bool:
         name = self._dotted(node.func)
@@ -190,6 +202,9 @@ class Porter:
     def _port_cuda_call(self, node: ast.Call, name: str) -> None:
         rule = self._rule(name)
         self._found.lines.add(node.lineno)
+        if name.endswith("is_available") and self._guards_cuda(node):
+            self._note(node, "Stays as it is: what it guards is CUDA's alone")
+            return
         if isinstance(self._parents.get(node), ast.Assert) and name.endswith("is_available"):
             self._note(node, "Refuses to run without an accelerator: leave the line out where the CPU will do")
         if rule.note:
@@ -243,7 +258,7 @@ class Porter:
     def _port_device(self, node: ast.Call) -> bool:
         """``torch.device("cuda")``, ``torch.device("cuda", 1)``, ``torch.device("cuda:0" if … else "cpu")``."""
         first = node.args[0] if node.args else None
-        is_choice = isinstance(first, ast.IfExp) and any(_is_cuda(part) for part in (first.body, first.orelse))
+        is_choice = first is not None and self._is_choice(first)
         if len(node.args) + len(node.keywords) != 1 or first is None:
             return False
         if (isinstance(first, ast.Constant) and _is_cuda(first) and _index(first) == 0) or is_choice:
@@ -302,9 +317,13 @@ class Porter:
             return False
         rule = self._rule(name)
         self._found.lines.add(node.lineno)
-        if rule.shape == "rename":
+        if isinstance(node.ctx, ast.Store):
+            self._note(node, "Changes torch.cuda itself: nothing takes its place")
+        elif rule.shape == "rename":
             self._edit(node, rule.to)
-        if rule.note:
+        elif rule.shape != "none":
+            self._note(node, "Handed on, not called here: port the place that calls it")
+        if rule.note and not isinstance(node.ctx, ast.Store):
             self._note(node, rule.note)
         return True
 
@@ -353,6 +372,16 @@ class Porter:
     def _rule(self, name: str) -> Rule:
         short = name.removeprefix("torch.cuda.")
         return CALLS.get(short) or CALLS.get(short.partition(".")[0]) or Rule("none", note=ONLY_CUDA)
+
+    def _guards_cuda(self, node: ast.AST) -> bool:
+        """Whether what runs only where `node` is true calls what CUDA alone has."""
+        guarded: ast.AST | None = None
+        while node in self._parents and not isinstance(node, ast.stmt):
+            node = self._parents[node]
+            guarded = node if isinstance(node, (ast.If, ast.IfExp, ast.BoolOp)) else guarded
+        calls = (inner for inner in ast.walk(guarded) if isinstance(inner, ast.Call)) if guarded is not None else ()
+        names = (self._dotted(call.func) for call in calls)
+        return any(name.startswith("torch.cuda.") and self._rule(name).shape == "none" for name in names)
 
     def _takes_kind(self, node: ast.expr, parent: ast.AST | None) -> bool:
         """Whether text stands where a kind of device is expected: ``device_type=``, or the first of torch.device's two."""
