@@ -89,3 +89,53 @@ def test_nodes_are_told_apart_as_upstream_does(environment: Any) -> None:
     wait = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (gather,))
     assert is_all_gather_into_tensor(gather) and not is_all_gather_into_tensor(wait)
     assert is_wait_tensor(wait) and is_wait_tensor_from_all_gather_into_tensor(wait) and not is_wait_tensor(x)
+
+
+OPTIONS = """
+import json
+import torch, torchspan
+torchspan.activate(device="off")
+import torch.distributed as dist
+import torch._inductor.config as config
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+group = dist.group.WORLD.group_name
+ops = torch.ops._c10d_functional
+
+
+def program(a, b, c, x):
+    whole = [ops.wait_tensor(ops.all_gather_into_tensor(part, 2, group)) for part in (a, b, c)]
+    out = x @ whole[0] @ whole[1] @ whole[2]
+    return [ops.wait_tensor(ops.reduce_scatter_tensor(out * i, "sum", 2, group)) for i in range(2)]
+
+
+def collectives():
+    gm = make_fx(program, tracing_mode="fake")(*(torch.randn(4, 8) for _ in range(4)))
+    fake_mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
+    with V.set_fake_mode(fake_mode):
+        post_grad_passes(gm, True)
+    gm.graph.lint()
+    targets = [str(node.target) for node in gm.graph.nodes]
+    return [sum(kind in target for target in targets) for kind in ("all_gather_into_tensor", "reduce_scatter_tensor")]
+
+
+report = {"default": collectives()}
+with config.patch({"bucket_all_gathers_fx": "all", "bucket_reduce_scatters_fx": "all"}):
+    report["all"] = collectives()
+    with config.patch({"bucket_all_gathers_fx_bucket_size_determinator": lambda index: 0.0001}):
+        report["small gathers"] = collectives()
+try:
+    config.bucket_everything = True
+except AttributeError:
+    report["unknown"] = "refused"
+print(json.dumps(report))
+"""
+
+
+def test_inductor_merges_collectives_where_its_options_ask_for_it(run_python: Any) -> None:
+    found = json.loads(run_python(OPTIONS).stdout.strip().splitlines()[-1])
+    assert found == {"default": [3, 2], "all": [1, 1], "small gathers": [3, 1], "unknown": "refused"}

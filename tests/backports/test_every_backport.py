@@ -58,7 +58,7 @@ def test_a_backport_says_what_it_is(name: str) -> None:
     assert backport.upstream.startswith("https://")
     assert backport.summary and backport.differs
     assert backport.since or "no torch has" in backport.differs
-    assert backport.names or backport.replaces or backport.redefines
+    assert backport.names or backport.replaces or backport.redefines or backport.also
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,3 +36,17 @@ def test_a_rank_alone_exchanges_memory_with_itself(environment: Environment) -> 
         assert "CUDA" in SymmetricMemory.query("cuda").backends
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_backend_is_chosen_where_there_is_symmetric_memory_and_nowhere_else(environment: Environment) -> None:
+    from torch.distributed import _symmetric_memory
+
+    assert _symmetric_memory.get_backend(torch.device("cpu")) is None
+    if torch.cuda.is_available():
+        _symmetric_memory.set_backend("CUDA")
+        assert _symmetric_memory.get_backend("cuda") == "CUDA"
+    else:
+        with pytest.raises(RuntimeError):  # torch has no allocator of this name without a GPU
+            _symmetric_memory.set_backend("CUDA")
+    with pytest.raises(RuntimeError):
+        _symmetric_memory.set_backend("no such backend")

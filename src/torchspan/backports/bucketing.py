@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
-from torchspan.backports import _overlap
-from torchspan.backports._base import Backport
+from torchspan.backports import _overlap, _torch
+from torchspan.backports._base import Backport, Change
 from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, wait_for
 
 _PLACE = "torch._inductor.fx_passes.bucketing"
+
+# inductor's options that ask for it, and their defaults
+_WANTED = {"bucket_all_gathers_fx": "none", "bucket_reduce_scatters_fx": "none"}
+_SIZES = {f"{name}_bucket_size_determinator": None for name in _WANTED}
 
 BucketMode = Literal["default", "custom_ops", "custom_ops_multidtype", "coalesced"]
 
@@ -120,6 +125,20 @@ def _write(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str) -
     _overlap.finish(gm, places)
 
 
+def _as_options_say(reinplace: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Inductor's last step on a graph that changes no tensor in place; before it, collectives are merged if options say so."""
+
+    @functools.wraps(reinplace)
+    def then(graph: Any) -> None:
+        for name, merge in zip(_WANTED, (bucket_all_gather, bucket_reduce_scatter)):
+            if _torch.inductor_option(name) != "none":
+                BACKPORT.record_use(f"torch._inductor.config.{name}")
+                merge(graph.owning_module, _torch.inductor_option(f"{name}_bucket_size_determinator"))
+        reinplace(graph)
+
+    return then
+
+
 _FUNCTIONS = (
     is_all_gather_into_tensor,
     is_reduce_scatter_tensor,
@@ -140,7 +159,7 @@ for _public in _FUNCTIONS:
 
 BACKPORT = Backport(
     name="bucketing",
-    summary="merge FSDP's collectives by size, and tell collectives apart: torch._inductor.fx_passes.bucketing",
+    summary="merge FSDP's collectives by size, also by inductor's options: torch._inductor.fx_passes.bucketing",
     target=_PLACE,
     since="2.9.0",
     upstream="https://github.com/pytorch/pytorch/pull/158663",
@@ -150,4 +169,8 @@ BACKPORT = Backport(
         **{function.__name__: partial(globals().__getitem__, function.__name__) for function in _FUNCTIONS},
     },
     is_module=True,
+    also=(
+        Change("torch._inductor.config", "_config", _torch.with_options({**_WANTED, **_SIZES}, left_out_by=None)),
+        Change("torch._inductor.fx_passes.post_grad", "reinplace_inplaceable_ops", _as_options_say),
+    ),
 )

@@ -1,6 +1,6 @@
 """``DeviceMesh._unflatten`` and ``_concatenate``: meshes of other shapes over the ranks of one root mesh.
 
-A mesh's axis is given by (size, stride) pairs over the ranks of its root mesh in order, the outermost first. So the axes of
+A mesh's axis is given by (size, stride) pairs over the ranks of its root mesh in order (see ``_axes.py``). So the axes of
 meshes that were cut in different ways can be compared, joined, and turned into the groups of ranks that each needs.
 """
 
@@ -11,111 +11,20 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from torchspan.backports import _torch
+from torchspan.backports._axes import Axis, copies_of, is_disjoint, joined, rows_of, size_of, split
 from torchspan.backports._base import Backport, Change
 
-Axis = tuple[tuple[int, int], ...]
 Override = tuple[Any, Any]  # a backend's name and its options, each None for the default
 
 _PLACE = "torch.distributed.device_mesh"
 _FSDP_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
-
-
-# axes
-
-
-def _axis(pairs: Iterable[tuple[int, int]]) -> Axis:
-    """The pairs in their one normal form: those that continue each other are one, those of size 1 are none.
-
-    >>> _axis([(2, 4), (2, 2), (1, 2)])
-    ((4, 2),)
-    """
-    merged: list[tuple[int, int]] = []
-    for size, stride in pairs:
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            size *= merged.pop()[0]
-        merged.append((size, stride))
-    return tuple(merged)
-
-
-def _size(axis: Axis) -> int:
-    return math.prod(size for size, _ in axis)
-
-
-def _joined(axes: Iterable[Axis]) -> Axis:
-    return _axis(itertools.chain.from_iterable(axes))
-
-
-def _rows(sizes: Sequence[int]) -> list[Axis]:
-    """The axes of a root mesh of these sizes.
-
-    >>> _rows([2, 3])
-    [((2, 3),), ((3, 1),)]
-    """
-    strides = [math.prod(sizes[position + 1 :]) for position in range(len(sizes))]
-    return [_axis([pair]) for pair in zip(sizes, strides)]
-
-
-def _split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """The axes of these sizes, the outermost first, that make up `axis`.
-
-    >>> _split(((2, 4), (2, 1)), [2, 2])
-    [((2, 4),), ((2, 1),)]
-    """
-    if len(axis) < 2:
-        stride = axis[0][1] if axis else 1
-        return [_axis((size, stride * inner) for size, inner in row) for row in _rows(sizes)]
-    left = list(axis)
-    parts: list[Axis] = []
-    for wanted in reversed(sizes):
-        part: list[tuple[int, int]] = []
-        while wanted > 1:
-            size, stride = left.pop()
-            taken = math.gcd(size, wanted)
-            if taken != min(size, wanted):
-                raise ValueError(f"the axis {axis} of (size, stride) pairs has no parts of the sizes {tuple(sizes)}")
-            part.insert(0, (taken, stride))
-            wanted //= taken
-            if size > taken:
-                left.append((size // taken, stride * taken))
-        parts.insert(0, _axis(part))
-    return parts
-
-
-def _is_disjoint(axis: Axis) -> bool:
-    """Whether no rank is named twice."""
-    ascending = sorted(axis, key=lambda pair: pair[1])
-    return all(outer[1] % (inner[0] * inner[1]) == 0 for inner, outer in itertools.pairwise(ascending))
-
-
-def _rest(axis: Axis, num_ranks: int) -> Axis:
-    """The axis that, with `axis`, makes up all ranks.
-
-    >>> _rest(((2, 2),), 8)
-    ((2, 4), (2, 1))
-    """
-    pairs, reached = [], 1
-    for size, stride in sorted(axis, key=lambda pair: pair[1]):
-        pairs.append((stride // reached, reached))
-        reached = size * stride
-    pairs.append((num_ranks // reached, reached))
-    return _axis(reversed(pairs))
-
-
-def _copies(axes: Sequence[Axis], ranks: torch.Tensor) -> torch.Tensor:
-    """The ranks of every mesh with these `axes`: a tensor of the number of meshes × the size of each axis."""
-    inner = [pair for axis in axes for pair in axis]
-    pairs = [*_rest(_axis(inner), ranks.numel()), *inner]
-    rows = ranks.as_strided([size for size, _ in pairs], [stride for _, stride in pairs])
-    return rows.reshape(-1, *map(_size, axes))
 
 
 # meshes
@@ -141,11 +50,11 @@ def _axes(mesh: Any) -> list[Axis]:
         return list(mesh._axes)
     parent = _get_root_mesh(mesh)
     if parent == mesh:
-        return _rows(mesh.mesh.shape)
+        return rows_of(mesh.mesh.shape)
     named = dict(zip(parent.mesh_dim_names, _axes(parent)))
     flattened = _mesh_resources.flatten_name_to_root_dims.get(parent, {})
     for name, dims in flattened.items():
-        named[name] = _joined(_axes(parent)[dim] for dim in dims)
+        named[name] = joined(_axes(parent)[dim] for dim in dims)
     return [named[name] for name in mesh.mesh_dim_names]
 
 
@@ -163,7 +72,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
     from torch.distributed.device_mesh import DeviceMesh
 
     with _torch.with_real_tensors():
-        copies, rank = _copies(axes, _ranks(root)), root.get_rank()
+        copies, rank = copies_of(axes, _ranks(root)), root.get_rank()
         mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
         if not mine:
             raise RuntimeError(f"rank {rank} has no mesh of the dims {tuple(names)}: it is not in {root}")
@@ -177,7 +86,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
 def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides: Sequence[Override]) -> list[str]:
     """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
     with _torch.with_real_tensors():
-        ranks = [_copies([axis], _ranks(root)).tolist() for axis in axes]
+        ranks = [copies_of([axis], _ranks(root)).tolist() for axis in axes]
     groups = [_new_group(*given) for given in zip(ranks, names, overrides)]
     return [group for group in groups if group is not None]
 
@@ -259,13 +168,13 @@ def _unflatten(
         )
     overrides = _overrides(backend_override, mesh_dim_names)
     axes, names, root = _axes(self), list(_names(self)), _get_root_mesh(self)
-    if math.prod(mesh_sizes) != _size(axes[position]):
+    if math.prod(mesh_sizes) != size_of(axes[position]):
         raise ValueError(
             f"The product of mesh_sizes={tuple(mesh_sizes)} is {math.prod(mesh_sizes)}, but the original dimension at "
-            f"dim={position} has size {_size(axes[position])}. These must be equal for unflatten to work correctly."
+            f"dim={position} has size {size_of(axes[position])}. These must be equal for unflatten to work correctly."
         )
     BACKPORT.record_use("DeviceMesh._unflatten")
-    new = _split(axes[position], mesh_sizes)
+    new = split(axes[position], mesh_sizes)
     groups = getattr(self, "_dim_group_names", None)
     if groups is not None:
         made, groups = _new_groups(root, new, mesh_dim_names, overrides), list(groups)
@@ -300,7 +209,7 @@ def _concatenate(device_mesh_list: Sequence[Any]) -> Any:
     if any(_ranks(_get_root_mesh(mesh)).tolist() != _ranks(root).tolist() for mesh in device_mesh_list):
         raise RuntimeError("Cannot concatenate DeviceMeshes derived from different device meshs")
     axes = [axis for mesh in device_mesh_list for axis in _axes(mesh)]
-    if not _is_disjoint(_joined(axes)):
+    if not is_disjoint(joined(axes)):
         raise RuntimeError(f"Cannot concatenate overlapping meshes: {list(device_mesh_list)}")
     BACKPORT.record_use("DeviceMesh._concatenate")
     names = [name for mesh in device_mesh_list for name in _names(mesh)]
@@ -343,10 +252,10 @@ def _sliced(mesh: Any, names: tuple[str, ...]) -> Any:
             )
             named[name] = flattened[name]._axes[0], flattened[name]._dim_group_names[0]
     axes = [named[name][0] for name in names]
-    strides = [stride for _, stride in _joined(axes)]
+    strides = [stride for _, stride in joined(axes)]
     if strides != sorted(strides, reverse=True):
         raise KeyError(f"Invalid mesh_dim_names {names} specified. Mesh dim indices should be in ascending order.")
-    if not _is_disjoint(_joined(axes)):
+    if not is_disjoint(joined(axes)):
         raise RuntimeError(f"Slicing overlapping dim_names {names} is not allowed.")
     groups = [named[name][1] for name in names]
     return _derive(root, axes, names, [] if None in groups else groups)
@@ -368,7 +277,7 @@ def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flatten(mesh: Any, name: str, backend_override: Mapping[int | str, Any]) -> Any:
-    root, axis = _get_root_mesh(mesh), _joined(_axes(mesh))
+    root, axis = _get_root_mesh(mesh), joined(_axes(mesh))
     if name in _names(root):
         raise ValueError(
             f"{name} already exists for submesh of the {root}, whose mesh_dim_names are {root.mesh_dim_names}. "
@@ -427,7 +336,7 @@ def _get_all_submeshes(self: Any, mesh_dim_name: str) -> list[Any]:
 
     dim = _get_mesh_dim_by_name(self, mesh_dim_name)
     with _torch.with_real_tensors():
-        copies = _copies([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
+        copies = copies_of([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
         meshes = [DeviceMesh(self.device_type, copy, mesh_dim_names=(mesh_dim_name,), _init_backend=False) for copy in copies]
     for mesh in meshes:
         mesh._dim_group_names = [self._dim_group_names[dim]] if mesh.get_coordinate() is not None else []

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from torchspan.backports._base import Backport
+from torchspan.backports._base import Backport, Change
 from torchspan.core.errors import UnsupportedError
 
 _PLACES = ("torch.distributed.symmetric_memory", "torch.distributed._symmetric_memory")
+_VARIABLE = "TORCH_SYMMMEM"
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,32 @@ class SymmetricMemory:
     def set_backend(name: str) -> None:
         """Choose who allocates (``CUDA``, ``NVSHMEM``, ``NCCL``), before the first allocation."""
         module = _required(torch.device("cuda"))
-        if not hasattr(module, "set_backend"):
-            raise UnsupportedError(
-                f"this torch ({torch.__version__}) chooses the backend of symmetric memory by the variable TORCH_SYMMMEM, read "
-                f"before the first allocation; set TORCH_SYMMMEM={name}, or install torch 2.9 or later"
-            )
-        module.set_backend(name)
+        getattr(module, "set_backend", _set_backend)(name)
 
 
 SymmetricMemory.__module__ = "torch.distributed.nn"
+
+
+def _set_backend(name: str) -> None:
+    """Choose who allocates symmetric memory; this torch decides that while it is loaded, by the variable TORCH_SYMMMEM.
+
+    Raises UnsupportedError where that is another one, or where there is no symmetric memory.
+    """
+    _required(torch.device("cuda"))
+    chosen = os.environ.get(_VARIABLE, "CUDA")
+    if name != chosen:
+        raise UnsupportedError(
+            f"backend {name!r} of symmetric memory: this torch ({torch.__version__}) takes it from the variable {_VARIABLE} "
+            f"when it is imported, which gave {chosen!r}; start the program with {_VARIABLE}={name}, or use torch 2.9 or later"
+        )
+    BACKPORT.record_use(f"{_PLACES[-1]}.set_backend")
+
+
+def _get_backend(device: torch.device | str) -> str | None:
+    """Who allocates symmetric memory on `device`; None where there is none."""
+    if not SymmetricMemory.query(device).is_available:
+        return None
+    return os.environ.get(_VARIABLE, "CUDA")
 
 
 def _module() -> ModuleType | None:
@@ -133,9 +152,13 @@ def _has_multicast(device: torch.device) -> bool:
 
 BACKPORT = Backport(
     name="symmetric_memory",
-    summary="torch.distributed.nn.SymmetricMemory, with query, empty and rendezvous",
+    summary="torch.distributed.nn.SymmetricMemory, with query, empty and rendezvous; set_backend, get_backend",
     target="torch.distributed.nn",
     upstream="https://github.com/pytorch/pytorch/tree/main/torch/distributed/_symmetric_memory",
     differs="no torch has the class at this place; it calls what this torch has in torch.distributed._symmetric_memory",
     names={"SymmetricMemory": lambda: SymmetricMemory},
+    also=(  # torch has them since 2.9
+        Change("torch.distributed._symmetric_memory", "set_backend", lambda old: old or _set_backend, create=True),
+        Change("torch.distributed._symmetric_memory", "get_backend", lambda old: old or _get_backend, create=True),
+    ),
 )
