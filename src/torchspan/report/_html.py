@@ -77,7 +77,7 @@ def _head(page: Page, own: Sequence[File]) -> Iterable[str]:
     yield f'<p class="tools">{_HOW_TO_READ}</p><nav><ol>'
     for number, file in enumerate(own, start=1):
         calls = sum(statement.count for statement in file.statements)
-        what = f"{_several(len(file.statements), 'statement')}, {_several(calls, 'request')}"
+        what = _several(len(file.statements), "statement") + (f", {_several(calls, 'request')}" if calls else "")
         yield f'<li><a href="#file-{number}">{_text(file.name)}</a> <span class="soft">{what}</span></li>'
     yield "</ol></nav>"
 
@@ -117,12 +117,13 @@ def _statement(statement: Statement, file: File, number: int, page: Page) -> str
     key = hashlib.sha256(f"{file.path}\0{statement.source}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
     count = f"{statement.count:,}×" if statement.is_reached else "named only"
     said = "".join([_entries(statement.entries, page), _notes(statement)])
+    said = said and f'<div class="said">{said}</div>'
     return (
         f'<article class="line{"" if statement.is_reached else " unreached"}" id="{anchor}">'
         f'<div class="where"><a href="#{anchor}" title="{_text(file.name)}:{lines}">{lines}</a>'
         f'<span class="count soft">{count}</span>'
         f'<label class="tools"><input type="checkbox" data-key="torchspan-{key}">ported</label></div>'
-        f'<div>{_pair(statement)}<div class="said">{said}</div></div></article>'
+        f'<div class="body">{_pair(statement)}{said}</div></article>'
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torchspan.core.report import Attempt, Decision, Report
 from torchspan.report._portable import Porter
-from torchspan.report._source import Source
+from torchspan.report._source import Source, without_comments
 
 SCHEMA = "torchspan.report/1"
 Standing = Literal["redirected", "simulated", "left out", "unsupported"]
@@ -167,7 +167,7 @@ def make_page(report: Report, run: Run, program_files: Iterable[str] = ()) -> Pa
     other = [d for d in decisions if d.topic not in (_DEVICE, _BACKPORT, _UNSUPPORTED)]
     return Page(
         run=run,
-        files=sorted(filter(None, files), key=lambda file: (file.is_installed, file.name)),
+        files=sorted(filter(None, files), key=lambda file: (file.is_installed, file.name.startswith("<"), file.name)),
         unplaced=unplaced,
         backports=[d for d in decisions if d.topic == _BACKPORT],
         unsupported=[d for d in decisions if d.topic == _UNSUPPORTED],
@@ -226,7 +226,7 @@ def _statement(source: Source, porter: Porter | None, span: tuple[int, int], ent
     if porter is None:
         return Statement(*span, text, None, (), entries)
     port = porter.port(span, [entry.asked for entry in entries])
-    is_partial = re.search(r"torch\.cuda\b|[\"']cuda", port.portable or "") is not None
+    is_partial = re.search(r"torch\.cuda\b|[\"']cuda", without_comments(port.portable or "")) is not None
     return Statement(*span, text, port.portable, port.notes, entries, is_partial)
 
 

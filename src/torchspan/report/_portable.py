@@ -306,7 +306,8 @@ class Porter:
     def _port_attribute(self, node: ast.Attribute) -> bool:
         """What is named and not called: a function handed on, a class, a setting, ``x.is_cuda``."""
         if node.attr == "is_cuda":
-            self._edit(node, self._free(node, f'{self.source.code(node.value)}.device.type != "cpu"'))
+            text = f'{self.source.code(node.value)}.device.type != "cpu"'
+            self._edit(node, text if isinstance(self._parents.get(node), ast.BoolOp) else self._free(node, text))
             return True
         name = self._dotted(node)
         if name.startswith(("torch.backends.cuda.", "torch.backends.cudnn.")):

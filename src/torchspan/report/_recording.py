@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from torchspan.core.errors import InputError
-from torchspan.core.report import Report, reporting
-from torchspan.report._page import Page, Run, make_page, program_files
+from torchspan.core.report import Decision, Report, reporting
+from torchspan.report._page import Page, Run, absolute, make_page, program_files
 from torchspan.report._parts import FOLDER_VARIABLE, make_folder, read_parts, write_parts_of_forks
 
 FORMATS = (".html", ".htm", ".json")
@@ -62,13 +63,18 @@ class Recording:
         parts = read_parts(self._parts)
         together = Report()
         for decision in [*self.report.decisions, *(decision for part in parts for decision in part.decisions)]:
-            together.add(decision)
+            together.add(self._placed(decision))
         for attempt in [*self.report.attempts, *(attempt for part in parts for attempt in part.attempts)]:
             together.add(attempt)
         for name, value in self.report.figures.items():
             together.figure(name, value)
         files = [*program_files(self._script, self._folder), *(file for part in parts for file in part.files)]
         return make_page(together, self._run(1 + len(parts)), files)
+
+    def _placed(self, decision: Decision) -> Decision:
+        """The Decision with the whole path of its file: of the same file, a child may know that, and its parent less."""
+        path, colon, line = (decision.site or "").rpartition(":")
+        return replace(decision, site=f"{absolute(path, self._folder)}:{line}") if colon else decision
 
     def _run(self, num_processes: int) -> Run:
         rank, world_size = rank_of_world()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import linecache
 import tokenize
 from collections.abc import Iterator
@@ -132,6 +133,23 @@ def _read(path: str) -> str:
             return file.read()
     except (OSError, SyntaxError, UnicodeDecodeError, ValueError):  # ValueError: a NUL in the name
         return "".join(linecache.getlines(path))  # a notebook's cell, code in a zip file
+
+
+def without_comments(text: str) -> str:
+    """Lines of Python without their comments.
+
+    >>> without_comments("x = '#'  # 'cuda'")
+    "x = '#'  "
+    """
+    lines = text.split("\n")
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                line, column = token.start
+                lines[line - 1] = lines[line - 1][:column]
+    except (tokenize.TokenError, SyntaxError):
+        return "\n".join(lines)  # the head of a statement alone: what could be read of it has been
+    return "\n".join(lines)
 
 
 def _statements(tree: ast.Module) -> Iterator[tuple[int, int]]:
