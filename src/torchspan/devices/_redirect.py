@@ -27,19 +27,14 @@ comptime: Any = None
 
 _DEVICE = torch.device
 _DEVICE_OF = torch._C.TensorBase.device.__get__
+NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _MARKED = (torch.Tensor, torch.nn.Parameter)
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
+_HANDLERS = "torch._dynamo.variables.torch"  # of the calls in it
 _OWN = ("torch.", "torchspan.")
 # What stands between the asker and the function that it called.
-_BETWEEN = (
-    "torchspan.devices",
-    "torchspan.environment.patch",
-    "torch.cuda",
-    "torch.accelerator",
-    "torch.library",
-    "torch._library",
-)
+_BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
 
 _REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
 
@@ -211,6 +206,18 @@ class Redirection:
             )
         return self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
 
+    def narrowed(self, name: str, dtype: Any) -> Any:
+        """The type that a tensor of `dtype` has on the target: MPS has no double precision, single takes its place."""
+        narrow = NARROW.get(dtype) if self.target == "mps" else None
+        if narrow is None:
+            return dtype
+        depth, self._quiet.depth = self._quiet.depth, 0  # a module that is moved is one entry; what it loses is another
+        try:
+            self.note(f"{name}({dtype})", None, "MPS has no double precision", str(narrow))
+        finally:
+            self._quiet.depth = depth
+        return narrow
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Count nothing in this thread inside the block: what is done there has been counted as a whole."""
@@ -243,14 +250,19 @@ def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:
     name = names.get("__name__") or ""
     file = code.co_filename
     is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
-    return is_generated or name in ("torch", "contextlib", "collections", "functools", "typing_extensions") or name.startswith(_OWN)
+    return (
+        is_generated
+        or name in ("torch", "contextlib", "collections", "functools", "typing_extensions")
+        or name.startswith(_OWN)
+    )
 
 
 def asked_by_torch(name: str = "") -> bool:
     """Whether torch's own code (or torchspan's) is what called the redefined function that calls this.
 
-    It is told the truth: that there is no such device. The program is told what it needs to go on. What dynamo calls for the
-    program is the program's; with the `name` of the function, that is told from what dynamo asks for itself: its code names it.
+    It is told the truth: that there is no such device. The program is told what it needs to go on. With the `name` of the
+    function, what torch asks for itself (its code names it) is told from what it calls for the program: dynamo's guards and
+    what dynamo folds are calls of a function that torch's code does not name.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and (
@@ -260,8 +272,9 @@ def asked_by_torch(name: str = "") -> bool:
     if frame is None:
         return False
     module = frame.f_globals.get("__name__") or ""
-    is_behalf = module.startswith(_ON_BEHALF) and name not in frame.f_code.co_names
-    return module.startswith(_OWN) and not is_behalf
+    if name:
+        return module.startswith(_OWN) and name in frame.f_code.co_names and module != _HANDLERS
+    return module.startswith(_OWN) and not module.startswith(_ON_BEHALF)
 
 
 def _invalid_ordinal(choice: Choice) -> RuntimeError:

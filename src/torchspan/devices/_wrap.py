@@ -109,6 +109,8 @@ def _place(
         return old(*args, **kwargs)
     kwargs["device"] = target
     redirection.note(name, device)
+    if "dtype" in kwargs:
+        kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
     tensor = old(*args, **kwargs)
     if is_view and target.type == "cpu" and not _is_placed(redirection, args, kwargs):
         tensor = tensor.clone() if tensor.is_leaf and not tensor.requires_grad else tensor.to(tensor.device, copy=True)

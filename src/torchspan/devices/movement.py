@@ -14,8 +14,8 @@ import torch
 
 from torchspan.devices import _redirect
 from torchspan.devices._policy import KEEP_CPU
-from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import Function, named_like
+from torchspan.devices._redirect import NARROW, Redirection
+from torchspan.devices._wrap import Function, is_compiling, named_like
 from torchspan.environment.patch import Patch, Replacement
 
 _TO_POSITIONAL = ("device", "dtype", "non_blocking", "copy")
@@ -25,6 +25,8 @@ _CUDA_TYPE = "torch.cuda."
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Tensor, storage and module methods."""
     methods: dict[str, Callable[..., Function]] = {"to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type}
+    if redirection.target == "mps":
+        methods["double"] = _double
     for name, build in methods.items():
         yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
     storage = partial(_storage_cuda, redirection)
@@ -50,7 +52,21 @@ def _to(redirection: Redirection, old: Function) -> Function:
             return old(self, *args, **kwargs)
         return _move(redirection, old, self, first, args, kwargs)
 
-    return to
+    return to if redirection.target != "mps" else _narrowing(redirection, to)
+
+
+def _narrowing(redirection: Redirection, to: Function) -> Function:
+    """``Tensor.to`` of what is on MPS already, which has no double precision."""
+
+    def narrowing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_on_mps(self):
+            narrow = NARROW.get if is_compiling() else partial(redirection.narrowed, "Tensor.to")
+            args = tuple(narrow(value) if type(value) is torch.dtype and value in NARROW else value for value in args)
+            if kwargs.get("dtype") in NARROW:
+                kwargs["dtype"] = narrow(kwargs["dtype"])
+        return to(self, *args, **kwargs)
+
+    return narrowing
 
 
 def _move(
@@ -90,9 +106,25 @@ def _is_cpu(device: object) -> bool:
 
 def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
     """`tensor` moved as `kwargs` say: a copy, unless the program has it there already."""
-    if redirection.target == "cpu" and not redirection.is_marked(tensor):
-        kwargs["copy"] = True
+    if redirection.target == "cpu":
+        if not redirection.is_marked(tensor):
+            kwargs["copy"] = True
+    else:
+        kwargs["dtype"] = redirection.narrowed("Tensor.to", kwargs.get("dtype") or tensor.dtype)
     return redirection.mark(to(tensor, **kwargs))
+
+
+def _double(redirection: Redirection, old: Function) -> Function:
+    def double(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_on_mps(self):
+            return old(self, *args, **kwargs)
+        return self.to(redirection.narrowed("Tensor.double", torch.float64))
+
+    return double
+
+
+def _is_on_mps(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "mps"
 
 
 def _cuda(redirection: Redirection, old: Function) -> Function:
