@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from torchspan.core.config import format_bytes
 from torchspan.core.report import Attempt, Decision
-from torchspan.report._page import Entry, File, Page, Run, Statement
+from torchspan.report._page import Entry, File, Page, Run, Statement, shown_site
 
 # What would reorder or hide text that a person is to read: shown by its code instead.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -59,7 +59,7 @@ def _body(page: Page) -> Iterable[str]:
     if page.unplaced:
         yield f"<h2>At no line of the program</h2>{_entries(page.unplaced, page)}"
     if page.unsupported:
-        yield f'<h2 id="unsupported">Unsupported</h2>{_decisions(page.unsupported)}'
+        yield f'<h2 id="unsupported">Unsupported</h2>{_decisions(page.unsupported, page)}'
     yield from _sections(page)
     if installed:
         yield _installed(installed, page)
@@ -195,10 +195,10 @@ def _installed(installed: Sequence[File], page: Page) -> str:
 def _sections(page: Page) -> Iterable[str]:
     if page.backports:
         yield "<h2>Backports used <small>names that a newer torch has; nothing to port, but this torch lacks them</small></h2>"
-        yield _decisions(page.backports)
+        yield _decisions(page.backports, page)
     if page.attempts or page.choices:
         yield "<h2>Compiles and other choices</h2>"
-        yield _attempts(page.attempts) + _decisions(page.choices)
+        yield _attempts(page.attempts) + _decisions(page.choices, page)
     if page.figures:
         rows = (
             (name.rpartition("_")[0].replace("_", " "), f"{value:.3g} {name.rpartition('_')[2]}")
@@ -207,8 +207,8 @@ def _sections(page: Page) -> Iterable[str]:
         yield _table(("figure", "value"), rows)
 
 
-def _decisions(decisions: Sequence[Decision]) -> str:
-    rows = ((d.subject, d.choice, d.reason, d.site or "", f"{d.count:,}×") for d in decisions)
+def _decisions(decisions: Sequence[Decision], page: Page) -> str:
+    rows = ((d.subject, d.choice, d.reason, shown_site(d.site, page.run.folder), f"{d.count:,}×") for d in decisions)
     return _table(("asked for", "given", "why", "first line", "times"), rows) if decisions else ""
 
 

@@ -243,6 +243,12 @@ def _entry(line: int, decision: Decision) -> Entry:
     return Entry(line, decision.subject, decision.choice, reason, standing, decision.count, decision.function)
 
 
+def shown_site(site: str | None, folder: str) -> str:
+    """A ``file:line`` as a person calls it."""
+    path, colon, line = (site or "").rpartition(":")
+    return f"{_name(path, folder, is_installed(path))}:{line}" if colon else site or ""
+
+
 def _name(path: str, folder: str, installed: bool) -> str:
     """A path as a person calls it: from the folder of the run, or from where packages are installed."""
     if installed:
