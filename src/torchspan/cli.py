@@ -216,7 +216,8 @@ def _run(options: argparse.Namespace) -> int:
     }
     budget = {"TORCHSPAN_BUDGET_SECONDS": options.budget_seconds, "TORCHSPAN_BUDGET_MEMORY": options.budget_memory}
     os.environ |= {name: value for name, value in budget.items() if value is not None}
-    with Recording([target, *arguments], None if options.module else target) as recording:
+    is_wanted = bool(report_to or options.verbose)
+    with Recording([target, *arguments], None if options.module else target, is_wanted=is_wanted) as recording:
         autoload()
         try:
             code, recording.outcome = _run_program(target, options.module, arguments)
@@ -224,7 +225,7 @@ def _run(options: argparse.Namespace) -> int:
             if options.compile == "bounded":
                 end_compiles()
             deactivate()
-        if report_to or options.verbose:
+        if is_wanted:
             page = recording.page()
         if report_to:
             write_page(page, report_to)

@@ -111,8 +111,8 @@ def test_files_that_cannot_be_read_are_there_by_their_lines(tmp_path: Path) -> N
     for site in ("<stdin>:3", f"{tmp_path}/gone.py:7", "relative.py:1", "nothing", None):
         report.decide("device", "Tensor.cuda(device='cuda')", "cpu", WHY, site)
     page = make_page(report, Run((), str(tmp_path)), [str(tmp_path / "absent.py")])
-    assert [file.name for file in page.files] == ["<stdin>", "gone.py", "relative.py"]
-    assert [statement.first for file in page.files for statement in file.statements] == [3, 7, 1]
+    assert [file.name for file in page.files] == ["gone.py", "relative.py", "<stdin>"]
+    assert [statement.first for file in page.files for statement in file.statements] == [7, 1, 3]
     assert len(page.unplaced) == 2 and page.summary["calls"] == 5
     assert "the source cannot be read" in _Text(to_html(page)).text
 

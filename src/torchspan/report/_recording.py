@@ -23,36 +23,38 @@ FORMATS = (".html", ".htm", ".json")
 
 
 class Recording:
-    """Collects what a run and its children decide; a context manager around it.
+    """Collects what a run decides; a context manager around it. `outcome` is set by who runs the program.
 
-    Being asked to end (SIGTERM) ends the program as ``sys.exit`` would, so that there is a page of it. `outcome` is set by who
-    runs the program.
+    Where a page `is_wanted`, what the children of the run decide is collected too, and being asked to end (SIGTERM) ends the
+    program as ``sys.exit`` would, so that there is a page of it.
     """
 
-    def __init__(self, command: Sequence[str], script: str | None) -> None:
+    def __init__(self, command: Sequence[str], script: str | None, *, is_wanted: bool = True) -> None:
         self.report = Report()
         self.outcome = "ended"
         self._signal = ""
         self._command = tuple(command)
         self._script = script
+        self._is_wanted = is_wanted
         self._folder = os.getcwd()
         self._started = time.time()
         self._parts = ""
         self._reporting = reporting(self.report)
 
     def __enter__(self) -> Recording:
-        self._parts = make_folder()
-        os.environ[FOLDER_VARIABLE] = self._parts
-        write_parts_of_forks(self.report)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._end)
+        if self._is_wanted:
+            self._parts = os.environ[FOLDER_VARIABLE] = make_folder()
+            write_parts_of_forks(self.report)
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, self._end)
         self._reporting.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._reporting.__exit__(kind, error, trace)
-        os.environ.pop(FOLDER_VARIABLE, None)
-        shutil.rmtree(self._parts, ignore_errors=True)
+        if self._is_wanted:
+            os.environ.pop(FOLDER_VARIABLE, None)
+            shutil.rmtree(self._parts, ignore_errors=True)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
