@@ -115,7 +115,7 @@ class Porter:
         return bound is None or (not around and bound > line)
 
     def _where_from(self, span: tuple[int, int]) -> str:
-        words = re.findall(r"[A-Za-z_][\w.]*", self.source.shown(span))
+        words = re.findall(r"[A-Za-z_][\w.]*\b(?!\s*=(?!=))", self.source.shown(span))
         names = [word for word in dict.fromkeys(words) if re.search(r"dev|gpu|cuda|rank|accel", word.lower())]
         return _ELSEWHERE.format(names=", ".join(names[:3])) if names else _ELSEWHERE.replace(" ({names})", "")
 
