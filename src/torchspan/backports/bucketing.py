@@ -16,8 +16,12 @@ from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, wai
 _PLACE = "torch._inductor.fx_passes.bucketing"
 
 # inductor's options that ask for it, and their defaults
-_WANTED = {"bucket_all_gathers_fx": "none", "bucket_reduce_scatters_fx": "none"}
-_SIZES = {f"{name}_bucket_size_determinator": None for name in _WANTED}
+_OPTIONS: dict[str, Any] = {
+    "bucket_all_gathers_fx": "none",
+    "bucket_all_gathers_fx_bucket_size_determinator": None,
+    "bucket_reduce_scatters_fx": "none",
+    "bucket_reduce_scatters_fx_bucket_size_determinator": None,
+}
 
 BucketMode = Literal["default", "custom_ops", "custom_ops_multidtype", "coalesced"]
 
@@ -130,7 +134,8 @@ def _as_options_say(reinplace: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(reinplace)
     def then(graph: Any) -> None:
-        for name, merge in zip(_WANTED, (bucket_all_gather, bucket_reduce_scatter)):
+        merges = {"bucket_all_gathers_fx": bucket_all_gather, "bucket_reduce_scatters_fx": bucket_reduce_scatter}
+        for name, merge in merges.items():
             if _torch.inductor_option(name) != "none":
                 BACKPORT.record_use(f"torch._inductor.config.{name}")
                 merge(graph.owning_module, _torch.inductor_option(f"{name}_bucket_size_determinator"))
@@ -170,7 +175,7 @@ BACKPORT = Backport(
     },
     is_module=True,
     also=(
-        Change("torch._inductor.config", "_config", _torch.with_options({**_WANTED, **_SIZES}, left_out_by=None)),
+        Change("torch._inductor.config", "_config", _torch.with_options(_OPTIONS, left_out_by=None)),
         Change("torch._inductor.fx_passes.post_grad", "reinplace_inplaceable_ops", _as_options_say),
     ),
 )

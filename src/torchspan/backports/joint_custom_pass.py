@@ -12,6 +12,7 @@ from torchspan.backports._base import Backport, Change
 
 _PLACE = "torch._functorch.config"
 _NAME = "joint_custom_pass"
+_AOT = "torch._functorch._aot_autograd"
 _LEFT_OUT = "_save_config_ignore"  # AOTAutograd's option that names what is not saved: a function cannot be
 
 
@@ -61,11 +62,6 @@ def _lacks(module: ModuleType | None) -> bool:
     return module is None or not _torch.has_native_option(module, _NAME)
 
 
-def _where_it_runs(module: str) -> tuple[Change, Change]:
-    place = f"torch._functorch._aot_autograd.{module}"
-    return Change(place, "run_joint_graph_passes_on_hops", _then_the_pass), Change(place, "trace_structured", _with_its_name)
-
-
 BACKPORT = Backport(
     name="joint_custom_pass",
     summary="a pass over the joint graph before it is partitioned: torch._functorch.config.joint_custom_pass",
@@ -78,9 +74,11 @@ BACKPORT = Backport(
         "_compile_ignored_keys": lambda keys: {*keys, _NAME},
     },
     also=(
-        *_where_it_runs("jit_compile_runtime_wrappers"),  # 2.8
-        *_where_it_runs("graph_compile"),  # 2.9
-        Change("torch._functorch._aot_autograd.autograd_cache", "check_cacheable", _not_with_the_pass),
+        Change(f"{_AOT}.jit_compile_runtime_wrappers", "run_joint_graph_passes_on_hops", _then_the_pass),  # 2.8
+        Change(f"{_AOT}.jit_compile_runtime_wrappers", "trace_structured", _with_its_name),
+        Change(f"{_AOT}.graph_compile", "run_joint_graph_passes_on_hops", _then_the_pass),  # 2.9
+        Change(f"{_AOT}.graph_compile", "trace_structured", _with_its_name),
+        Change(f"{_AOT}.autograd_cache", "check_cacheable", _not_with_the_pass),
     ),
     lacks=_lacks,
 )
