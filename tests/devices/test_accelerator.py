@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from torchspan.core.report import Report
 from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
 from torchspan.environment.scope import Environment
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_program_is_told_of_a_device_and_tensors_for_it_are_on_the_cpu(redirected: Report) -> None:
@@ -67,3 +72,69 @@ def test_another_accelerator_is_left_to_torch() -> None:
     report = Report()
     with Environment(device_patches(Facts(has_mps=True), "auto", report), report):
         assert (vars(torch.accelerator), torch.accelerator.is_available.__code__) == before
+
+
+COMPILED = """
+import torch
+from torchspan.core.report import Report
+from torchspan.devices._base import device_patches
+from torchspan.environment.facts import Facts
+from torchspan.environment.scope import Environment
+
+report = Report()
+environment = Environment(device_patches(Facts(), "auto", report), report)
+environment.activate()
+import torch._dynamo.utils
+
+def available(x):
+    if torch.accelerator.is_available():
+        x = x.cuda() + 1 + torch.accelerator.current_device_index()
+    torch.cuda.synchronize()
+    return x + torch.zeros(3, device="cuda")
+
+def current(x):
+    x = x.to(torch.accelerator.current_accelerator())
+    torch.accelerator.synchronize()
+    return x + 1
+
+def inside(x):
+    with torch.cuda.device(0):
+        return x.cuda() + 1
+
+class Module(torch.nn.Module):
+    def forward(self, x):
+        return current(x)
+
+def run(function, fullgraph):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(3):
+        assert compiled(torch.zeros(3)).tolist() == [1.0] * 3
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+is_newer = hasattr(torch.accelerator, "get_memory_info")  # torch 2.8 cannot have the answer of current_accelerator in a graph
+assert run(available, True) == run(inside, True) == 1
+assert run(current, is_newer) == run(Module(), is_newer) == 1
+sites = {decision.subject: decision.site for decision in report.decisions}
+assert sites["torch.accelerator.is_available()"].startswith(__file__), sites
+environment.deactivate()
+torch._dynamo.reset()
+assert torch.compile(lambda x: x + 1, backend="aot_eager")(torch.zeros(3)).tolist() == [1.0] * 3
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import torch; torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2))"])
+def test_compiled_code_asks_too_and_the_compiler_is_told_the_truth(first: str, run_python: Run) -> None:
+    run_python(f"{first}\n{COMPILED}")
+
+
+def test_a_device_module_is_cudas(redirected: Report) -> None:
+    assert torch.get_device_module() is torch.cuda and torch.get_device_module("cpu") is torch.cpu
+
+
+def test_strict_leaves_it_to_torch() -> None:
+    report = Report()
+    before = torch.accelerator.is_available.__code__
+    with Environment(device_patches(Facts(), "strict", report), report):
+        assert torch.accelerator.is_available.__code__ is before and not torch.accelerator.is_available()

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import Function, stand_ins
+from torchspan.devices._wrap import Function, named_like, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
+CONTEXTS = "torch._dynamo.variables.ctx_manager"
 CAPABILITY = (8, 0)
 """The oldest CUDA capability that computes in bfloat16, as every device here does."""
 
@@ -60,8 +62,11 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name, function in _properties(redirection).items():
         yield Redefinition("queries", "torch.cuda", name, partial(_unless_torch_asks, function))
     yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
-    for name in ("_exchange_device", "_maybe_exchange_device"):
-        yield Replacement("queries", "torch.cuda", name, lambda old: partial(_exchange, current))
+    exchange = partial(_exchange, redirection, current)
+    for name, traced in (("_exchange_device", "_exchange_fn"), ("_maybe_exchange_device", "_maybe_exchange_fn")):
+        yield Replacement("queries", "torch.cuda", name, exchange)
+        for variable in ("CUDADeviceVariable", "AcceleratorDeviceIndexVariable"):
+            yield Replacement("queries", CONTEXTS, f"{variable}.{traced}", partial(_static, exchange))
     yield Replacement("queries", "torch.cuda", "device_of.__init__", partial(_device_of))
 
 
@@ -209,12 +214,22 @@ class CudaRuntime:
         return memory.available, memory.total
 
 
-def _exchange(current: Current, device: int) -> int:
-    """Make `device` the current one, unless it is negative; the index that was current."""
-    before = current.index
-    if device >= 0:
-        current.index = device
-    return before
+def _exchange(redirection: Redirection, current: Current, old: Function) -> Function:
+    """Make a device the current one, unless it is negative; gives the index that was current."""
+
+    def exchange(device: int) -> int:
+        if _redirect.in_force is not redirection:  # dynamo keeps what it found when it was imported
+            return int(old(device))
+        before = current.index
+        if device >= 0:
+            current.index = device
+        return before
+
+    return named_like(exchange, old, "torch.cuda")
+
+
+def _static(build: Callable[[Function], Function], old: Any) -> Any:
+    return staticmethod(build(old.__func__ if isinstance(old, staticmethod) else old))
 
 
 def _device_of(old: Any) -> Function:

@@ -23,10 +23,18 @@ class Stream:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, device: torch.device, priority: int = 0, number: int | None = None) -> None:
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        priority: int = 0,
+        stream_id: int | None = None,
+        *,
+        device_index: int = 0,
+        device_type: int = 1,
+    ) -> None:
+        self.device = torch.device("cuda", device_index) if device is None else device
         self.priority = max(-5, min(0, priority))
-        self.stream_id = next(self._numbers) if number is None else number
+        self.stream_id = next(self._numbers) if stream_id is None else stream_id
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -152,7 +160,7 @@ class Event:
 class _Current(threading.local):
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.default = Stream(torch.device("cuda", 0), number=0)
+        self.default = Stream(torch.device("cuda", 0), stream_id=0)
 
 
 _current = _Current()
