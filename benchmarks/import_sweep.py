@@ -65,12 +65,22 @@ def main() -> None:
 
 def _top_level(name: str) -> list[str]:
     """The top-level modules with something in them that the distribution or module `name` has."""
-    found = sorted(module for module, owners in importlib.metadata.packages_distributions().items() if name in owners)
+    owned = sorted(module for module, owners in importlib.metadata.packages_distributions().items() if name in owners)
+    found = [module for module in owned if _is_of(name, module)]
     if not found and importlib.util.find_spec(name) is not None:
         found = [name]
     if not found:
         sys.exit(f"import_sweep: no package {name!r} is installed here: {sys.executable} -m pip install {name}")
     return found
+
+
+def _is_of(distribution: str, module: str) -> bool:
+    """Whether `module` is found in the distribution's own folder: a folder ``test`` that it brings is hidden by Python's."""
+    spec = importlib.util.find_spec(module)
+    root = str(importlib.metadata.distribution(distribution).locate_file(""))
+    return spec is not None and any(
+        place.startswith(root) for place in (spec.origin or "", *(spec.submodule_search_locations or ()))
+    )
 
 
 def _run_side(side: str, packages: list[str]) -> str:

@@ -154,6 +154,20 @@ def _with_more_names(entry: Any, names: list[str]) -> Any:
     return extended
 
 
+def dynamo_option(name: str) -> Any:
+    """The value of an entry of dynamo's configuration."""
+    import torch._dynamo.config as config
+
+    return config.__getattr__(name)
+
+
+def dynamo_unsupported() -> type[Exception]:
+    """What dynamo raises for code that it cannot trace."""
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported
+
+
 def aot_option(name: str) -> Any:
     """The value of an entry of AOTAutograd's configuration."""
     import torch._functorch.config as config

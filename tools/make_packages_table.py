@@ -1,0 +1,64 @@
+"""Make the table of docs/packages.md, and benchmarks/results/import_sweep.json, from what sweeps of imports found.
+
+    python benchmarks/import_sweep.py peft torchao --out sweep.json
+    python tools/make_packages_table.py sweep.json …
+
+A package of a later file replaces that of an earlier one, and of the result there was; with no file, only the table is made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "import_sweep.json"
+PAGE = ROOT / "docs" / "packages.md"
+BEGIN, END = "<!-- table: made by tools/make_packages_table.py -->", "<!-- end of table -->"
+NUM_NAMED = 6
+
+
+def main(files: list[str]) -> None:
+    """Merge the files into the result, and the result into the page."""
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"packages": {}}
+    for file in files:
+        found = json.loads(Path(file).read_text())
+        result = found | {"packages": result["packages"] | {name: _brief(of) for name, of in found["packages"].items()}}
+    result.pop("seconds", None)  # of the last file only
+    result["packages"] = dict(sorted(result["packages"].items()))
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{_table(result['packages'])}\n{END}{after}")
+
+
+def _brief(swept: dict[str, Any]) -> dict[str, Any]:
+    """The counts; what each single module misses stays in the sweep's own file, without paths of the machine."""
+    missing = {name: counts for name, counts in swept["missing"].items() if "/" not in name}
+    return {key: value for key, value in swept.items() if key not in ("failures", "missing")} | {"missing": missing}
+
+
+def _table(packages: dict[str, Any]) -> str:
+    rows = [
+        "| package | modules | import without | with | what those miss that still do not |",
+        "| --- | --: | --: | --: | --- |",
+    ]
+    for name, found in packages.items():
+        sample = f" ({found['sample']})" if "sample" in found else ""
+        left = {name: counts["with"] for name, counts in found["missing"].items() if counts["with"]}
+        named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
+        more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
+        counts = f"{found['modules']} | {found['without']} | {found['with']}"
+        rows.append(f"| {name} {found['version']}{sample} | {counts} | {named}{more} |")
+    return "\n".join(rows)
+
+
+def _plain(name: str) -> str:
+    """A dotted name as code; an error's message as text that a table can hold."""
+    return f"`{name}`" if " " not in name else name.replace("|", "/").replace("`", "'")[:80]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
