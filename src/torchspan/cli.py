@@ -225,6 +225,8 @@ def _run(options: argparse.Namespace) -> int:
             if options.compile == "bounded":
                 end_compiles()
             deactivate()
+        if not recording.is_here:
+            return code
         if is_wanted:
             page = recording.page()
         if report_to:

@@ -126,7 +126,7 @@ class Porter:
         while waiting:
             node = waiting.pop()
             if not self._port_node(node):
-                waiting += ast.iter_child_nodes(node)
+                waiting += reversed(list(ast.iter_child_nodes(node)))
 
     def _port_node(self, node: ast.AST) -> bool:
         """Port a node as a whole; False where its parts are to be looked at."""

@@ -33,6 +33,7 @@ class Recording:
         self.report = Report()
         self.outcome = "ended"
         self._signal = ""
+        self._process = os.getpid()
         self._command = tuple(command)
         self._script = script
         self._is_wanted = is_wanted
@@ -52,9 +53,14 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._reporting.__exit__(kind, error, trace)
-        if self._is_wanted:
+        if self._is_wanted and self.is_here:
             os.environ.pop(FOLDER_VARIABLE, None)
             shutil.rmtree(self._parts, ignore_errors=True)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that the recording was begun in, and not one that the program forked off it."""
+        return os.getpid() == self._process
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
