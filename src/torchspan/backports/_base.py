@@ -179,6 +179,15 @@ def is_lacking(backport: Backport) -> bool:
     return not (all if backport.is_module else any)(is_there)
 
 
+def has_module(name: str) -> bool:
+    """Whether torch itself has the module `name`; says the same while a backport stands in its place.
+
+    >>> has_module("torch.nn"), has_module("torch.no_such_module")
+    (True, False)
+    """
+    return _native_spec(name) is not None
+
+
 def _native_module(name: str) -> ModuleType | None:
     """The module `name` of torch itself, imported; None where torch has none, even if ours stands in its place."""
     return None if _native_spec(name) is None else importlib.import_module(name)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.fx import GraphModule, Node
 
 from torchspan.backports import _overlap, _torch
-from torchspan.backports._base import Backport, Change
+from torchspan.backports._base import Backport, Change, has_module
 from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, wait_for
 
 _PLACE = "torch._inductor.fx_passes.bucketing"
@@ -131,6 +131,8 @@ def _write(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str) -
 
 def _as_options_say(reinplace: Callable[[Any], None]) -> Callable[[Any], None]:
     """Inductor's last step on a graph that changes no tensor in place; before it, collectives are merged if options say so."""
+    if has_module(_PLACE):
+        return reinplace  # torch merges them itself
 
     @functools.wraps(reinplace)
     def then(graph: Any) -> None:
