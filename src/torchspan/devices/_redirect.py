@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -18,6 +20,7 @@ from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
 TOPIC = "device"
+_SHARED = "; one device stands in for"
 
 in_force: Redirection | None = None
 """The Redirection whose patches are in force; a function that outlives them finds None here and does what torch does."""
@@ -32,11 +35,15 @@ _MARKED = (torch.Tensor, torch.nn.Parameter)
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
 _HANDLERS = "torch._dynamo.variables.torch"  # of the calls in it
-_OWN = ("torch.", "torchspan.")
+_OWN = ("torch.", "torchspan.", "triton.")  # Triton asks as the compiler's part that it is
 # What stands between the asker and the function that it called.
 _BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
 
 _REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
+
+
+class PlacementWarning(UserWarning):
+    """A program placed things on several devices, for which one stands in: said once, at the first line that does."""
 
 
 class Redirection:
@@ -57,6 +64,7 @@ class Redirection:
         self._devices: dict[object, torch.device | None] = {}
         self._tallies: dict[tuple[CodeType, int, str, object], Tally] = {}
         self._is_foreign: dict[CodeType, bool] = {}
+        self._has_warned = False
         self._quiet = _Depth()
         self._keeping_cpu = _Depth()
 
@@ -199,12 +207,30 @@ class Redirection:
         if request is not None:
             chosen = choose(self.facts, request, self.mode)
             choice, reason = choice or chosen.device, chosen.reason
+            reason += self._shared(request)
         if self.mode == "strict":
             raise UnsupportedError(
                 f"{site}: {subject}: {reason or self.choice.reason}; device='strict' redirects nothing: take the device from "
                 "torch.accelerator.current_accelerator(), or run with device='auto'"
             )
+        if reason and _SHARED in reason:
+            self._warn_once(f"{subject}: {reason}", site)
         return self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
+
+    def _shared(self, request: DeviceRequest) -> str:
+        """What to add to the reason where the program asks for one of several devices, and one stands in for all."""
+        index = request.index or 0
+        is_launched = index < int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # then each rank has its own
+        is_one = request.kind in ACCELERATORS and self.target.partition(":")[0] == "cpu"
+        return f"{_SHARED} {request.kind}:0 to {request}" if index and is_one and not is_launched else ""
+
+    def _warn_once(self, message: str, site: str | None) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        file, _, line = (site or "?:0").rpartition(":")
+        advice = "; run a process for each device (torchrun, torch.distributed) to have several"
+        warnings.warn_explicit(f"{message}{advice}", PlacementWarning, file, int(line))
 
     def narrowed(self, name: str, dtype: Any) -> Any:
         """The type that a tensor of `dtype` has on the target: MPS has no double precision, single takes its place."""

@@ -12,11 +12,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torchspan.devices._redirect import Redirection
+from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch
 
 WHAT = "bytes that this process has allocated since the device rules came into force"
+
+
+_RESETS = (
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "reset_max_memory_cached",
+    "reset_accumulated_memory_stats",
+)
+_NOTHING = {
+    "empty_cache": "nothing is cached: memory is given back when its tensor dies",
+    "caching_allocator_enable": "nothing is cached",
+    "reset_peak_host_memory_stats": "memory of the host is not counted apart",
+    "reset_accumulated_host_memory_stats": "memory of the host is not counted apart",
+    "_record_memory_history": "nothing is recorded: there are no segments",
+    "_dump_snapshot": "nothing is written: there are no segments",
+}
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -96,18 +112,24 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield from stand_ins("memory", "torch.cuda.memory", _settings(redirection))
 
 
+def _count(redirection: Redirection, name: str, what: str) -> None:
+    """Count one use by the program of `name`, of which only `what` is given here."""
+    if not asked_by_torch():
+        redirection.simulate(name, what)
+
+
 def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
     def figure(name: str, read: Callable[[], int]) -> Function:
         def function(device: Any = None) -> int:
             redirection.index(device)
-            redirection.simulate(f"torch.cuda.{name}()", WHAT)
+            _count(redirection, f"torch.cuda.{name}()", WHAT)
             return read()
 
         return function
 
     def memory_stats(device: Any = None) -> dict[str, Any]:
         redirection.index(device)
-        redirection.simulate("torch.cuda.memory_stats()", WHAT)
+        _count(redirection, "torch.cuda.memory_stats()", WHAT)
         return _stats(memory)
 
     def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
@@ -122,20 +144,25 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
 
     def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
         rows = {"allocated": memory.allocated(), "peak": memory.peak(), "reserved": memory.reserved()}
+        _count(redirection, "torch.cuda.memory_summary()", WHAT)
         lines = [f"{name:<10} {value / 2**20:12.1f} MiB" for name, value in rows.items()]
         return "\n".join([f"memory of this process, in place of a device's ({WHAT})", *lines])
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         redirection.index(device)
-        redirection.simulate("torch.cuda.mem_get_info()", "free and total memory of this machine")
+        _count(redirection, "torch.cuda.mem_get_info()", "free and total memory of this machine")
         import psutil
 
         machine = psutil.virtual_memory()
         return machine.available, machine.total
 
-    def reset(device: Any = None) -> None:
-        redirection.index(device)
-        memory.reset_peak()
+    def resetting(name: str) -> Function:
+        def function(device: Any = None) -> None:
+            redirection.index(device)
+            _count(redirection, f"torch.cuda.{name}()", "the peak of this process's memory starts again")
+            memory.reset_peak()
+
+        return function
 
     figures = {
         "memory_allocated": memory.allocated,
@@ -152,15 +179,7 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
         "memory_stats_as_nested_dict": memory_stats_as_nested_dict,
         "memory_summary": memory_summary,
         "mem_get_info": mem_get_info,
-        **dict.fromkeys(
-            (
-                "reset_peak_memory_stats",
-                "reset_max_memory_allocated",
-                "reset_max_memory_cached",
-                "reset_accumulated_memory_stats",
-            ),
-            reset,
-        ),
+        **{name: resetting(name) for name in _RESETS},
     }
 
 
@@ -185,11 +204,14 @@ def _stats(memory: Memory) -> dict[str, Any]:
 def _settings(redirection: Redirection) -> dict[str, Function]:
     fraction = [1.0]
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+    def nothing(name: str, what: str) -> Function:
+        def function(*args: Any, **kwargs: Any) -> None:
+            _count(redirection, f"torch.cuda.memory.{name}()" if name[0] == "_" else f"torch.cuda.{name}()", what)
+
+        return function
 
     def memory_snapshot(*args: Any, **kwargs: Any) -> list[Any]:
-        redirection.simulate("torch.cuda.memory_snapshot()", "an empty list: there are no segments")
+        _count(redirection, "torch.cuda.memory_snapshot()", "an empty list: there are no segments")
         return []
 
     def host_memory_stats() -> dict[str, Any]:
@@ -202,7 +224,7 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
         if not 0 <= value <= 1:
             raise ValueError(f"Invalid fraction value: {value}. Allowed range: 0~1")
         redirection.index(device)
-        redirection.simulate("torch.cuda.set_per_process_memory_fraction()", "remembered, not enforced")
+        _count(redirection, "torch.cuda.set_per_process_memory_fraction()", "remembered, not enforced")
         fraction[0] = value
 
     def get_per_process_memory_fraction(device: Any = None) -> float:
@@ -215,16 +237,11 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
         return "native"
 
     def use_mem_pool(pool: Any = None, device: Any = None) -> Iterator[None]:
-        redirection.simulate("torch.cuda.use_mem_pool()", "memory is not pooled")
+        _count(redirection, "torch.cuda.use_mem_pool()", "memory is not pooled")
         yield
 
     return {
-        "empty_cache": nothing,
-        "caching_allocator_enable": nothing,
-        "reset_peak_host_memory_stats": nothing,
-        "reset_accumulated_host_memory_stats": nothing,
-        "_record_memory_history": nothing,
-        "_dump_snapshot": nothing,
+        **{name: nothing(name, what) for name, what in _NOTHING.items()},
         "memory_snapshot": memory_snapshot,
         "_snapshot": memory_snapshot,
         "host_memory_stats": host_memory_stats,

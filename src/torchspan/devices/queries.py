@@ -163,6 +163,10 @@ def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
         if not asked_by_torch():
             redirection.simulate("torch.cuda.synchronize()", "nothing here is left to wait for")
 
+    def ipc_collect() -> None:
+        if not asked_by_torch():
+            redirection.simulate("torch.cuda.ipc_collect()", "no memory is shared with other processes")
+
     def current_device() -> int:
         return current.index
 
@@ -190,7 +194,7 @@ def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
         "set_device": set_device,
         "get_sync_debug_mode": get_sync_debug_mode,
         "set_sync_debug_mode": set_sync_debug_mode,
-        "ipc_collect": nothing,
+        "ipc_collect": ipc_collect,
         "_sleep": nothing,
         "cudart": cudart,
         "check_error": nothing,
