@@ -52,6 +52,29 @@ def test_what_is_only_simulated_says_so(redirected: Report) -> None:
     assert len(redirected.decisions) == 2
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "set_device(0)",
+        "synchronize()",
+        "empty_cache()",
+        "ipc_collect()",
+        "reset_peak_memory_stats()",
+        "reset_max_memory_allocated()",
+        "memory_summary()",
+        "set_per_process_memory_fraction(0.5)",
+    ],
+)
+def test_what_does_little_here_is_in_the_report_when_the_program_asks_and_not_when_torch_does(
+    call: str, redirected: Report
+) -> None:
+    exec(f"import torch\ntorch.cuda.{call}", {"__name__": "torch.utils.data.dataloader"})
+    assert redirected.decisions == ()
+    exec(f"import torch\ntorch.cuda.{call}", {"__name__": "program"})
+    (decision,) = redirected.decisions
+    assert decision.subject == f"torch.cuda.{call.partition('(')[0]}()" and decision.is_simulated
+
+
 def test_calls_that_name_no_device_or_the_cpu_are_not_recorded(redirected: Report) -> None:
     x = torch.zeros(2, device="cpu").to("cpu").to(torch.float64).cpu()
     torch.nn.Linear(2, 3).to("cpu").double()(x)
