@@ -46,12 +46,12 @@ def _table(packages: dict[str, Any]) -> str:
         "| --- | --: | --: | --: | --- |",
     ]
     for name, found in packages.items():
-        sample = f" ({found['sample']})" if "sample" in found else ""
         left = {name: counts["with"] for name, counts in found["missing"].items() if counts["with"]}
         named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
         more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
-        counts = f"{found['modules']} | {found['without']} | {found['with']}"
-        rows.append(f"| {name} {found['version']}{sample} | {counts} | {named}{more} |")
+        without = "not measured" if found["without"] is None else found["without"]
+        counts = f"{found['modules']} | {without} | {found['with']}"
+        rows.append(f"| {name} {found['version']} | {counts} | {named}{more} |")
     return "\n".join(rows)
 
 
