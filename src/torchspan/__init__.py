@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torchspan.devices._value import keep_cpu as keep_cpu
     from torchspan.strategies import Budget as Budget
     from torchspan.strategies import compile_bounded as compile  # noqa: F401
+    from torchspan.strategies import partial_compile as partial_compile
+    from torchspan.strategies import region as region
+    from torchspan.strategies import safe_compile as safe_compile
+    from torchspan.strategies import smart_compile as smart_compile
 
 __version__ = "0.1.0"
 
@@ -37,9 +41,13 @@ _PUBLIC = {
     "deactivate": "torchspan.api:deactivate",
     "keep_cpu": "torchspan.devices._value:keep_cpu",
     "load": "torchspan.artifacts:load",
+    "partial_compile": "torchspan.strategies:partial_compile",
     "precompile": "torchspan.artifacts:precompile",
+    "region": "torchspan.strategies:region",
     "register_backport": "torchspan.api:register_backport",
     "register_shim": "torchspan.api:register_shim",
+    "safe_compile": "torchspan.strategies:safe_compile",
+    "smart_compile": "torchspan.strategies:smart_compile",
 }
 
 __all__ = ["__version__", *_PUBLIC]

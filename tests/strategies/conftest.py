@@ -19,7 +19,7 @@ from torchspan.strategies._transport import dumps
 def server() -> Iterator[None]:
     """A compile server that has imported torch, so that budgets of seconds measure the work."""
     torch.set_num_threads(1)
-    ending = run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(seconds=180))
+    ending = run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(seconds=600))
     assert ending.outcome == "compiled", ending
     yield
     end_servers()
@@ -99,7 +99,7 @@ def stack() -> Callable[..., Stack]:
 def until() -> Callable[..., None]:
     """Wait for a condition while calling something again and again, as a training loop would."""
 
-    def wait(condition: Callable[[], bool], step: Callable[[], object] = lambda: None, timeout_s: float = 120.0) -> None:
+    def wait(condition: Callable[[], bool], step: Callable[[], object] = lambda: None, timeout_s: float = 240.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "nothing happened in time"

@@ -10,8 +10,8 @@ from torch import nn
 
 from torchspan.core.errors import UnknownNameError
 from torchspan.strategies._base import REGISTRY, cut
+from torchspan.strategies._blocks import repeated_blocks
 from torchspan.strategies._ladder import by_size, ladder_for
-from torchspan.strategies.per_block import repeated_blocks
 
 
 @pytest.mark.parametrize("name", REGISTRY.names())

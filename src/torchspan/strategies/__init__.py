@@ -3,6 +3,8 @@
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._compile import compile_bounded, report_of
 from torchspan.strategies._graph import compile_graph
+from torchspan.strategies._marks import region
+from torchspan.strategies._named import partial_compile, safe_compile, smart_compile
 from torchspan.strategies._region import end_compiles
 from torchspan.strategies._replace import torch_compile_patch
 from torchspan.strategies._supervisor import Ending, Job, end_servers, run_bounded, server_pids
@@ -16,8 +18,12 @@ __all__ = [
     "compile_graph",
     "end_compiles",
     "end_servers",
+    "partial_compile",
+    "region",
     "report_of",
     "run_bounded",
+    "safe_compile",
     "server_pids",
+    "smart_compile",
     "torch_compile_patch",
 ]

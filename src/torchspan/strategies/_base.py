@@ -1,23 +1,71 @@
-"""What a strategy is: a file of this folder with a SUMMARY and a function `cut` from a program to its Parts."""
+"""What a strategy is: a file of this folder with a SUMMARY and a function `cut` from a program and a Request to Parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torchspan.core.errors import InputError
 from torchspan.core.registry import Registry
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchspan.strategies._step import StepProfile
+
+_STRATEGY_OF = {"layer_indices": "per_block", "max_layers": "per_block", "regions": "regional"}
 REGISTRY = Registry("torchspan.strategies", "strategy")
 
 
 @dataclass(frozen=True)
+class Request:
+    """What the user asked of a cut: blocks by number, at most `max_layers` of them, or modules by name (`regions`).
+
+    `profile` is of a step of the program, for a strategy with ``NEEDS_PROFILE``; it is no one's wish.
+    Raises InputError for what no program could have.
+
+    >>> Request(max_layers=0)
+    Traceback (most recent call last):
+    torchspan.core.errors.InputError: max_layers is 0; expected 1 or more, or None for all
+    """
+
+    layer_indices: Sequence[int] | None = None
+    max_layers: int | None = None
+    regions: Sequence[str] = ()
+    profile: StepProfile | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer_indices is not None:
+            object.__setattr__(self, "layer_indices", _indices(self.layer_indices))
+        if self.max_layers is not None and (not _is_int(self.max_layers) or self.max_layers < 1):
+            raise InputError(f"max_layers is {self.max_layers!r}; expected 1 or more, or None for all")
+        if isinstance(self.regions, str) or not all(isinstance(one, str) for one in self.regions):
+            raise InputError(f"regions is {self.regions!r}; expected names of modules, such as ['encoder.layers.*', 'head']")
+        object.__setattr__(self, "regions", tuple(self.regions))
+
+    @property
+    def asked(self) -> Mapping[str, str]:
+        """What it asks for, and the strategy that this is for."""
+        is_asked = {
+            "layer_indices": self.layer_indices is not None,
+            "max_layers": self.max_layers is not None,
+            "regions": bool(self.regions),
+        }
+        return {name: _STRATEGY_OF[name] for name, is_given in is_asked.items() if is_given}
+
+
+@dataclass(frozen=True)
 class Part:
-    """One region: `targets` that ONE compile serves. They are the program itself, or modules inside it (`is_block`)."""
+    """One region: `targets` that ONE compile serves. They are the program itself, or modules inside it (`is_block`).
+
+    `nested` are modules of a program that torch is to compile as regions inside this one.
+    """
 
     name: str
     targets: tuple[Callable[..., Any], ...]
     is_block: bool = False
+    nested: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,9 +76,14 @@ class Cut:
     reason: str
 
 
-def cut(strategy: str, program: Callable[..., Any]) -> Cut:
+def cut(strategy: str, program: Callable[..., Any], request: Request = Request()) -> Cut:  # noqa: B008 - a frozen value
     """How the strategy of this name cuts `program`; raises UnknownNameError for a name that nothing answers to."""
-    return REGISTRY.get(strategy).cut(program)
+    return REGISTRY.get(strategy).cut(program, request)
+
+
+def needs_profile(strategy: str) -> bool:
+    """Whether the strategy of this name cuts by a profile of an eager step."""
+    return bool(getattr(REGISTRY.get(strategy), "NEEDS_PROFILE", False))
 
 
 def program_name(program: Callable[..., Any]) -> str:
@@ -40,3 +93,28 @@ def program_name(program: Callable[..., Any]) -> str:
     if isinstance(program, torch.nn.Module):
         return type(program).__name__
     return getattr(program, "__qualname__", type(program).__name__)
+
+
+def count_of(num: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count_of(1, "block"), count_of(3, "block")
+    ('1 block', '3 blocks')
+    """
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
+def _indices(indices: Any) -> tuple[int, ...]:
+    if isinstance(indices, (str, bytes)) or not hasattr(indices, "__iter__"):
+        raise InputError(f"layer_indices is {indices!r}; expected numbers of blocks, such as [0, 1, 2] or range(8)")
+    found = tuple(indices)
+    wrong = [index for index in found if not _is_int(index)]
+    if wrong:
+        raise InputError(f"layer_indices has {wrong[0]!r}; expected numbers of blocks, such as [0, 1, 2] or range(8)")
+    if not found:
+        raise InputError("layer_indices is empty; expected numbers of blocks, or None for all; strategy='eager' compiles none")
+    return tuple(int(index) for index in found)
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
 
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report, current_report
-from torchspan.strategies._base import REGISTRY
+from torchspan.strategies import _measured, _torch
+from torchspan.strategies._base import REGISTRY, Request
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._ladder import ladder_for
 from torchspan.strategies._plan import Conduct, Handback, Plan, Verify
@@ -24,7 +26,10 @@ def compile_bounded(
     model: Program,
     *,
     budget: Budget | None = None,
-    strategy: str = "auto",
+    strategy: str | Sequence[str] = "auto",
+    layer_indices: Sequence[int] | None = None,
+    max_layers: int | None = None,
+    regions: Sequence[str] = (),
     mode: str | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
@@ -42,12 +47,24 @@ def compile_bounded(
     is done, the next call takes its code over, checks it against eager once (``verify="first"``; ``"always"``, ``"off"``), and
     goes on compiled. Whatever goes wrong, the program goes on eagerly and the Report says what it was.
 
-    `strategy` is ``auto`` (by size), ``whole``, ``per_block`` or ``eager``. With `wait`, the first call waits for the compile.
+    `strategy` is ``auto`` (by size, unless something else was measured, as :func:`smart_compile` says), the name of one, or
+    several names in the order in which they are tried; eager is always the last. ``whole`` compiles all of it as one region,
+    ``per_block`` its repeated blocks: all, or those of `layer_indices` (numbers in the order of the model, from the end if
+    negative), and of them the first `max_layers`; ``regional`` the modules that are marked with :func:`region`, which ``auto``
+    goes by too, or named in `regions` (``*`` stands for anything); ``nested`` the whole as one region in which torch compiles
+    equal blocks once (:func:`torch.compiler.nested_compile_region`, where this torch has it); ``selective`` profiles the second
+    call, run eagerly, and compiles the parts that promise to pay. With `wait`, the first call waits for the compile
+    (``selective``: the third).
+
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
     artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.
     `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. A module comes back as a module of the
     same class that shares everything with `model` (state_dict keys, hooks, train and eval); ``_orig_mod`` is `model`, which
     itself stays as it is. ``report`` is what was decided and tried.
+
+    With `fullgraph`, a program that breaks is a CaptureError that names the line, and no other strategy is tried. It is raised
+    as soon as it is known: by the first call with `wait`, else by the first call after the compile process found it, and by
+    every later one like it; the calls before that ran eagerly. Other failures of a compile are Attempts with `fullgraph` too.
 
     Random numbers are eager's own (inductor's option ``fallback_random``), so that a run does not depend on when it was
     swapped; ``options={"fallback_random": False}`` lets inductor draw its own.
@@ -58,10 +75,9 @@ def compile_bounded(
     """
     if not callable(model):
         raise InputError(f"what is compiled is a module or a function, not {type(model).__name__}")
-    if strategy != "auto" and strategy not in REGISTRY.names():
-        raise unknown_name(
-            "strategy", strategy, ["auto", *REGISTRY.names()], f"there are: {', '.join(['auto', *REGISTRY.names()])}"
-        )
+    request = Request(layer_indices, max_layers, regions)
+    strategy = _checked_strategy(strategy, request)
+    _check_extra(extra)
     for name, value, choices in (("verify", verify, get_args(Verify)), ("handback", handback, get_args(Handback))):
         if value not in choices:
             raise InputError(f"{name}={value!r}; expected one of {', '.join(choices)}")
@@ -70,8 +86,10 @@ def compile_bounded(
     program = _original(model)
     own_report = report or Report(parent=current_report())
     settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra)
-    ladder = ladder_for(strategy, program, has_budget=budget is not None)
-    plan = Plan(program, ladder, budget or DEFAULT_BUDGET, settings, Conduct(verify, wait, handback), own_report)
+    within = budget or DEFAULT_BUDGET
+    measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
+    ladder = ladder_for(strategy, program, has_budget=budget is not None, measured=measured)
+    plan = Plan(program, ladder, within, settings, Conduct(verify, wait, handback, request), own_report)
     if isinstance(program, torch.nn.Module):
         return _bounded_module(program, plan)  # type: ignore[return-value]
     return _bounded_function(program, plan)  # type: ignore[return-value]
@@ -83,6 +101,36 @@ def report_of(compiled: Callable[..., Any]) -> Report:
     if not isinstance(plan, Plan):
         raise InputError(f"{compiled!r} was not compiled by torchspan")
     return plan.report
+
+
+def _checked_strategy(strategy: str | Sequence[str], request: Request) -> str | Sequence[str]:
+    """The strategy that is meant: the one that `request` is for, where it asks for something; raises if they do not agree."""
+    names = [strategy] if isinstance(strategy, str) else list(strategy)
+    known = ["auto", *REGISTRY.names()] if isinstance(strategy, str) else REGISTRY.names()
+    for name in names:
+        if name not in known:
+            raise unknown_name("strategy", name, known, f"there are: {', '.join(known)}")
+    if not names:
+        raise InputError("strategy is empty; expected a name, or names in the order in which they are tried")
+    for argument, wanted in request.asked.items():
+        if strategy == "auto":
+            strategy, names = wanted, [wanted]
+        if wanted not in names:
+            raise InputError(f"{argument} is for strategy={wanted!r}, not for {' or '.join(map(repr, names))}")
+    return strategy
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    """Refuse at once what this torch's ``torch.compile`` would refuse in the compile process, where only a Report said so."""
+    takes = inspect.signature(_torch.torch_compile()).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+        return
+    known = {*takes, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}
+    for name in extra:
+        if name not in known:
+            raise unknown_name(
+                "argument", name, sorted(known), f"torch.compile of torch {torch.__version__} has none of that name"
+            )
 
 
 def _options(backend: str | Callable[..., Any], options: Mapping[str, Any] | None) -> Mapping[str, Any]:

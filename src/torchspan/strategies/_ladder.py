@@ -1,12 +1,15 @@
-"""Ladder: strategies in order of preference; the last is eager. The default goes by the number of parameters."""
+"""Ladder: strategies in order of preference; the last is eager. The default goes by size, unless something was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from torchspan.strategies._marks import has_marks
+from torchspan.strategies._measured import Measured
 
 BILLION = 1_000_000_000
 
@@ -19,37 +22,70 @@ class Ladder:
     reason: str
 
 
-def ladder_for(strategy: str, program: Callable[..., Any], *, has_budget: bool) -> Ladder:
-    """The ladder that a named strategy, or ``auto``, stands for.
+def ladder_for(
+    strategy: str | Sequence[str], program: Callable[..., Any], *, has_budget: bool, measured: Sequence[Measured] = ()
+) -> Ladder:
+    """The ladder that a named strategy, several in their order, or ``auto`` stands for.
 
-    ``auto`` goes by size: under 10 billion parameters the whole program, then its blocks; from 10 to 40 its blocks only; above
-    that nothing is compiled unless a budget was given.
+    ``auto`` goes by the regions that are marked, or else by size: under 10 billion parameters the whole program, then its
+    blocks; from 10 to 40 its blocks only; above that nothing is compiled unless a budget was given. What was `measured` of
+    equal programs overrules it.
 
     >>> ladder_for("auto", torch.nn.Linear(2, 2), has_budget=False).strategies
     ('whole', 'per_block', 'eager')
     >>> ladder_for("per_block", torch.nn.Linear(2, 2), has_budget=False).strategies
     ('per_block', 'eager')
+    >>> ladder_for(["per_block", "whole"], torch.nn.Linear(2, 2), has_budget=False).strategies
+    ('per_block', 'whole', 'eager')
     """
-    if strategy == "eager":
-        return Ladder(("eager",), "asked for")
-    if strategy != "auto":
-        return Ladder((strategy, "eager"), "asked for")
+    if strategy == "auto":
+        return overruled(_by_program(program, has_budget=has_budget), measured)
+    asked = (strategy,) if isinstance(strategy, str) else tuple(strategy)
+    return Ladder((*(one for one in dict.fromkeys(asked) if one != "eager"), "eager"), "asked for")
+
+
+def _by_program(program: Callable[..., Any], *, has_budget: bool) -> Ladder:
     if not isinstance(program, torch.nn.Module):
         return Ladder(("whole", "eager"), "a function")
+    if has_marks(program):
+        return Ladder(("regional", "eager"), "modules of it are marked as regions")
     return by_size(sum(parameter.numel() for parameter in program.parameters()), has_budget=has_budget)
 
 
 def by_size(num_parameters: int, *, has_budget: bool) -> Ladder:
-    """The default policy.
+    """The default policy; every tier but eager is within a budget, the default one if none is given.
 
     >>> by_size(50_000_000_000, has_budget=False).strategies, by_size(20_000_000_000, has_budget=False).strategies
     (('eager',), ('per_block', 'eager'))
     """
     size = f"{num_parameters / BILLION:.3g} billion parameters"
+    if num_parameters < BILLION:
+        return Ladder(("whole", "per_block", "eager"), f"{size}: below 1 billion the whole program is tried first")
     if num_parameters < 10 * BILLION:
-        return Ladder(("whole", "per_block", "eager"), f"{size}: below 10 billion the whole program is tried first")
+        reason = f"{size}: from 1 to 10 billion the whole program gets a part of the budget, its blocks what is left"
+        return Ladder(("whole", "per_block", "eager"), reason)
     if num_parameters <= 40 * BILLION:
         return Ladder(("per_block", "eager"), f"{size}: from 10 to 40 billion only repeated blocks are compiled")
     if has_budget:
         return Ladder(("per_block", "eager"), f"{size}: above 40 billion repeated blocks, because a budget was given")
     return Ladder(("eager",), f"{size}: above 40 billion nothing is compiled unless a budget is given")
+
+
+def overruled(policy: Ladder, measured: Sequence[Measured]) -> Ladder:
+    """`policy`, without the strategies that are known not to end, and with one that it would not try but that compiled first.
+
+    >>> found = overruled(Ladder(("whole", "per_block", "eager"), "small"), (Measured("whole", "timeout", 180.0),))
+    >>> found.strategies, found.reason
+    (('per_block', 'eager'), 'measured on an equal program: whole, timeout after 180 s; by default: small')
+    >>> overruled(Ladder(("eager",), "large"), (Measured("per_block", "compiled", 9.0),)).strategies
+    ('per_block', 'eager')
+    """
+    failed = {one.strategy for one in measured if one.outcome != "compiled"}
+    worked = {one.strategy for one in measured if one.outcome == "compiled"}
+    default = [one for one in policy.strategies if one not in failed]
+    first = [one for one in ("whole", "per_block") if one in worked and one not in policy.strategies][:1]
+    strategies = tuple(dict.fromkeys([*first, *default]))
+    if strategies == policy.strategies:
+        return policy
+    told = ", ".join(str(one) for one in measured if one.strategy in failed or one.strategy in first)
+    return Ladder(strategies, f"measured on an equal program: {told}; by default: {policy.reason}")

@@ -7,17 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from torchspan.core.report import Report, current_report
-from torchspan.strategies._base import Part, cut, program_name
+from torchspan.strategies import _measured
+from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
+from torchspan.strategies._nest import nest, unnest
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
+from torchspan.strategies._step import Profiler
+from torchspan.strategies._supervisor import Ending
 
 Verify = Literal["first", "off", "always"]
 Handback = Literal["auto", "artifact", "caches"]
@@ -28,11 +32,12 @@ _within = threading.local()
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a Plan goes about it: how often compiled code is checked, whether calls wait for it, how it is handed back."""
+    """How a Plan goes about it: how often code is checked, whether calls wait, how code comes back, what was asked of cuts."""
 
     verify: Verify = "first"
     wait: bool = False
     handback: Handback = "auto"
+    request: Request = field(default_factory=Request)
 
 
 class Plan:
@@ -61,6 +66,8 @@ class Plan:
         self._one_child = threading.Lock()
         self._regions: tuple[Region, ...] = ()
         self._root: Region | None = None
+        self._profiler: Profiler | None = None
+        self._request = conduct.request
         self._overhead_s = 0.0
         self._is_first = True
         report.decide("compile", program_name(program), " → ".join(self._rungs), ladder.reason)
@@ -85,8 +92,19 @@ class Plan:
         root = self._root
         if root is not None:
             return root.call(self.program, args, kwargs)
+        profiler = self._profiler
+        if profiler is not None and profiler.takes_turn():
+            return self._call_profiled(profiler, args, kwargs)
         with inside(self):
             return self.program(*args, **kwargs)
+
+    def _call_profiled(self, profiler: Profiler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run eagerly, and cut the program by what that took."""
+        outputs, profile = profiler.run(args, kwargs)
+        with self._lock:
+            self._profiler, self._request = None, replace(self._request, profile=profile)
+            self._next_rung()
+        return outputs
 
     def call_next(self, failed: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """For callers that wait: go on with the rung that followed `failed`."""
@@ -98,7 +116,7 @@ class Plan:
         By default for a whole program, which is then taken over without a stall. An artifact checks its guards in Python at
         each call (about 0.1 ms), which a block, called many times a step, would feel more than one trace at the swap.
         """
-        if not self.settings.is_plain or self._conduct.handback == "caches":
+        if not self.settings.is_plain or self._conduct.handback == "caches" or part.nested:
             return False
         return self._conduct.handback == "artifact" or not part.is_block
 
@@ -106,17 +124,29 @@ class Plan:
 
     def _next_rung(self) -> None:
         while self._rungs:
+            if self._must_profile(self._rungs[0]):
+                return
             strategy = self._rungs.pop(0)
-            found = cut(strategy, self.program)
+            found = cut(strategy, self.program, self._request)
             if found.parts or strategy == "eager":
                 self.report.decide("compile", program_name(self.program), strategy, found.reason)
                 self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
                 return
             self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
 
+    def _must_profile(self, strategy: str) -> bool:
+        """Whether a step has to be profiled before `strategy` can cut; if so, one will be."""
+        if self._request.profile is not None or not isinstance(self.program, torch.nn.Module) or not needs_profile(strategy):
+            return False
+        self._profiler, self._root = Profiler(self.program), None
+        self.report.decide("compile", program_name(self.program), "profile", f"{strategy} goes by the second call, run eagerly")
+        return True
+
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
         for region in regions:
+            for block in region.part.nested:
+                nest(block)
             if region.part.is_block:
                 for block in region.part.targets:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
@@ -141,9 +171,12 @@ class Plan:
             share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not is_later else 1.0
             yield replace(self._budget, seconds=left * share) if left > 0 else None
 
-    def spend(self, seconds: float) -> None:
-        """Count what a child took."""
-        self._spent_s += seconds
+    def spend(self, strategy: str, ending: Ending) -> None:
+        """Count what a child took, and remember how it ended."""
+        self._spent_s += ending.seconds
+        if not self._request.asked:  # else it was a part of what the strategy is
+            measured = _measured.Measured(strategy, ending.outcome, ending.seconds)
+            _measured.note(self.program, self.settings, self._budget, measured)
 
     # figures
 
@@ -185,6 +218,8 @@ class BlockCall:
 
 
 def _uninstall(region: Region) -> None:
+    for block in region.part.nested:
+        unnest(block)
     for block in region.part.targets if region.part.is_block else ():
         if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
             del block._compiled_call_impl  # type: ignore[attr-defined]

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from torchspan.core.errors import GuardError, InputError, TorchspanError
+from torchspan.core.errors import CaptureError, GuardError, InputError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import log
 from torchspan.strategies import _ambient, _torch, _transport, _verify
 from torchspan.strategies._base import Part
+from torchspan.strategies._fullgraph import break_message
 from torchspan.strategies._handback import FromArtifact, FromCaches
 from torchspan.strategies._signature import signature
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
@@ -54,6 +55,7 @@ class Generation:
     """What serves one input signature."""
 
     stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
+    error: str | None = None
     code: FromArtifact | FromCaches | None = None
     wants_artifact: bool = False
     is_traced: bool = False
@@ -102,6 +104,8 @@ class Region:
         if generation is None or generation.stage != "swapped" or self._plan.verify == "always":
             with self._plan.overhead():
                 generation = generation or self._open(target, args, kwargs)
+                if generation.error is not None:
+                    raise CaptureError(generation.error)
                 if generation.stage == "ready" or (generation.stage == "swapped" and self._plan.verify == "always"):
                     self._take_over(generation, target, args, kwargs)
         return generation if generation.stage == "swapped" else None
@@ -205,7 +209,7 @@ class Region:
             if budget is None:
                 return Ending("skipped", 0.0, cause="nothing is left of the budget")
             ending = run_bounded(Job(function, payload, is_fresh), budget, _program_ends)
-            self._plan.spend(ending.seconds)
+            self._plan.spend(self.strategy, ending)
             return replace(ending, cause="the program ended first") if ending.outcome == "cancelled" else ending
 
     def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
@@ -221,7 +225,11 @@ class Region:
     def _give_up(self, generation: Generation, ending: Ending) -> None:
         generation.stage = "eager"
         self._attempt(ending)
-        if not any(one.stage in ("ready", "swapped") for one in self._generations.values()):
+        if self._plan.settings.fullgraph and ending.outcome == "failed":
+            generation.error = break_message(ending.cause, self.part.name)
+        if generation.error is not None:  # the user's to mend: no other strategy is tried
+            self._decide("refused", generation.error)
+        elif not any(one.stage in ("ready", "swapped") for one in self._generations.values()):
             self.has_failed = True
             self._plan.region_failed(self)
         generation.done.set()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torchspan.strategies._base import Cut, Part, program_name
+from torchspan.strategies._base import Cut, Part, Request, program_name
 
 SUMMARY = "the whole program as one region"
 
 
-def cut(program: Callable[..., Any]) -> Cut:
+def cut(program: Callable[..., Any], request: Request) -> Cut:
     """One part: the program."""
     return Cut((Part(program_name(program), (program,)),), "one region")
