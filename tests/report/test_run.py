@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def test_a_program_that_fails_leaves_its_page_and_its_own_exit_code(run_python, 
 @pytest.mark.parametrize(("number", "code", "outcome"), [(2, 130, "interrupted"), (15, 143, "ended by SIGTERM")])
 def test_a_program_that_is_interrupted_leaves_its_page(tmp_path: Path, number: int, code: int, outcome: str) -> None:
     write(tmp_path, "import time, torch\ntorch.ones(1, device='cuda')\nopen('ready', 'w').close()\ntime.sleep(60)\n")
-    process = subprocess.Popen([sys.executable, *RUN, "--report", "out.json", "program.py"], cwd=tmp_path)
+    command = [sys.executable, *RUN, "--report", "out.json", "program.py"]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and its children too
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=default)
     deadline = time.monotonic() + 240  # a busy machine takes long to import torch
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
