@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from torchspan.devices._value import TorchDevice as TorchDevice
     from torchspan.devices._value import keep_cpu as keep_cpu
     from torchspan.strategies import Budget as Budget
+    from torchspan.strategies import CompileProfile as CompileProfile
     from torchspan.strategies import compile_bounded as compile  # noqa: F401
     from torchspan.strategies import partial_compile as partial_compile
+    from torchspan.strategies import profile_compile as profile_compile
     from torchspan.strategies import region as region
     from torchspan.strategies import safe_compile as safe_compile
     from torchspan.strategies import smart_compile as smart_compile
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Backport": "torchspan.backports._base:Backport",
     "Budget": "torchspan.strategies:Budget",
+    "CompileProfile": "torchspan.strategies:CompileProfile",
     "Precompile": "torchspan.artifacts:Precompile",
     "Report": "torchspan.core.report:Report",
     "TorchDevice": "torchspan.devices._value:TorchDevice",
@@ -43,6 +46,7 @@ _PUBLIC = {
     "load": "torchspan.artifacts:load",
     "partial_compile": "torchspan.strategies:partial_compile",
     "precompile": "torchspan.artifacts:precompile",
+    "profile_compile": "torchspan.strategies:profile_compile",
     "region": "torchspan.strategies:region",
     "register_backport": "torchspan.api:register_backport",
     "register_shim": "torchspan.api:register_shim",

@@ -2,23 +2,29 @@
 
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._compile import compile_bounded, report_of
+from torchspan.strategies._compile_profile import CompileProfile, profile_compile
 from torchspan.strategies._graph import compile_graph
 from torchspan.strategies._marks import region
 from torchspan.strategies._named import partial_compile, safe_compile, smart_compile
 from torchspan.strategies._region import end_compiles
 from torchspan.strategies._replace import torch_compile_patch
 from torchspan.strategies._supervisor import Ending, Job, end_servers, run_bounded, server_pids
+from torchspan.strategies._watch import Finished, finish_compiles, watching
 
 __all__ = [
     "DEFAULT_BUDGET",
     "Budget",
+    "CompileProfile",
     "Ending",
+    "Finished",
     "Job",
     "compile_bounded",
     "compile_graph",
     "end_compiles",
     "end_servers",
+    "finish_compiles",
     "partial_compile",
+    "profile_compile",
     "region",
     "report_of",
     "run_bounded",
@@ -26,4 +32,5 @@ __all__ = [
     "server_pids",
     "smart_compile",
     "torch_compile_patch",
+    "watching",
 ]

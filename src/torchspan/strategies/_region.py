@@ -22,7 +22,7 @@ import torch
 from torchspan.core.errors import CaptureError, GuardError, InputError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import log
-from torchspan.strategies import _ambient, _torch, _transport, _verify
+from torchspan.strategies import _ambient, _torch, _transport, _verify, _watch
 from torchspan.strategies._base import Part
 from torchspan.strategies._fullgraph import break_message
 from torchspan.strategies._handback import FromArtifact, FromCaches
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
 _JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
-_THREAD = "torchspan-compile"
+_THREAD = _watch.COMPILE_THREAD
 _program_ends = threading.Event()
 _isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
 
@@ -208,7 +208,10 @@ class Region:
         with self._plan.turn(self) as budget:
             if budget is None:
                 return Ending("skipped", 0.0, cause="nothing is left of the budget")
-            ending = run_bounded(Job(function, payload, is_fresh), budget, _program_ends)
+            job, began_ns = Job(function, payload, is_fresh, record=_watch.is_watched()), time.time_ns()
+            ending = run_bounded(job, budget, _program_ends)
+            if job.record:
+                _watch.tell(_watch.Finished(self.part.name, self.strategy, self._plan.settings, payload, began_ns, ending))
             self._plan.spend(self.strategy, ending)
             return replace(ending, cause="the program ended first") if ending.outcome == "cancelled" else ending
 

@@ -32,6 +32,7 @@ POLL_S = 0.02
 IDLE_S = 120.0
 DUMP_WAIT_S = 0.4
 LOG_BYTES = 8192
+MEMORY_STEP = 4 * 1024 * 1024  # how much more or less memory is noted, with the time
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_PDEATHSIG = 1
 HAS_PROC_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
@@ -158,6 +159,7 @@ class Warden:
         self._limit = request["limit_bytes"]
         self._started = time.monotonic()
         self._peak = 0
+        self._memory: list[tuple[int, int]] = []
         self._cancelled = False
         self._tail = b""
 
@@ -176,7 +178,7 @@ class Warden:
         os.set_blocking(log_read, False)
         verdict = self._watch(worker, log_read)
         kill_tree(warden)
-        self._write({**verdict, "peak_bytes": self._peak, "log": self._tail.decode(errors="replace")})
+        self._write({**verdict, "peak_bytes": self._peak, "memory": self._memory, "log": self._tail.decode(errors="replace")})
 
     def _cancel(self, number: int, frame: object) -> None:
         self._cancelled = True
@@ -213,6 +215,8 @@ class Warden:
             return "cancelled"
         used = tree_bytes(worker, self._limit)
         self._peak = max(self._peak, used)
+        if not self._memory or abs(used - self._memory[-1][1]) > MEMORY_STEP:
+            self._memory.append((time.time_ns(), used))
         if self._limit is not None and used > self._limit:
             return "memory"
         return "timeout" if time.monotonic() > self._deadline else None

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torchspan.strategies._budget import Budget
 # done so takes a hundredth of one
 PRELOAD = ("torch", "torchspan.strategies._worker", "torch._dynamo", "torch._inductor.compile_fx")
 GRACE_S = 2.0
+EVENTS_VARIABLE = "TORCHSPAN_COMPILE_EVENTS"  # tells a worker which file to note into what the compiler does
 # what torch reads from the environment at import: a server that read another value is of no use
 _AT_IMPORT = re.compile(r"(TORCH|PYTORCH|TRITON|CUDA|INDUCTOR|AOT|CXX|CC$|OMP_|MKL_|KMP_|LD_|PYTHON|NCCL|GLOO)")
 _AT_USE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -38,16 +39,22 @@ class Job:
     """What a worker runs: `function` (``module:name``, of bytes to bytes) with `payload`.
 
     `fresh` asks for an interpreter that has not imported torch: what a job on an accelerator needs, where a fork would not do.
+    With `record`, what the compiler does is noted while it is done: the Ending's `events`.
     """
 
     function: str
     payload: bytes
     fresh: bool = False
+    record: bool = False
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended: `result` if it ended well, else `cause` and `where`."""
+    """How a job ended: `result` if it ended well, else `cause` and `where`.
+
+    `stack` is faulthandler's whole dump of a worker that was ended or crashed, `commands` what the processes below it ran then;
+    `memory` is (nanoseconds since the epoch, bytes of the process tree) each time that these changed.
+    """
 
     outcome: Outcome
     seconds: float
@@ -56,6 +63,10 @@ class Ending:
     where: str | None = None
     result: bytes | None = None
     traceback: str | None = None
+    stack: str | None = None
+    commands: tuple[str, ...] = ()
+    events: str = ""
+    memory: tuple[tuple[int, int], ...] = ()
 
     def attempt(self, strategy: str, region: str, backend: str) -> Attempt:
         """The Attempt that a Report holds of it."""
@@ -73,7 +84,8 @@ def run_bounded(job: Job, budget: Budget, cancel: threading.Event | None = None)
     try:
         _write_job(folder, job)
         verdict = _ask_server(job, folder, deadline, budget, cancel)
-        return _judge(verdict, folder, budget, time.monotonic() - started)
+        ending = _judge(verdict, folder, budget, time.monotonic() - started)
+        return replace(ending, **_seen(verdict, folder))
     except OSError as cause:  # no space for the payload, no process to start
         return Ending("failed", time.monotonic() - started, cause=f"{type(cause).__name__}: {cause}", where="starting the job")
     finally:
@@ -89,6 +101,8 @@ def _write_job(folder: Path, job: Job) -> None:
         "argv": sys.argv,
         "cwd": os.getcwd(),
     }
+    if job.record:
+        described["environ"] = {**child_environ(), EVENTS_VARIABLE: str(folder / "events")}
     (folder / "job.json").write_text(json.dumps(described))
 
 
@@ -118,6 +132,21 @@ def _ask_server(
     if verdict.exists():
         return dict(json.loads(verdict.read_text()))
     return {"outcome": "timeout", "where": None, "in_server": True} if time.monotonic() > deadline else None
+
+
+def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """What was seen of a worker, however it ended."""
+    known = verdict or {}
+    return {
+        "stack": _text(folder / "stack.txt") or None,
+        "commands": tuple(known.get("commands", ())),
+        "events": _text(folder / "events"),
+        "memory": tuple((when, used) for when, used in known.get("memory", ())),
+    }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _judge(verdict: dict[str, Any] | None, folder: Path, budget: Budget, seconds: float) -> Ending:

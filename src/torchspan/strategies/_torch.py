@@ -6,8 +6,9 @@ import copyreg
 import functools
 import os
 import threading
+import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -69,6 +70,14 @@ def named_backend(name: str) -> Callable[..., Any] | str:
     found = registry._COMPILER_FNS.get(name) if registry else None
     is_ours = found is not None and not str(getattr(found, "__module__", "")).startswith("torch.")
     return found if is_ours else name  # type: ignore[return-value]
+
+
+def backend_function(name: str) -> Callable[..., Any]:
+    """The function behind a backend that torch brings or that is registered here."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    found: Callable[..., Any] = lookup_backend(name)
+    return found
 
 
 def import_compiler() -> None:
@@ -250,3 +259,106 @@ def known_isas(known: dict[str, bool]) -> Iterator[None]:
 
     with patch.object(VecISA, "check_build", check_build):
         yield
+
+
+@contextmanager
+def watching_compiler(
+    on_event: Callable[[str, int, str, Mapping[str, Any]], None],
+    on_graph: Callable[[torch.fx.GraphModule, str, int], None],
+    on_break: Callable[[str, list[traceback.FrameSummary], str], None],
+) -> Iterator[None]:
+    """Call back with what dynamo, AOTAutograd and inductor do, from their own thread, while they do it.
+
+    `on_event` is told of each timed event of torch: name, nanoseconds since the epoch, ``B`` or ``E``, metadata; `on_graph` of
+    each graph before its backend gets it, with its compile id and how many guards there were; `on_break` of each graph break:
+    reason, the user's stack, compile id.
+    """
+    from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.utils import ChromiumEventLogger
+
+    log_event, call_backend, end_graph = (
+        ChromiumEventLogger._log_timed_event,
+        OutputGraph.call_user_compiler,
+        OutputGraph.compile_subgraph,
+    )
+
+    def logged(self: Any, name: str, time_ns: int, phase: str, metadata: Any = None) -> Any:
+        on_event(name, time_ns, phase, metadata or {})
+        return log_event(self, name, time_ns, phase, metadata)
+
+    def called(self: Any, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        on_graph(graph, _compile_id(), len(self.guards))
+        return call_backend(self, graph, *args, **kwargs)
+
+    def ended(self: Any, tx: Any, reason: Any, *args: Any, **kwargs: Any) -> Any:
+        if reason.graph_break:
+            on_break(str(reason.reason), list(reason.user_stack), _compile_id())
+        return end_graph(self, tx, reason, *args, **kwargs)
+
+    with (
+        patch.object(ChromiumEventLogger, "_log_timed_event", logged),
+        patch.object(OutputGraph, "call_user_compiler", called),
+        patch.object(OutputGraph, "compile_subgraph", ended),
+    ):
+        yield
+
+
+def _compile_id() -> str:
+    """Which compile is under way: dynamo's number of the frame, and how often that was compiled before."""
+    from torch._guards import CompileContext
+
+    return str(CompileContext.current_compile_id())
+
+
+def minify(
+    graph: torch.fx.GraphModule,
+    inputs: list[torch.Tensor],
+    goes_wrong: Callable[[torch.fx.GraphModule, Sequence[Any]], bool],
+    keep: Callable[[torch.fx.GraphModule, Sequence[Any]], None],
+) -> None:
+    """Make `graph` smaller with torch's minifier as long as it `goes_wrong`; `keep` is told of each smaller one."""
+    from torch._functorch.fx_minifier import minifier
+
+    with torch.no_grad():
+        minifier(graph, inputs, goes_wrong, keep, skip_offload=True, skip_sanity=True)
+
+
+def module_code(graph: torch.fx.GraphModule) -> str:
+    """Python text of a module class ``Repro`` that does what `graph` does."""
+    from torch._dynamo.debug_utils import NNModuleToString
+
+    return str(NNModuleToString.convert(graph))
+
+
+def config_code() -> str:
+    """Python text that sets dynamo's, AOTAutograd's and inductor's settings that are not as torch has them by default."""
+    import torch._dynamo.config
+    import torch._functorch.config
+    import torch._inductor.config
+
+    configs = (torch._dynamo.config, torch._functorch.config, torch._inductor.config)
+    lines = [line for config in configs for line in config.codegen_config().splitlines()]
+    wanted = [line for line in lines if line and not any(name in line for name in ("compile_threads", "fx_graph_cache"))]
+    imports = sorted({f"import {line.partition('.config.')[0]}.config" for line in wanted if ".config." in line})
+    return "\n".join([*imports, *wanted])
+
+
+@contextmanager
+def noting_recompiles() -> Iterator[Callable[[], list[tuple[str, str, str, str]]]]:
+    """Gives a function that says what was compiled again since then: compile id, function, site and reason of each."""
+    from torch._dynamo import utils
+
+    utils.clear_compilation_metrics()
+    utils.set_compilation_metrics_limit(100_000)
+
+    def recompiles() -> list[tuple[str, str, str, str]]:
+        return [
+            (str(one.compile_id), str(one.co_name), f"{one.co_filename}:{one.co_firstlineno}", one.recompile_reason)
+            for one in utils.get_compilation_metrics()
+            if one.recompile_reason
+        ]
+
+    try:
+        yield recompiles
+    finally:
+        utils.set_compilation_metrics_limit(utils.DEFAULT_COMPILATION_METRICS_LIMIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from torchspan.artifacts.precompile import precompile
 from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
-from torchspan.strategies import _ambient, _torch, _transport
+from torchspan.strategies import _ambient, _events, _torch, _transport
 from torchspan.strategies._settings import Settings
 
 
@@ -45,6 +46,11 @@ class Filled:
 
 def compile_region(payload: bytes) -> bytes:
     """Compile a pickled Task into an artifact, or into torch's caches if it cannot be one; gives a pickled Filled."""
+    with _events.recording():
+        return _compile_region(payload)
+
+
+def _compile_region(payload: bytes) -> bytes:
     task = _begin(payload)
     isas = dict(task.isas)
     try:
@@ -60,8 +66,25 @@ def compile_region(payload: bytes) -> bytes:
 
 def fill_caches(payload: bytes) -> bytes:
     """Compile a pickled Task so that its results lie in torch's caches; gives a pickled Filled."""
-    task = _begin(payload)
-    return pickle.dumps(_fill_caches(task, dict(task.isas), None))
+    with _events.recording():
+        task = _begin(payload)
+        return pickle.dumps(_fill_caches(task, dict(task.isas), None))
+
+
+def profile_region(payload: bytes) -> bytes:
+    """Compile a pickled Task as if for the first time, its caches in the job's folder; gives what was found of this machine."""
+    with _events.recording() as folder:
+        task = _begin(payload)
+        if folder is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+            os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        isas = dict(task.isas)
+        with _torch.caching(), _torch.known_isas(isas):
+            compiled = task.settings.compile(_torch.entry_point(task.is_block))
+            with _ambient.modes(task.ambient):
+                outputs = compiled(task.target, *task.args, **task.kwargs)
+            _backward(outputs)
+    return pickle.dumps(isas)
 
 
 def _begin(payload: bytes) -> Task:
