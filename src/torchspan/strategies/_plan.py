@@ -145,8 +145,8 @@ class Plan:
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
         for region in regions:
-            for block in region.part.nested:
-                nest(block)
+            for inner in region.part.nested:
+                nest(inner)
             if region.part.is_block:
                 for block in region.part.targets:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
@@ -218,8 +218,8 @@ class BlockCall:
 
 
 def _uninstall(region: Region) -> None:
-    for block in region.part.nested:
-        unnest(block)
+    for inner in region.part.nested:
+        unnest(inner)
     for block in region.part.targets if region.part.is_block else ():
         if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
             del block._compiled_call_impl  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torchspan.strategies._blocks import blocks_of, distinct, is_container, kind
 # operations that a compiler hands to the library that eager uses too: they take as long when compiled
 _LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul", "convolution", "_convolution"}
 _LIBRARY_PREFIXES = ("_scaled_dot_product", "_flash", "_efficient", "_cudnn", "mkldnn", "miopen", "_fused", "lstm", "gru")
+_HAS_THREAD_TIME = time.get_clock_info("thread_time").resolution < 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,15 @@ class _Clock(TorchDispatchMode):
         self._thread = threading.get_ident()
         self._inside: list[int] = []
         self._has_device = any(one.device.type not in ("cpu", "meta") for one in model.parameters())
+        # of a CPU, the thread's own time: what other processes take of the machine says nothing of the program
+        self._now = time.perf_counter if self._has_device or not _HAS_THREAD_TIME else time.thread_time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        started = time.perf_counter()
+        started = self._now()
         outputs = func(*args, **(kwargs or {}))
         if self._has_device:
             torch.accelerator.synchronize()
-        self._add(time.perf_counter() - started, is_fusible(func.overloadpacket.__name__))
+        self._add(self._now() - started, not _is_view(func) and is_fusible(func.overloadpacket.__name__))
         return outputs
 
     def _add(self, seconds: float, fuses: bool) -> None:
@@ -136,6 +139,11 @@ def is_fusible(operation: str) -> bool:
     (True, False, False)
     """
     return operation not in _LIBRARY and not operation.startswith(_LIBRARY_PREFIXES)
+
+
+def _is_view(operator: Any) -> bool:
+    """Whether an operator gives another look at its input, which costs nothing, compiled or not."""
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.arguments)
 
 
 @contextmanager
