@@ -17,7 +17,6 @@ from torchspan.strategies import _measured
 from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
-from torchspan.strategies._nest import nest, unnest
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._step import Profiler
@@ -116,7 +115,7 @@ class Plan:
         By default for a whole program, which is then taken over without a stall. An artifact checks its guards in Python at
         each call (about 0.1 ms), which a block, called many times a step, would feel more than one trace at the swap.
         """
-        if not self.settings.is_plain or self._conduct.handback == "caches" or part.nested:
+        if not self.settings.is_plain or self._conduct.handback == "caches":
             return False
         return self._conduct.handback == "artifact" or not part.is_block
 
@@ -145,8 +144,6 @@ class Plan:
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
         for region in regions:
-            for inner in region.part.nested:
-                nest(inner)
             if region.part.is_block:
                 for block in region.part.targets:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
@@ -218,8 +215,6 @@ class BlockCall:
 
 
 def _uninstall(region: Region) -> None:
-    for inner in region.part.nested:
-        unnest(inner)
     for block in region.part.targets if region.part.is_block else ():
         if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
             del block._compiled_call_impl  # type: ignore[attr-defined]
