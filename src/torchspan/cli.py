@@ -1,4 +1,4 @@
-"""The command line: doctor, scan, run, precompile, train, passes. It draws a Report, or prints JSON."""
+"""The command line: doctor, scan, run, compile, explain, precompile, train, passes. It draws a Report, or prints JSON."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="print no report at the end")
     run.add_argument("-m", dest="module", action="store_true", help="what follows is the name of a module")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="program", help="the program and its arguments")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, topics=None, finish=False)
+
+    _add_compile_commands(commands)
 
     precompile = commands.add_parser("precompile", help="compile a model into an artifact that loads without compiling")
     precompile.add_argument("model", help="module:factory, a function without arguments that gives the model")
@@ -126,6 +128,37 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--json", action="store_true", help="print JSON")
     passes.set_defaults(command=_passes)
     return parser
+
+
+_AS_RUN: dict[str, Any] = {"masquerade": False, "disable": "", "report": None, "verbose": False, "budget_seconds": None}
+_AS_RUN |= {"budget_memory": None, "quiet": False, "topics": ("compile",), "finish": True}
+
+
+def _add_compile_commands(commands: Any) -> None:
+    compile = commands.add_parser(
+        "compile",
+        help="run an unmodified program with its torch.compile calls bounded, and say how they went",
+        usage="torchspan compile [options] (script.py | -m module) ...",
+    )
+    compile.add_argument("--budget-seconds", help="seconds that one compile may take")
+    compile.add_argument("--budget-memory", help="memory that one compile may take, such as 4GiB")
+    compile.add_argument("--profile", type=Path, help="write where time and memory went to this file, .html or .json (a trace)")
+    compile.add_argument("--repro", type=Path, help="write a reproduction of each compile that fails into this folder")
+    compile.set_defaults(
+        command=_compile, **{k: v for k, v in _AS_RUN.items() if not k.startswith("budget")}, compile="bounded"
+    )
+
+    explain = commands.add_parser(
+        "explain",
+        help="run a program and say where its graphs break, why, and what is compiled again",
+        usage="torchspan explain [options] (script.py | -m module) ...",
+    )
+    explain.add_argument("--json", action="store_true", help="print JSON, after what the program prints")
+    explain.set_defaults(command=_explain, **_AS_RUN | {"quiet": True}, compile="off")
+    for command in (compile, explain):
+        command.add_argument("--device", default="auto", help="as for 'torchspan run' (default: auto)")
+        command.add_argument("-m", dest="module", action="store_true", help="what follows is the name of a module")
+        command.add_argument("program", nargs=argparse.REMAINDER, metavar="program", help="the program and its arguments")
 
 
 # doctor
@@ -200,7 +233,7 @@ def draw_scan(found: Scan, console: Console) -> None:
 def _run(options: argparse.Namespace) -> int:
     from torchspan.api import autoload, deactivate
     from torchspan.report import Recording, draw_table, rank_of_world, report_path, write_page
-    from torchspan.strategies import end_compiles
+    from torchspan.strategies import end_compiles, finish_compiles
 
     if not options.program:
         raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
@@ -222,7 +255,9 @@ def _run(options: argparse.Namespace) -> int:
         try:
             code, recording.outcome = _run_program(target, options.module, arguments)
         finally:
-            if options.compile == "bounded":
+            if options.compile == "bounded" and options.finish:
+                finish_compiles()
+            elif options.compile == "bounded":
                 end_compiles()
             deactivate()
         if not recording.is_here:
@@ -233,10 +268,14 @@ def _run(options: argparse.Namespace) -> int:
             write_page(page, report_to)
         if not options.quiet and not rank_of_world()[0]:
             console = _console(stderr=True)
-            draw_report(recording.report, console)
+            draw_report(recording.report, console, options.topics)
             if options.verbose:
                 draw_table(page, console)
-            elif not report_to and any(decision.topic == "device" for decision in recording.report.decisions):
+            elif (
+                not report_to
+                and not options.topics
+                and any(decision.topic == "device" for decision in recording.report.decisions)
+            ):
                 console.print("'torchspan run --report out.html' shows what to write instead of each line", style="dim")
     return code
 
@@ -294,6 +333,80 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
         trace = trace.tb_next
     return trace
+
+
+# compile, explain
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from torchspan.strategies import Finished, watching
+    from torchspan.strategies._compile_profile import write_profiles
+
+    if options.profile and options.profile.suffix not in (".html", ".json"):
+        raise InputError(f"profile {str(options.profile)!r} is of no known kind; expected a name that ends in .html or .json")
+    folder = options.repro.absolute() if options.repro else None
+    profile_to = options.profile.absolute() if options.profile else None
+    if profile_to and not profile_to.parent.is_dir():
+        raise InputError(f"no folder {str(options.profile.parent)!r} to write {options.profile.name!r} into; make it first")
+    finished: list[Finished] = []
+    with watching(finished.append):
+        code = _run(options)
+    if profile_to:
+        write_profiles(finished, profile_to)
+    if folder:
+        _write_repros(finished, folder)
+    return code
+
+
+def _write_repros(finished: Sequence[Any], folder: Path) -> None:
+    from torchspan.strategies import write_repro
+
+    console = _console(stderr=True)
+    failed = [one for one in finished if one.ending.outcome in ("failed", "timeout", "memory", "crashed")]
+    for number, one in enumerate(failed, 1):
+        made = write_repro(one.payload, one.settings, one.ending, folder / f"{number}-{one.region}" if failed[1:] else folder)
+        size = f", {made.num_operations} of {made.num_operations_before} operations" if made.kind == "graph" else ""
+        console.print(f"{one.region}: {one.ending.outcome}; reproduction: {made.program} ({made.kind}{size})", markup=False)
+    if not failed:
+        console.print("no compile failed: there is nothing to reproduce", style="dim")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from torchspan.strategies import explaining
+
+    with explaining() as found:
+        code = _run(options)
+    _emit(options.json, found.to_dict(), lambda console: _draw_explanation(found, console))
+    return code
+
+
+def _draw_explanation(found: Any, console: Console) -> None:
+    console.rule("[bold]torchspan explain", align="left")
+    counts = f"{len(found.graphs)} graphs, {len(found.breaks)} graph breaks, {len(found.recompiles)} recompiles"
+    console.print(f"{found.num_calls} calls of torch.compile: {counts}", highlight=False)
+    sections = (
+        (
+            ("graph", "where", "operations", "guards"),
+            [(g.function, g.site, g.num_operations, g.num_guards) for g in found.graphs],
+        ),
+        (("graph break", "why"), [(b.site, b.reason.partition("\n\n")[0]) for b in found.breaks]),
+        (
+            ("compiled again", "where", "failed guard"),
+            [(r.function, r.site, r.reason.partition("\n")[0].partition("  #")[0]) for r in found.recompiles],
+        ),
+    )
+    for columns, rows in sections:
+        if rows:
+            table = _table(*columns)
+            for row in rows:
+                table.add_row(
+                    *(
+                        escape(_short_site(cell) if name in ("where", "graph break") else str(cell))
+                        for name, cell in zip(columns, row, strict=True)
+                    )
+                )
+            console.print()
+            console.print(table)
 
 
 # precompile, train, passes
@@ -366,15 +479,16 @@ def _console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=110)
 
 
-def draw_report(report: Report, console: Console) -> None:
-    """One screen: what was decided, grouped by topic, what was tried, and what was measured."""
-    if not (report.decisions or report.attempts or report.figures):
+def draw_report(report: Report, console: Console, only: Sequence[str] | None = None) -> None:
+    """One screen: what was decided, grouped by topic (`only` these), what was tried, and what was measured."""
+    decisions = [decision for decision in report.decisions if only is None or decision.topic in only]
+    if not (decisions or report.attempts or report.figures):
         console.print("torchspan: nothing was changed", style="dim")
         return
     console.rule("[bold]torchspan", align="left")
-    topics = dict.fromkeys([*_TOPICS, *(decision.topic for decision in report.decisions)])
+    topics = dict.fromkeys([*_TOPICS, *(decision.topic for decision in decisions)])
     for topic in topics:
-        _draw_decisions(console, topic, [d for d in report.decisions if d.topic == topic])
+        _draw_decisions(console, topic, [d for d in decisions if d.topic == topic])
     _draw_attempts(console, report.attempts)
     for name, value in report.figures.items():
         label, _, unit = name.rpartition("_")
