@@ -15,6 +15,52 @@ from torchspan.environment.patch import Patch, Redefinition
 Function = Callable[..., Any]
 is_compiling = torch.compiler.is_compiling
 
+# Functions of torch that make tensors and take a device.
+FACTORIES = [
+    "arange",
+    "bartlett_window",
+    "blackman_window",
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_quantized",
+    "empty_strided",
+    "eye",
+    "from_file",
+    "full",
+    "full_like",
+    "hamming_window",
+    "hann_window",
+    "kaiser_window",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "range",
+    "scalar_tensor",
+    "sparse_bsc_tensor",
+    "sparse_bsr_tensor",
+    "sparse_compressed_tensor",
+    "sparse_coo_tensor",
+    "sparse_csc_tensor",
+    "sparse_csr_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+    "_empty_affine_quantized",
+    "_empty_per_channel_affine_quantized",
+]
+
 
 def stand_ins(owner: str, module: str, functions: Mapping[str, Function]) -> Iterable[Patch]:
     """Patches that make functions of `module` behave as these, each of which takes what the original takes."""

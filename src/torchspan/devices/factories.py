@@ -10,53 +10,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import Function, named_like, placing
+from torchspan.devices._wrap import FACTORIES, Function, named_like, placing
 from torchspan.environment.patch import Patch, Replacement
 
-FACTORIES = [
-    "arange",
-    "bartlett_window",
-    "blackman_window",
-    "empty",
-    "empty_like",
-    "empty_permuted",
-    "empty_quantized",
-    "empty_strided",
-    "eye",
-    "from_file",
-    "full",
-    "full_like",
-    "hamming_window",
-    "hann_window",
-    "kaiser_window",
-    "linspace",
-    "logspace",
-    "normal",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randint_like",
-    "randn",
-    "randn_like",
-    "randperm",
-    "range",
-    "scalar_tensor",
-    "sparse_bsc_tensor",
-    "sparse_bsr_tensor",
-    "sparse_compressed_tensor",
-    "sparse_coo_tensor",
-    "sparse_csc_tensor",
-    "sparse_csr_tensor",
-    "tensor",
-    "tril_indices",
-    "triu_indices",
-    "zeros",
-    "zeros_like",
-    "_empty_affine_quantized",
-    "_empty_per_channel_affine_quantized",
-]
 NEW = ["new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
 ELSEWHERE = {"torch.fft": ("fftfreq", "rfftfreq"), "torch.nested": ("nested_tensor", "as_nested_tensor")}
 

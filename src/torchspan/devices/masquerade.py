@@ -16,8 +16,7 @@ import torch
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import Function, is_compiling, named_like
-from torchspan.devices.factories import FACTORIES
+from torchspan.devices._wrap import FACTORIES, Function, is_compiling, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 C10D = "torch.distributed.distributed_c10d"
