@@ -70,7 +70,11 @@ def test_a_move_copies_as_it_would_on_a_gpu(disguised: Report) -> None:
     back = x.cpu()
     back[0] = 9
     assert x[0] == 1
-    assert x.cuda() is x and x.to(CUDA) is x
+    there = torch.ones(2, device="cuda")
+    assert there.cuda() is there and there.to(CUDA) is there
+    computed = torch.ones(2).clone()  # of the host, although it answers for the device: not aliased
+    computed.to("cuda").zero_()
+    assert computed.sum() == 2
     host = torch.zeros(2)
     assert host.to("cpu") is host and host.cpu() is host
     host.cuda()[0] = 9

@@ -88,7 +88,8 @@ def test_a_move_there_copies_once_and_a_move_back_copies(redirected: Report) -> 
     assert y is not x and y.data_ptr() != x.data_ptr()
     assert y.cuda() is y and y.to("cuda") is y and y.to(torch.device("cuda", 0)) is y
     assert y.cpu().data_ptr() != y.data_ptr() and y.to("cpu").data_ptr() != y.data_ptr()
-    assert x.cpu() is x
+    assert x.cpu().data_ptr() != x.data_ptr()  # it may have been computed on the device: nothing says so
+    assert x.to(torch.device("cpu")) is x
     assert y.view(3, 1).cuda().data_ptr() == y.data_ptr()
     assert torch.as_tensor(x, device="cuda").data_ptr() != x.data_ptr()
     assert torch.as_tensor(x) is x
@@ -249,3 +250,44 @@ def test_a_cuda_kernel_of_a_custom_operator_serves_until_there_is_one_for_the_cp
     assert triple(torch.ones(2, device="cuda")).tolist() == [3.0, 3.0]
     triple.register_kernel("cpu")(lambda x: x * 4)
     assert triple(torch.ones(2)).tolist() == [4.0, 4.0]
+
+
+def test_what_is_computed_on_the_device_is_copied_when_it_is_brought_back(redirected: Report) -> None:
+    model = torch.nn.Linear(2, 2).cuda()
+    optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+    inputs = torch.ones(2, 2, device="cuda")
+    model(inputs).sum().backward()
+    optimizer.step()
+    snapshot = [value.cpu() for state in optimizer.state.values() for value in state.values()]
+    doubled = inputs * 2
+    back, named = doubled.cpu(), doubled.to("cpu")
+    kept = [value.clone() for value in snapshot]
+    doubled.zero_()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(snapshot, kept))
+    assert back.sum() == named.sum() == 8
+
+
+def test_settings_of_autocast_for_the_device_are_the_targets(redirected: Report) -> None:
+    inputs = torch.ones(2, 2, device="cuda")
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cuda", torch.float16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert (inputs @ inputs).dtype == torch.get_autocast_gpu_dtype() == torch.float16
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_gpu_dtype(before)
+    assert torch.get_autocast_dtype("cpu") == before and not torch.is_autocast_enabled("cpu")
+
+
+def test_attention_goes_on_without_the_kernels_of_a_gpu(redirected: Report) -> None:
+    query = torch.ones(1, 1, 2, 4, device="cuda")
+    torch.backends.cuda.enable_math_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert torch.nn.functional.scaled_dot_product_attention(query, query, query).shape == query.shape
+    finally:
+        torch.backends.cuda.enable_math_sdp(True)
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert any("enable_math_sdp" in decision.subject for decision in redirected.decisions)

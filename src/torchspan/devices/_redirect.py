@@ -128,12 +128,20 @@ class Redirection:
         return tensor
 
     def is_marked(self, tensor: Any) -> bool:
-        """Whether the program believes this tensor to be on the device it asked for."""
+        """Whether the program is known to have placed this tensor on the device it asked for."""
         try:
-            marks = tensor.untyped_storage()
+            return hasattr(tensor.untyped_storage(), "_torchspan_placed")
         except (RuntimeError, NotImplementedError):
             return False
-        return not hasattr(marks, "_torchspan_host") if self.masquerade else hasattr(marks, "_torchspan_placed")
+
+    def may_be_placed(self, tensor: Any) -> bool:
+        """Whether the program may believe this tensor to be there: what is computed carries no mark, nor does compiled code."""
+        if torch.compiler.is_compiling() or _DEVICE_OF(tensor).type != "cpu":
+            return False
+        try:
+            return not hasattr(tensor.untyped_storage(), "_torchspan_host")
+        except (RuntimeError, NotImplementedError):
+            return False
 
     def mark_host(self, made: Any) -> Any:
         """Remember that the program believes this tensor or storage to be on the CPU, unless it placed it; returns it."""

@@ -21,7 +21,10 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         yield Redefinition("amp", "torch.amp.autocast_mode", name, partial(_decorator, redirection, name))
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield Replacement("amp", "torch", name, partial(_of_the_target, redirection), follow=True)
+    for name in ("set_autocast_enabled", "set_autocast_dtype"):
+        yield Replacement("amp", "torch", name, partial(_setting_the_target, redirection), follow=True)
     if "cuda" in redirection.kinds:
+        yield Replacement("amp", "torch", "set_autocast_gpu_dtype", partial(_setting_gpu_dtype, redirection), follow=True)
         yield Replacement("amp", "torch.cuda.amp.autocast_mode", "autocast.__init__", partial(_cuda_autocast, redirection))
         yield Replacement("amp", "torch", "get_autocast_gpu_dtype", partial(_gpu_dtype, redirection), follow=True)
 
@@ -61,6 +64,27 @@ def _of_the_target(redirection: Redirection, old: Any) -> Function:
 
     redirection.originals[id(function)] = old
     return named_like(function, old, "torch")
+
+
+def _setting_the_target(redirection: Redirection, old: Any) -> Function:
+    """The same for what sets it: ``set_autocast_enabled(True)`` means CUDA."""
+    kinds, target = redirection.kinds, redirection.target
+
+    def function(device_type: Any, *value: Any) -> None:
+        if not value:
+            device_type, value = "cuda", (device_type,)
+        old(target if device_type in kinds else device_type, *value)
+
+    redirection.originals[id(function)] = old
+    return named_like(function, old, "torch")
+
+
+def _setting_gpu_dtype(redirection: Redirection, old: Any) -> Function:
+    def set_autocast_gpu_dtype(dtype: torch.dtype) -> None:
+        torch.set_autocast_dtype(redirection.target, dtype)
+
+    redirection.originals[id(set_autocast_gpu_dtype)] = old
+    return named_like(set_autocast_gpu_dtype, old, "torch")
 
 
 def _gpu_dtype(redirection: Redirection, old: Any) -> Function:

@@ -14,9 +14,21 @@ from torchspan.environment.patch import Patch, Redefinition, Replacement
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """The choice of attention kernels and of libraries, and cuFFT's plan cache."""
     yield Redefinition("backends", "torch.nn.attention", "_sdpa_kernel", partial(_attention, redirection))
+    if redirection.target == "cpu":
+        yield Redefinition("backends", "torch.backends.cuda", "enable_math_sdp", partial(_math_stays, redirection))
     for name in ("preferred_linalg_library", "preferred_blas_library", "preferred_rocm_fa_library"):
         yield Redefinition("backends", "torch.backends.cuda", name, partial(_preferred, redirection, name))
     yield Replacement("backends", "torch.backends.cuda", "cufft_plan_cache", lambda old: PlanCaches(old))
+
+
+def _math_stays(redirection: Redirection, old: Function) -> Function:
+    def enable_math_sdp(enabled: bool) -> None:
+        if not enabled:
+            redirection.simulate("torch.backends.cuda.enable_math_sdp(False)", "the CPU has no other kernel for all inputs")
+        else:
+            old(enabled)
+
+    return enable_math_sdp
 
 
 def _attention(redirection: Redirection, old: Function) -> Function:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
-from torchspan.environment.patch import Patch, Replacement
+from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 WHAT = "operations are written down at the first run and computed again at each replay"
 
@@ -139,6 +139,17 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name, function in context.items():
         yield Replacement("graphs", "torch.cuda.graphs", f"graph.{name}", partial(_given, function))
     yield from stand_ins("graphs", "torch.cuda.graphs", _functions(redirection))
+    capturable = partial(_capturable, redirection)
+    yield Redefinition("graphs", "torch.optim.optimizer", "_get_capturable_supported_devices", capturable)
+
+
+def _capturable(redirection: Redirection, old: Any) -> Any:
+    """Optimizers with ``capturable=True`` step on the target too, where a graph's replay steps again."""
+
+    def devices(supports_xla: bool = True) -> list[str]:
+        return [*old(supports_xla), redirection.target]
+
+    return devices
 
 
 def _given(function: Any, old: object) -> Any:

@@ -64,7 +64,7 @@ def _made(redirection: Redirection, old: Any) -> Function:
         made = old(*args, **kwargs)
         if is_compiling() or redirection.asked_default() is not None:
             return made
-        is_like = bool(args) and isinstance(args[0], torch.Tensor) and redirection.is_marked(args[0])
+        is_like = bool(args) and isinstance(args[0], torch.Tensor) and redirection.may_be_placed(args[0])
         return made if is_like else redirection.mark_host(made)
 
     redirection.originals[id(function)] = redirection.originals.get(id(old), old)

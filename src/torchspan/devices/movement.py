@@ -89,15 +89,21 @@ def _move(
 def _move_elsewhere(
     redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """To where another tensor is, or back to the CPU."""
-    is_here = redirection.is_marked(tensor)
-    is_like = isinstance(first, torch.Tensor)
-    is_wanted_here = redirection.is_marked(first) if is_like else is_here and not _is_cpu(first)
-    if is_here == is_wanted_here:
-        return old(tensor, *args, **kwargs)
-    given = dict(zip(_TO_POSITIONAL[2:], args[1:])) if is_like else dict(zip(_TO_POSITIONAL, args))
-    mark = redirection.mark if is_wanted_here else redirection.mark_host
-    return mark(old(tensor, *([first] if is_like and args else []), **{**given, **kwargs, "copy": True}))
+    """To where another tensor is, or back to the CPU.
+
+    A name is what the program asks for: what may be on its device is copied. A ``torch.device`` of the CPU may be what a tensor
+    that is there answered truthfully, so only what is known to be there is copied; in disguise, tensors answer otherwise.
+    """
+    if isinstance(first, torch.Tensor):
+        comes = redirection.is_marked(first) and not redirection.is_marked(tensor)
+        if comes or (redirection.masquerade and redirection.may_be_placed(tensor) and not redirection.may_be_placed(first)):
+            mark = redirection.mark if comes else redirection.mark_host
+            return mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
+    elif _is_cpu(first):
+        is_sure = isinstance(first, str) or redirection.masquerade
+        if redirection.may_be_placed(tensor) if is_sure else redirection.is_marked(tensor):
+            return redirection.mark_host(old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "copy": True}))
+    return old(tensor, *args, **kwargs)
 
 
 def _is_cpu(device: object) -> bool:
@@ -153,7 +159,7 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
         if target is not None and _redirect.in_force is redirection:
             redirection.note("Tensor.cpu", "cpu")
             return to(self, device=target, memory_format=memory_format)
-        if redirection.is_marked(self) and _redirect.in_force is redirection:
+        if _redirect.in_force is redirection and redirection.may_be_placed(self):
             return redirection.mark_host(to(self, device="cpu", copy=True, memory_format=memory_format))
         return old(self, memory_format=memory_format)
 
