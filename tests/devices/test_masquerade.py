@@ -65,6 +65,13 @@ def test_what_was_made_on_the_cpu_or_brought_back_answers_for_the_cpu(disguised:
         assert where(tensor) == "cpu"
 
 
+def test_what_asks_for_the_cpu_by_name_answers_for_it(disguised: Report) -> None:
+    x = torch.zeros(2, device="cuda")
+    assert where(torch.zeros_like(x, device="cpu")) == "cpu" and where(torch.zeros_like(x)) == "cuda"
+    with torch.device("cuda"):
+        assert where(torch.zeros(2, device="cpu")) == "cpu" and where(torch.zeros(2)) == "cuda"
+
+
 def test_a_move_copies_as_it_would_on_a_gpu(disguised: Report) -> None:
     x = torch.zeros(2, device="cuda") + 1
     back = x.cpu()

@@ -62,10 +62,12 @@ def _made(redirection: Redirection, old: Any) -> Function:
 
     def function(*args: Any, **kwargs: Any) -> Any:
         made = old(*args, **kwargs)
-        if is_compiling() or redirection.asked_default() is not None:
+        if is_compiling():
             return made
         is_like = bool(args) and isinstance(args[0], torch.Tensor) and redirection.may_be_placed(args[0])
-        return made if is_like else redirection.mark_host(made)
+        if kwargs.get("device") is None and (is_like or redirection.asked_default() is not None):
+            return made
+        return redirection.mark_host(made)  # what was placed stays so
 
     redirection.originals[id(function)] = redirection.originals.get(id(old), old)
     return named_like(function, old, "torch")
