@@ -5,9 +5,11 @@ What they call is imported when they are called: importing this module imports n
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from torchspan.core.config import split_names
@@ -75,7 +77,7 @@ def activate(
     if budget is not None:
         settings["TORCHSPAN_BUDGET_SECONDS"] = str(budget.seconds)
         settings["TORCHSPAN_BUDGET_MEMORY"] = "" if budget.limit_bytes is None else str(budget.limit_bytes)
-    with _lock:
+    with _lock, _collecting_later():
         if _environment is not None and _environment.is_active:
             if _environment.settings == settings:
                 return _environment
@@ -180,6 +182,18 @@ def autoload() -> None:
         from torchspan.report import write_part
 
         write_part(environment.report)
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Inside, Python's collector waits: a pass over all that torch has just made takes longer than an activation."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _budget_of(variables: Mapping[str, str]) -> Budget | None:
