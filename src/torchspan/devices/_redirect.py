@@ -274,6 +274,11 @@ class Redirection:
         """Count one use of `name`, of which only `what` is given here."""
         self.note(name, None, f"simulated: {what}", "simulated")
 
+    def simulate_for_program(self, name: str, what: str) -> None:
+        """The same, unless torch's own code uses it."""
+        if not asked_by_torch():
+            self.simulate(name, what)
+
 
 class _Depth(threading.local):
     depth = 0

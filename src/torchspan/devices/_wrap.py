@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
-from torchspan.devices._redirect import Redirection
+from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.environment.patch import Patch, Redefinition
 
 Function = Callable[..., Any]
@@ -70,6 +70,18 @@ def stand_ins(owner: str, module: str, functions: Mapping[str, Function]) -> Ite
 
 def _constant(value: Function, old: object) -> Function:
     return value
+
+
+def unless_torch_asks(function: Function, old: Function, *, name: str = "") -> Function:
+    """`function` for the program; torch's own code gets what `old` says, which is an error where torch expects one.
+
+    With `name`, what torch calls for the program is the program's, as `asked_by_torch` says.
+    """
+
+    def query(*args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs) if asked_by_torch(name) else function(*args, **kwargs)
+
+    return query
 
 
 def named_like(new: Function, old: Any, module: str) -> Function:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import Function, stand_ins
+from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 _MEMORY = (
@@ -33,21 +33,14 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     if redirection.target.partition(":")[0] != "cpu" or redirection.mode == "strict":
         return
     for name, function in _answers(redirection).items():
-        yield Redefinition("accelerator", "torch.accelerator", name, partial(_unless_torch_asks, name, function))
+        yield Redefinition("accelerator", "torch.accelerator", name, partial(unless_torch_asks, function, name=name))
     yield from stand_ins("accelerator", "torch.accelerator", _current(redirection))
     for name in (*_MEMORY, "get_memory_info"):
         memory = partial(_memory, "mem_get_info" if name == "get_memory_info" else name)
-        yield Redefinition("accelerator", "torch.accelerator.memory", name, partial(_unless_torch_asks, name, memory))
+        yield Redefinition("accelerator", "torch.accelerator.memory", name, partial(unless_torch_asks, memory, name=name))
     yield Replacement("accelerator", "torch.accelerator", "device_index.__enter__", lambda old: _enter)
     yield Replacement("accelerator", "torch.accelerator", "device_index.__exit__", lambda old: _exit)
     yield Redefinition("accelerator", "torch", "get_device_module", _get_device_module)
-
-
-def _unless_torch_asks(name: str, function: Function, old: Function) -> Function:
-    def query(*args: Any, **kwargs: Any) -> Any:
-        return old(*args, **kwargs) if asked_by_torch(name) else function(*args, **kwargs)
-
-    return query
 
 
 def _answers(redirection: Redirection) -> dict[str, Function]:
@@ -85,8 +78,7 @@ def _current(redirection: Redirection) -> dict[str, Function]:
         return torch.cuda.current_device()
 
     def set_device_index(device: Any, /) -> None:
-        if not asked_by_torch():
-            redirection.simulate("torch.accelerator.set_device_index()", "an index that is remembered")
+        redirection.simulate_for_program("torch.accelerator.set_device_index()", "an index that is remembered")
         torch.cuda.set_device(_index(device))
 
     def current_stream(device: Any = None, /) -> Any:
@@ -97,8 +89,7 @@ def _current(redirection: Redirection) -> dict[str, Function]:
 
     def synchronize(device: Any = None, /) -> None:
         redirection.index(_index(device))
-        if not asked_by_torch():
-            redirection.simulate("torch.accelerator.synchronize()", "nothing here is left to wait for")
+        redirection.simulate_for_program("torch.accelerator.synchronize()", "nothing here is left to wait for")
 
     return {
         "current_device_index": current_device_index,

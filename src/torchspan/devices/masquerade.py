@@ -2,7 +2,7 @@
 
 What a tensor was computed from is not followed: a tensor is taken to be on the device unless the program made it on the CPU
 (a factory without a device, ``from_numpy``, a load to the CPU) or moved it there. So a result of such tensors alone answers for
-the device as well, which costs a program nothing: its values are the same.
+the device as well; a move of it copies all the same, so its values are right.
 """
 
 from __future__ import annotations

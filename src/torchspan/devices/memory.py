@@ -12,8 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
+from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch
 
 WHAT = "bytes that this process has allocated since the device rules came into force"
@@ -112,24 +113,18 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield from stand_ins("memory", "torch.cuda.memory", _settings(redirection))
 
 
-def _count(redirection: Redirection, name: str, what: str) -> None:
-    """Count one use by the program of `name`, of which only `what` is given here."""
-    if not asked_by_torch():
-        redirection.simulate(name, what)
-
-
 def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
     def figure(name: str, read: Callable[[], int]) -> Function:
         def function(device: Any = None) -> int:
             redirection.index(device)
-            _count(redirection, f"torch.cuda.{name}()", WHAT)
+            redirection.simulate_for_program(f"torch.cuda.{name}()", WHAT)
             return read()
 
         return function
 
     def memory_stats(device: Any = None) -> dict[str, Any]:
         redirection.index(device)
-        _count(redirection, "torch.cuda.memory_stats()", WHAT)
+        redirection.simulate_for_program("torch.cuda.memory_stats()", WHAT)
         return _stats(memory)
 
     def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
@@ -144,22 +139,20 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
 
     def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
         rows = {"allocated": memory.allocated(), "peak": memory.peak(), "reserved": memory.reserved()}
-        _count(redirection, "torch.cuda.memory_summary()", WHAT)
+        redirection.simulate_for_program("torch.cuda.memory_summary()", WHAT)
         lines = [f"{name:<10} {value / 2**20:12.1f} MiB" for name, value in rows.items()]
         return "\n".join([f"memory of this process, in place of a device's ({WHAT})", *lines])
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         redirection.index(device)
-        _count(redirection, "torch.cuda.mem_get_info()", "free and total memory of this machine")
-        import psutil
-
-        machine = psutil.virtual_memory()
+        redirection.simulate_for_program("torch.cuda.mem_get_info()", "free and total memory of this machine")
+        machine = machine_memory()
         return machine.available, machine.total
 
     def resetting(name: str) -> Function:
         def function(device: Any = None) -> None:
             redirection.index(device)
-            _count(redirection, f"torch.cuda.{name}()", "the peak of this process's memory starts again")
+            redirection.simulate_for_program(f"torch.cuda.{name}()", "the peak of this process's memory starts again")
             memory.reset_peak()
 
         return function
@@ -206,12 +199,12 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
 
     def nothing(name: str, what: str) -> Function:
         def function(*args: Any, **kwargs: Any) -> None:
-            _count(redirection, f"torch.cuda.memory.{name}()" if name[0] == "_" else f"torch.cuda.{name}()", what)
+            redirection.simulate_for_program(f"torch.cuda.memory.{name}()" if name[0] == "_" else f"torch.cuda.{name}()", what)
 
         return function
 
     def memory_snapshot(*args: Any, **kwargs: Any) -> list[Any]:
-        _count(redirection, "torch.cuda.memory_snapshot()", "an empty list: there are no segments")
+        redirection.simulate_for_program("torch.cuda.memory_snapshot()", "an empty list: there are no segments")
         return []
 
     def host_memory_stats() -> dict[str, Any]:
@@ -224,7 +217,7 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
         if not 0 <= value <= 1:
             raise ValueError(f"Invalid fraction value: {value}. Allowed range: 0~1")
         redirection.index(device)
-        _count(redirection, "torch.cuda.set_per_process_memory_fraction()", "remembered, not enforced")
+        redirection.simulate_for_program("torch.cuda.set_per_process_memory_fraction()", "remembered, not enforced")
         fraction[0] = value
 
     def get_per_process_memory_fraction(device: Any = None) -> float:
@@ -237,7 +230,7 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
         return "native"
 
     def use_mem_pool(pool: Any = None, device: Any = None) -> Iterator[None]:
-        _count(redirection, "torch.cuda.use_mem_pool()", "memory is not pooled")
+        redirection.simulate_for_program("torch.cuda.use_mem_pool()", "memory is not pooled")
         yield
 
     return {

@@ -1,7 +1,7 @@
 """Movement of tensors, storages and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
 
-On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. Both stay so: what
-the program moved or made there is marked, a move of something unmarked copies, a move back of something marked copies.
+On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. What the program
+moved or made there is marked: a move there copies what is not, a move back what may be there (docs/decisions/0003).
 """
 
 from __future__ import annotations
@@ -155,11 +155,13 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
     to = torch._C.TensorBase.to
 
     def cpu(self: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+        if _redirect.in_force is not redirection:
+            return old(self, memory_format=memory_format)
         target = redirection.lookup("cpu")
-        if target is not None and _redirect.in_force is redirection:
+        if target is not None:
             redirection.note("Tensor.cpu", "cpu")
             return to(self, device=target, memory_format=memory_format)
-        if _redirect.in_force is redirection and redirection.may_be_placed(self):
+        if redirection.may_be_placed(self):
             return redirection.mark_host(to(self, device="cpu", copy=True, memory_format=memory_format))
         return old(self, memory_format=memory_format)
 

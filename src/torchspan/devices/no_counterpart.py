@@ -192,15 +192,14 @@ def _tunable(redirection: Redirection) -> dict[str, Function]:
         "enable": "is_enabled",
         "tuning_enable": "tuning_is_enabled",
         "record_untuned_enable": "record_untuned_is_enabled",
+        "wildcard_fallback_enable": "wildcard_fallback_is_enabled",
     }
-    switches["wildcard_fallback_enable"] = "wildcard_fallback_is_enabled"
     settings = {"max_tuning_duration": 30, "max_tuning_iterations": 100, "rotating_buffer_size": 0, "filename": ""}
     kept: dict[str, Any] = {**dict.fromkeys(switches, False), **settings, "tuning_enable": True}
 
     def setter(name: str, key: str) -> Function:
         def remember(value: Any = True, *args: Any, **kwargs: Any) -> None:
-            if not asked_by_torch():
-                redirection.simulate(f"torch.cuda.tunable.{name}()", "remembered: there is nothing to tune")
+            redirection.simulate_for_program(f"torch.cuda.tunable.{name}()", "remembered: there is nothing to tune")
             kept[key] = next(iter(kwargs.values()), value)
 
         return remember
@@ -221,8 +220,7 @@ def _tunable(redirection: Redirection) -> dict[str, Function]:
 
 def _comm(redirection: Redirection) -> dict[str, Function]:
     def counted(name: str) -> None:
-        if not asked_by_torch():
-            redirection.simulate(f"torch.cuda.comm.{name}()", "one device stands in for all: copies on it")
+        redirection.simulate_for_program(f"torch.cuda.comm.{name}()", "one device stands in for all: copies on it")
 
     def placed(tensor: torch.Tensor, destination: Any) -> torch.Tensor:
         device = redirection.lookup("cuda" if destination is None else destination)

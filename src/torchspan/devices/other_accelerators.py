@@ -82,13 +82,9 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         return
     if "mps" in redirection.kinds:
         for name, counterpart in _MPS.items():
-            yield Redefinition(
-                "other_accelerators", "torch.mps", name, partial(_given, redirection, f"mps.{name}", counterpart)
-            )
+            yield Redefinition(OWNER, "torch.mps", name, partial(_given, redirection, f"mps.{name}", counterpart))
         yield Redefinition(OWNER, "torch.mps", "recommended_max_memory", partial(_all_memory, redirection))
-        yield Replacement(
-            "other_accelerators", "torch.mps.event", "Event.__new__", partial(_instance, redirection, "mps.Event")
-        )
+        yield Replacement(OWNER, "torch.mps.event", "Event.__new__", partial(_instance, redirection, "mps.Event"))
         for name in ("start", "stop"):
             yield Redefinition(OWNER, "torch.mps.profiler", name, partial(_nothing, redirection, name))
     if "xpu" in redirection.kinds:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import Function, named_like, stand_ins
+from torchspan.devices._wrap import Function, named_like, stand_ins, unless_torch_asks
+from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 CONTEXTS = "torch._dynamo.variables.ctx_manager"
@@ -60,7 +61,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
     current = Current()
     for name, function in _properties(redirection).items():
-        yield Redefinition("queries", "torch.cuda", name, partial(_unless_torch_asks, function))
+        yield Redefinition("queries", "torch.cuda", name, partial(unless_torch_asks, function))
     yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
     exchange = partial(_exchange, redirection, current)
     for name, traced in (("_exchange_device", "_exchange_fn"), ("_maybe_exchange_device", "_maybe_exchange_fn")):
@@ -87,19 +88,10 @@ def _answer(redirection: Redirection, name: str, answer: object, old: Function) 
     return query
 
 
-def _unless_torch_asks(function: Function, old: Function) -> Function:
-    """`function` for the program; torch's own code gets what `old` says, which is an error where torch expects one."""
-
-    def query(*args: Any, **kwargs: Any) -> Any:
-        return old(*args, **kwargs) if asked_by_torch() else function(*args, **kwargs)
-
-    return query
-
-
 def _properties(redirection: Redirection) -> dict[str, Function]:
     @cache
     def properties() -> DeviceProperties:
-        return DeviceProperties(_name(redirection), _memory().total, os.cpu_count() or 1)
+        return DeviceProperties(_name(redirection), machine_memory().total, os.cpu_count() or 1)
 
     def get_device_properties(device: Any = None) -> DeviceProperties:
         redirection.index(device)
@@ -138,16 +130,10 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
 
     def memory_usage(device: Any = None) -> int:
         redirection.simulate("torch.cuda.memory_usage()", "the memory of this machine")
-        return int(_memory().percent)
+        return int(machine_memory().percent)
 
     local = locals()
     return {name: function for name, function in local.items() if name not in ("redirection", "properties")}
-
-
-def _memory() -> Any:
-    import psutil  # here: it takes longer to import than the rest of an activation
-
-    return psutil.virtual_memory()
 
 
 def _name(redirection: Redirection) -> str:
@@ -160,20 +146,17 @@ def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
 
     def synchronize(device: Any = None) -> None:
         redirection.index(device)
-        if not asked_by_torch():
-            redirection.simulate("torch.cuda.synchronize()", "nothing here is left to wait for")
+        redirection.simulate_for_program("torch.cuda.synchronize()", "nothing here is left to wait for")
 
     def ipc_collect() -> None:
-        if not asked_by_torch():
-            redirection.simulate("torch.cuda.ipc_collect()", "no memory is shared with other processes")
+        redirection.simulate_for_program("torch.cuda.ipc_collect()", "no memory is shared with other processes")
 
     def current_device() -> int:
         return current.index
 
     def set_device(device: Any) -> None:
         index = redirection.index(device)
-        if not asked_by_torch():
-            redirection.simulate("torch.cuda.set_device()", "an index that is remembered")
+        redirection.simulate_for_program("torch.cuda.set_device()", "an index that is remembered")
         if index >= 0:
             current.index = index
 
@@ -214,7 +197,7 @@ class CudaRuntime:
 
     def cudaMemGetInfo(self, device: int = 0) -> tuple[int, int]:
         """Free and total bytes of this machine's memory."""
-        memory = _memory()
+        memory = machine_memory()
         return memory.available, memory.total
 
 

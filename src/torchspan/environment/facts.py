@@ -67,15 +67,16 @@ def gather(*, has_tools: bool = True) -> Facts:
         num_xpu=torch.xpu.device_count(),
         has_mps=torch.backends.mps.is_available(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=_memory_bytes() if has_tools else 0,
+        memory_bytes=machine_memory().total if has_tools else 0,
         platform=platform.system().lower(),
     )
 
 
-def _memory_bytes() -> int:
+def machine_memory() -> Any:
+    """This machine's memory, as psutil tells it: ``total``, ``available``, ``percent``, …"""
     import psutil  # here: it takes longer to import than the rest of an activation
 
-    return int(psutil.virtual_memory().total)
+    return psutil.virtual_memory()
 
 
 def _installed(package: str) -> str | None:
