@@ -25,7 +25,7 @@ from torchspan.strategies._supervisor import Ending
 Verify = Literal["first", "off", "always"]
 Handback = Literal["auto", "artifact", "caches"]
 FIRST_SHARE = 0.6  # of what is left of the budget, for a rung that has another one below it
-_turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))
+_turns: list[threading.BoundedSemaphore] = []
 _within = threading.local()
 
 
@@ -162,7 +162,7 @@ class Plan:
     @contextmanager
     def turn(self, region: Region) -> Iterator[Budget | None]:
         """Wait for this plan's turn to have a child, and give it what it may spend; None if nothing is left."""
-        with self._one_child, _turns:
+        with self._one_child, _turns[0]:
             is_later = region.has_compiled  # a new signature: it has the whole budget again
             left = self._budget.seconds if is_later else self._budget.seconds - self._spent_s
             share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not is_later else 1.0
@@ -212,6 +212,14 @@ class BlockCall:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _renew_turns() -> None:
+    _turns[:] = [threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))]
+
+
+_renew_turns()
+os.register_at_fork(after_in_child=_renew_turns)  # those that the threads of the other process hold are never given back
 
 
 def _uninstall(region: Region) -> None:

@@ -160,8 +160,8 @@ def dumps(value: object, *, keep_values: bool = False) -> bytes:
     with _by_value(pickler.by_value), torch.no_grad():
         try:
             pickler.dump(value)
-        except (TypeError, AttributeError, ValueError, RecursionError, RuntimeError, pickle.PicklingError) as cause:
-            raise InputError(f"the program cannot be sent to the compile process: {cause}") from cause
+        except Exception as cause:  # whatever a user's own __reduce__ or __getstate__ raises
+            raise InputError(f"the program cannot be sent to the compile process: {cause or type(cause).__name__}") from cause
     return pickle.dumps((pickler.storages, file.getvalue()))
 
 

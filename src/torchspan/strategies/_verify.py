@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchspan.core.errors import CompileError
+from torchspan.core.errors import CompileError, GuardError
 from torchspan.core.numerics import difference, tensors
 from torchspan.strategies._ambient import autocast_state
 
@@ -41,6 +41,10 @@ class Copied:
 
 class CannotCopyError(CompileError):
     """The program holds something that cannot be copied, so it cannot be run twice without a trace."""
+
+
+class EagerRaisesError(CompileError):
+    """Eager raises with these arguments, so there is nothing to compare with."""
 
 
 def copied(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Copied:
@@ -81,15 +85,28 @@ def mismatch(
     """What `compiled` gives that `eager` does not, for one call: outputs, gradients, buffers; None if they agree.
 
     With `is_random` the two are known to draw different random numbers: if the program draws any, only the shapes of the
-    results are compared.
+    results are compared. What `compiled` raises is a mismatch.
+
+    Raises:
+        EagerRaisesError: eager raises, so nothing can be said.
+        CannotCopyError: the call cannot be copied.
+        GuardError: `compiled` refuses the call.
     """
     first, second = copied(*call), copied(*call)
     with preserved_random(), _without_saving_hooks():
         before = random_state()
-        expected, expected_gradients = _run(eager, first)
+        try:
+            expected, expected_gradients = _run(eager, first)
+        except Exception as cause:  # the program's own
+            raise EagerRaisesError(f"the program raises {type(cause).__name__}: {cause}") from cause
         is_drawn = _differ(before, random_state())
         set_random_state(before)
-        actual, gradients = _run(compiled, second)
+        try:
+            actual, gradients = _run(compiled, second)
+        except GuardError:
+            raise
+        except Exception as cause:  # noqa: BLE001 - a foreign compiler's code
+            return f"it raises {type(cause).__name__}: {cause}"
     if is_random and is_drawn:
         return difference(_shapes(actual), _shapes(expected))
     through = _dtypes(first)
