@@ -56,7 +56,9 @@ def compile_bounded(
 
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
     artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.
-    `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. A module comes back as a module of the
+    `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. With ``dynamic=None`` the first call's
+    sizes are compiled as they are; when a call differs in sizes only, those that differ are compiled as symbols, once for all
+    sizes (a Decision says which), in a child and within the budget like everything. A module comes back as a module of the
     same class that shares everything with `model` (state_dict keys, hooks, train and eval); ``_orig_mod`` is `model`, which
     itself stays as it is. ``report`` is what was decided and tried.
 

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchspan.artifacts.load import Dispatcher, load
+from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
 from torchspan.strategies import _torch
 from torchspan.strategies._settings import Settings
+from torchspan.strategies._signature import Dims, tensors_of
 
 
-class LoadOnly:
-    """A backend that stands before inductor and lets it load only; counts its graphs and their calls."""
+class Guarded:
+    """A backend that stands before another: it raises nothing while it compiles, and counts its graphs and their calls.
 
-    def __init__(self, inductor: Callable[..., Any]) -> None:
-        self._inductor = inductor
+    Inductor may only load behind it. What a compiled graph raises when it runs is marked, see :func:`is_of_compiled_code`.
+    """
+
+    def __init__(self, backend: Callable[..., Any], *, is_loading: bool) -> None:
+        self._backend = backend
+        self._is_loading = is_loading
         self.graphs = 0
         self.calls = 0
         self.misses: list[str] = []
@@ -32,22 +41,37 @@ class LoadOnly:
     def __call__(self, graph: Any, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         self.graphs += 1
         try:
-            with _torch.only_loading():
-                loaded = self._inductor(graph, inputs, **kwargs)
+            with _torch.only_loading() if self._is_loading else nullcontext():
+                compiled = self._backend(graph, inputs, **kwargs)
         except _torch.CacheMiss as cause:
             self.misses.append(str(cause))
             return graph.forward
         except Exception as cause:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly and the generation is given up
             self.misses.append(f"{type(cause).__name__}: {cause}")
             return graph.forward
-        return self._counted(loaded)
+        return self._counted(compiled)
 
-    def _counted(self, loaded: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self.calls += 1
-            return loaded(*args)
+            try:
+                return compiled(*args)
+            except Exception as error:
+                _mark(error)
+                raise
 
         return call
+
+
+def _mark(error: Exception) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return  # inside a backward: activation checkpointing ends its recomputation by raising
+    error.__dict__["torchspan_compiled"] = True
+
+
+def is_of_compiled_code(error: BaseException) -> bool:
+    """Whether compiled code raised it, and not what the program does around it."""
+    return "torchspan_compiled" in error.__dict__
 
 
 class FromArtifact:
@@ -68,7 +92,13 @@ class FromArtifact:
 
     def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call; raises GuardError before anything runs if the program's state is not what it was compiled for."""
-        return Dispatcher(target, self._entries, "what was compiled")(*args, **kwargs)
+        try:
+            return Dispatcher(target, self._entries, "what was compiled")(*args, **kwargs)
+        except GuardError:
+            raise
+        except Exception as error:
+            _mark(error)
+            raise
 
     trace = run
 
@@ -78,32 +108,34 @@ class FromCaches:
 
     name = "caches"
 
-    def __init__(self, settings: Settings, is_block: bool, isas: Mapping[str, bool]) -> None:
+    def __init__(self, settings: Settings, is_block: bool, isas: Mapping[str, bool], dims: Dims) -> None:
         self._isas = dict(isas)
-        self._loaders: list[LoadOnly] = []
+        self._dims = dims
+        self._is_loading = settings.is_inductor
+        self._guarded: list[Guarded] = []
         self._entry = settings.compile(_torch.entry_point(is_block), self._wrap)
         self.run = _torch.run_only(self._entry)
 
-    def _wrap(self, inductor: Callable[..., Any]) -> LoadOnly:
-        self._loaders.append(LoadOnly(inductor))
-        return self._loaders[-1]
+    def _wrap(self, backend: Callable[..., Any]) -> Guarded:
+        self._guarded.append(Guarded(backend, is_loading=self._is_loading))
+        return self._guarded[-1]
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
-        with _torch.known_isas(self._isas):
+        with _torch.known_isas(self._isas), _torch.dynamic_dims(tensors_of(args, kwargs), self._dims):
             return self._entry(target, *args, **kwargs)
 
     @property
     def misses(self) -> list[str]:
-        """Why graphs could not be loaded."""
-        return [miss for loader in self._loaders for miss in loader.misses]
+        """Why graphs could not be loaded or compiled here."""
+        return [miss for one in self._guarded for miss in one.misses]
 
     @property
     def num_calls(self) -> int:
-        """How many compiled graphs were called so far; None where the backend does not say."""
-        return sum(loader.calls for loader in self._loaders)
+        """How many compiled graphs were called so far."""
+        return sum(one.calls for one in self._guarded)
 
     @property
     def is_counting(self) -> bool:
-        """Whether `num_calls` counts (only inductor's graphs pass through a loader)."""
-        return bool(self._loaders)
+        """Whether `num_calls` grows with each call that runs compiled."""
+        return any(one.graphs for one in self._guarded)

@@ -17,6 +17,7 @@ from torchspan.strategies import _measured
 from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
+from torchspan.strategies._own_layer import layer_index, own_layer
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._step import Profiler
@@ -194,6 +195,7 @@ class BlockCall:
         self._region = region
         self._block = block
         self._plan = plan
+        self._layer = layer_index(block)
         self._was_inside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +206,11 @@ class BlockCall:
         self._was_inside = is_inside
         if not is_inside:
             return self._block._call_impl(*args, **kwargs)
-        return self._region.call(self._block, args, kwargs)
+        own = own_layer(self._block, self._layer, args, kwargs)
+        if own is None:
+            return self._region.call(self._block, args, kwargs)
+        with own.running():
+            return own.whole(self._region.call(own.block, own.args, own.kwargs))
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the block is not this plan's."""

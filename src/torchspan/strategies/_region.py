@@ -1,21 +1,23 @@
 """A region at run time: eager from the first call, compiled once a child has done the work and the result is proven.
 
-Each input signature has a Generation. Its life: ``compiling`` (a child works, calls run eagerly) → ``ready`` (the next call
-takes it over, at its beginning, in its own thread, because dynamo's tracing saves and restores the global random state) →
-``swapped`` (calls run compiled), or ``eager`` (given up). A call runs in one generation from beginning to end, and its backward
-belongs to it.
+Each input signature has a Generation; from the second size of an input on, one with dynamic shapes serves all sizes. Its
+life: ``compiling`` (a child works, calls run eagerly) → ``ready`` (the next call takes it over, at its beginning, in its own
+thread, because dynamo's tracing saves and restores the global random state) → ``swapped`` (calls run compiled), or ``eager``
+(given up). A call runs in one generation from beginning to end, and its backward belongs to it.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +27,10 @@ from torchspan.core.report import log
 from torchspan.strategies import _ambient, _torch, _transport, _verify, _watch
 from torchspan.strategies._base import Part
 from torchspan.strategies._fullgraph import break_message
-from torchspan.strategies._handback import FromArtifact, FromCaches
-from torchspan.strategies._signature import signature
+from torchspan.strategies._generation import Family, Generation, describe, general
+from torchspan.strategies._handback import FromArtifact, FromCaches, is_of_compiled_code
+from torchspan.strategies._own_layer import as_called
+from torchspan.strategies._signature import Dims, family, signature
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
 from torchspan.strategies._worker import Filled, Task
 
@@ -37,31 +41,17 @@ MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
 _JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
 _THREAD = _watch.COMPILE_THREAD
-_program_ends = threading.Event()
+_working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a child works for, or did
 _isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
 
 
 def end_compiles(timeout_s: float = 5.0) -> None:
     """End the compiles that are under way; each is a cancelled Attempt in its Report."""
-    _program_ends.set()
+    for generation in tuple(_working):
+        generation.end("the program ended first")
     for thread in threading.enumerate():
         if thread.name == _THREAD:
             thread.join(timeout_s)
-    _program_ends.clear()
-
-
-@dataclass(eq=False)
-class Generation:
-    """What serves one input signature."""
-
-    stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
-    error: str | None = None
-    code: FromArtifact | FromCaches | None = None
-    wants_artifact: bool = False
-    is_traced: bool = False
-    stale: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -81,7 +71,10 @@ class Region:
         self.has_failed = False
         self.has_compiled = False
         self._plan = plan
+        self._pid = os.getpid()
         self._generations: dict[Hashable, Generation] = {}
+        self._families: dict[Hashable, Family] = {}
+        self._full = Generation("eager")  # serves the signatures beyond the limit
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
 
@@ -100,8 +93,10 @@ class Region:
 
     def _current(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation | None:
         """The swapped generation for this call, which may be swapped just now; None to run eagerly."""
-        generation = self._generations.get(signature(target, args, kwargs))
+        generation = self._known(target, args, kwargs)
         if generation is None or generation.stage != "swapped" or self._plan.verify == "always":
+            if self._is_forked():
+                return None
             with self._plan.overhead():
                 generation = generation or self._open(target, args, kwargs)
                 if generation.error is not None:
@@ -125,7 +120,7 @@ class Region:
                     del self._pending[id(target)]
                 return pending.generation
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
-            known = self._generations.get(signature(target, args, kwargs))
+            known = self._known(target, args, kwargs)
             return known if known is not None and known.stage == "swapped" else None
         generation = self._current(target, args, kwargs)
         with self._lock:
@@ -134,49 +129,102 @@ class Region:
 
     def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `target` as torch does."""
+        target, args, kwargs = as_called(target, args, kwargs)
         return target._call_impl(*args, **kwargs) if self.part.is_block else target(*args, **kwargs)
 
     # compiling
 
+    def _known(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation | None:
+        """The generation that serves such a call, if there is one."""
+        known = self._generations.get(signature(target, args, kwargs))
+        if known is not None or not self._families:
+            return known
+        key, sizes = family(target, args, kwargs)
+        alike = self._families.get(key)
+        return alike.find(sizes) if alike is not None else None
+
     def _open(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
-        key = signature(target, args, kwargs)
         with self._lock:
-            known = self._generations.get(key)
+            known = self._known(target, args, kwargs)
             if known is not None:
                 return known
-            generation = self._generations[key] = Generation(wants_artifact=self._plan.wants_artifact(self.part))
-            is_full = len(self._generations) > MAX_GENERATIONS
-        if is_full:
-            generation.stage = "eager"
-            self._decide("eager", f"{MAX_GENERATIONS} input signatures were compiled; calls with others run eagerly")
-            return generation
+            if len(self._all()) >= MAX_GENERATIONS:
+                if not self._full.done.is_set():
+                    self._full.done.set()
+                    self._decide("eager", f"{MAX_GENERATIONS} input signatures were compiled; calls with others run eagerly")
+                return self._full
+            generation = self._dynamic(target, args, kwargs)
+            if generation is None:
+                generation = Generation(wants_artifact=self._plan.wants_artifact(self.part))
+                self._generations[signature(target, args, kwargs)] = generation
         self._start(generation, target, args, kwargs)
         if self._plan.is_waiting:
-            generation.done.wait()
+            generation.wait()
         return generation
+
+    def _is_forked(self) -> bool:
+        """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
+        if os.getpid() == self._pid:
+            return False
+        self._decide("eager", "forked from the process that compiles: what was not swapped before runs eagerly here")
+        return True
+
+    def _dynamic(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation | None:
+        """A generation with dynamic shapes, where a second size of an input says so, or the user; None for a static one."""
+        asked = self._plan.settings.dynamic
+        if asked is False:
+            return None
+        key, sizes = family(target, args, kwargs)
+        alike = self._families.get(key)
+        if alike is None:
+            alike = self._families[key] = Family(sizes)
+            dims = general(sizes) if asked else None
+        else:
+            dims = alike.widened(sizes)
+        if dims is None or alike.is_static:
+            return None
+        if not asked:
+            self._decide("dynamic", f"sizes differ between calls: {describe(alike.first, sizes)}")
+        generation = Generation(family=alike, dims=dims)
+        alike.generations.append(generation)
+        return generation
+
+    def _all(self) -> list[Generation]:
+        return [*self._generations.values(), *(one for alike in self._families.values() for one in alike.generations)]
 
     def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         try:
-            payload = self._payload(target, args, kwargs)
+            payload = self._payload(self._marks(generation), target, args, kwargs)
         except InputError as cause:
             self._give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
         work = threading.Thread(
-            target=self._compile,
+            target=self._work,
             args=(generation, target, payload, _is_on_accelerator(args)),
             name=_THREAD,
             daemon=True,
         )
         work.start()
 
-    def _payload(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    def _payload(self, dims: Dims, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         settings, ambient = self._plan.settings.to_send(), _ambient.capture()
-        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas))
+        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas), dims)
         return _transport.dumps(task)
+
+    def _marks(self, generation: Generation) -> Dims:
+        """The dimensions that are to be marked as dynamic; none where all are, by the user's ``dynamic=True``."""
+        return () if self._plan.settings.dynamic else generation.dims
+
+    def _work(self, generation: Generation, target: Any, payload: bytes, is_fresh: bool) -> None:
+        _working.add(generation)
+        try:
+            self._compile(generation, target, payload, is_fresh)
+        finally:  # a caller that waits must not wait for ever, whatever happens here
+            generation.done.set()
 
     def _compile(self, generation: Generation, target: Any, payload: bytes, is_fresh: bool) -> None:
         """In a thread of its own: have a child compile, then make ready to take over."""
-        ending = self._run_child(_JOBS[generation.wants_artifact], payload, is_fresh)
+        ending = self._run_child(generation, payload, is_fresh)
         if ending.result is None:
             self._give_up(generation, ending)
             return
@@ -204,16 +252,17 @@ class Region:
         generation.stage = "ready"
         generation.done.set()
 
-    def _run_child(self, function: str, payload: bytes, is_fresh: bool) -> Ending:
+    def _run_child(self, generation: Generation, payload: bytes, is_fresh: bool) -> Ending:
         with self._plan.turn(self) as budget:
             if budget is None:
                 return Ending("skipped", 0.0, cause="nothing is left of the budget")
-            job, began_ns = Job(function, payload, is_fresh, record=_watch.is_watched()), time.time_ns()
-            ending = run_bounded(job, budget, _program_ends)
+            function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
+            job = Job(function, payload, is_fresh, record=_watch.is_watched())
+            ending = run_bounded(job, budget, generation.cancel)
             if job.record:
                 _watch.tell(_watch.Finished(self.part.name, self.strategy, self._plan.settings, payload, began_ns, ending))
             self._plan.spend(self.strategy, ending)
-            return replace(ending, cause="the program ended first") if ending.outcome == "cancelled" else ending
+            return replace(ending, cause=generation.why_cancelled) if ending.outcome == "cancelled" else ending
 
     def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
         """Load an artifact, which needs no call to do; whether that went well."""
@@ -232,7 +281,12 @@ class Region:
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
             self._decide("refused", generation.error)
-        elif not any(one.stage in ("ready", "swapped") for one in self._generations.values()):
+        elif ending.outcome == "cancelled":
+            self._decide("eager", f"its compile was cancelled: {ending.cause}")
+        elif generation.family is not None and not self._plan.settings.dynamic:
+            generation.family.give_up()
+            self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
+        elif not any(one.stage in ("ready", "swapped") for one in self._all()):
             self.has_failed = True
             self._plan.region_failed(self)
         generation.done.set()
@@ -253,18 +307,23 @@ class Region:
         started = time.perf_counter()
         settings = self._plan.settings
         if generation.code is None:
-            generation.code = FromCaches(settings, self.part.is_block, _isas)
+            generation.code = FromCaches(settings, self.part.is_block, _isas, self._marks(generation))
             self._note_handback(generation, settings.is_inductor)
-        wrong = self._verify(generation.code, target, args, kwargs) if self._plan.verify != "off" else None
+        try:
+            wrong = self._verify(generation.code, target, args, kwargs) if self._plan.verify != "off" else None
+        except _verify.EagerRaisesError as cause:  # this call runs eagerly, and raises; the next one is taken instead
+            self._decide("not verified", str(cause))
+            return
         if wrong is not None and isinstance(generation.code, FromArtifact):
             self._without_artifact(generation, wrong, target, args, kwargs)
         elif generation.code.misses:
-            self._reject(generation, f"its cache entries do not serve this process: {generation.code.misses[0]}")
+            self._reject(generation, self._miss(generation.code))
         elif wrong is not None:
             self._reject(generation, f"compiled code gives other results than eager: {wrong}")
             log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
         elif generation.stage == "ready":
             generation.stage = "swapped"
+            generation.proven = family(target, args, kwargs)[1] if generation.family is not None else ()
             self.has_compiled = True
             self._plan.report.figure("swap_stall_s", time.perf_counter() - started)
 
@@ -288,6 +347,11 @@ class Region:
         except GuardError as cause:  # of an artifact
             return str(cause)
 
+    def _miss(self, code: FromArtifact | FromCaches) -> str:
+        """Why what the child compiled cannot be had here."""
+        what = "its cache entries do not serve this process" if self._plan.settings.is_inductor else "it does not compile here"
+        return f"{what}: {code.misses[0]}"
+
     def _note_handback(self, generation: Generation, is_inductor: bool) -> None:
         if is_inductor and generation.wants_artifact:
             return  # why there is no artifact was said
@@ -297,25 +361,62 @@ class Region:
             reason = f"{self._plan.settings.backend_name} compiles here too: its child showed that it ends within the budget"
             self._plan.report.decide("compile", self.part.name, "compiled again", reason)
 
-    def _reject(self, generation: Generation, cause: str) -> None:
+    def _reject(self, generation: Generation, cause: str, where: str = "taking over") -> None:
         generation.code = None
         self._decide("eager", cause)
-        self._give_up(generation, Ending("failed", 0.0, cause=cause, where="taking over"))
+        self._give_up(generation, Ending("failed", 0.0, cause=cause, where=where))
 
     # running
 
     def _run(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         code = generation.code
-        assert code is not None, generation
+        if code is None:  # another thread has just given it up
+            return self.eager(target, *args, **kwargs)
+        try:
+            return self._run_code(generation, code, target, args, kwargs)
+        except Exception as error:
+            if not is_of_compiled_code(error):
+                raise
+            cause = error
+        return self._run_instead(generation, cause, target, args, kwargs)
+
+    def _run_instead(
+        self, generation: Generation, error: Exception, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run eagerly what compiled code raised in. If eager raises too, that is the program's own error."""
+        outputs = self.eager(target, *args, **kwargs)
+        with generation.lock:
+            if generation.stage == "swapped":
+                self._reject(generation, f"compiled code raised {type(error).__name__}: {error}", "running")
+        return outputs
+
+    def _run_code(
+        self,
+        generation: Generation,
+        code: FromArtifact | FromCaches,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         if isinstance(code, FromArtifact):
             return self._run_artifact(generation, code, target, args, kwargs)
         if not generation.is_traced:
             generation.is_traced = True
-            return code.trace(target, *args, **kwargs)
+            return self._trace(generation, code, target, args, kwargs)
         before = code.num_calls
         outputs = code.run(target, *args, **kwargs)
         if code.is_counting and code.num_calls == before:
             self._note_stale(generation, target, args, kwargs)
+        return outputs
+
+    def _trace(
+        self, generation: Generation, code: FromCaches, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The first real call, which traces if nothing was verified before."""
+        outputs = code.trace(target, *args, **kwargs)
+        with generation.lock:
+            if code.misses and generation.stage == "swapped":
+                self._reject(generation, self._miss(code))
         return outputs
 
     def _run_artifact(
@@ -328,9 +429,17 @@ class Region:
         return self.eager(target, *args, **kwargs)
 
     def _note_stale(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The guards failed, so that call ran eagerly: the program's own state has changed since it was compiled."""
+        """The guards failed, so that call ran eagerly: the program's own state has changed since it was compiled.
+
+        Or it is for other sizes than it was meant for; then these have a generation of their own from the next call on.
+        """
         with generation.lock:
             if generation.stage != "swapped":
+                return
+            if generation.family is not None and family(target, args, kwargs)[1] != generation.proven:
+                self._misfit(generation.family)
+                fallback = self._generations[signature(target, args, kwargs)] = Generation()
+                self._start(fallback, target, args, kwargs)
                 return
             generation.stale += 1
             if generation.stale > MAX_STALE:
@@ -341,6 +450,12 @@ class Region:
             generation.stage, generation.code, generation.is_traced = "compiling", None, False
             generation.done.clear()
         self._start(generation, target, args, kwargs)
+
+    def _misfit(self, alike: Family) -> None:
+        alike.num_misfits += 1
+        if alike.is_static:
+            alike.give_up()
+        self._decide("static", "the code for dynamic shapes does not serve these sizes (its guards failed)")
 
     def _decide(self, choice: str, reason: str) -> None:
         self._plan.report.decide("compile", self.part.name, choice, reason)

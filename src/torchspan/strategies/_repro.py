@@ -225,7 +225,7 @@ def _try(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, write: 
 def _backend(settings: Settings) -> Callable[..., Any]:
     if settings.is_inductor:
         return _torch.inductor(settings.mode, settings.options, bool(settings.dynamic))
-    return settings.backend if callable(settings.backend) else _torch.backend_function(settings.backend)
+    return _torch.backend_function(settings.backend)
 
 
 def _end(pid: int) -> int:

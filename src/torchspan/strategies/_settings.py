@@ -47,17 +47,18 @@ class Settings:
         """The backend's name, for a Report."""
         return self.backend if isinstance(self.backend, str) else getattr(self.backend, "__name__", repr(self.backend))
 
-    def compile(self, entry: Callable[..., Any], wrap: Callable[..., Any] = lambda backend: backend) -> Callable[..., Any]:
-        """``torch.compile(entry)`` with these arguments; inductor goes through `wrap` first.
+    def compile(self, entry: Callable[..., Any], wrap: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """``torch.compile(entry)`` with these arguments; the backend goes through `wrap` first, where there is one.
 
         Shapes are static unless dynamic ones were asked for: a generation serves one signature, and what dynamo would learn
         from an earlier one must not tell the caller's process from the child, which has not seen it.
         """
         arguments: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": bool(self.dynamic), **self.extra}
         if self.is_inductor:
-            arguments["backend"] = wrap(_torch.inductor(self.mode, self.options, bool(self.dynamic)))
+            inductor = _torch.inductor(self.mode, self.options, bool(self.dynamic))
+            arguments["backend"] = wrap(inductor) if wrap else inductor
         else:
-            arguments |= {"backend": self.backend}
+            arguments["backend"] = wrap(_torch.backend_function(self.backend)) if wrap else self.backend
             if self.mode is not None:
                 arguments["mode"] = self.mode
             if self.options:

@@ -2,44 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import types
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from torchspan.strategies._ambient import autocast_state
 
+Sizes = tuple[tuple[int, ...], ...]  # of each tensor of a call, in the order in which they are found
+Dims = tuple[frozenset[int], ...]  # of each tensor, which of its dimensions
+
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_NOT_ENTERED = (*_VALUES, type, types.FunctionType, types.MethodType, types.ModuleType, torch.nn.Module)
+_DEPTH = 5  # of the objects in an object that are looked into for tensors
 
 
 def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Shapes, strides, dtypes, devices and who wants gradients; grad mode, autocast, train or eval; and plain values."""
+    return _walk(target, args, kwargs, None)
+
+
+def family(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, Sizes]:
+    """The signature without sizes (of strides, their order is left), and the sizes.
+
+    >>> one, sizes = family(None, (torch.ones(2, 3),), {})
+    >>> other, other_sizes = family(None, (torch.ones(4, 3),), {})
+    >>> one == other, sizes, differing(sizes, other_sizes)
+    (True, ((2, 3),), (frozenset({0}),))
+    """
+    tensors: list[torch.Tensor] = []
+    found = _walk(target, args, kwargs, tensors)
+    return found, tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of :func:`family`'s sizes."""
+    tensors: list[torch.Tensor] = []
+    _walk(None, args, kwargs, tensors)
+    return tensors
+
+
+def differing(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> Dims:
+    """In which dimensions the sizes of two calls of one family differ."""
+    return tuple(
+        frozenset(dim for dim, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _walk(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor] | None) -> Hashable:
+    """What was found of a call; with `tensors` they are gathered there, and their sizes are left out."""
     found: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_state()]
     if isinstance(target, torch.nn.Module):
         found.append(target.training)
     for value in args:
-        _add(value, found)
+        _add(value, found, tensors)
     for name in sorted(kwargs):
         found.append(name)
-        _add(kwargs[name], found)
+        _add(kwargs[name], found, tensors)
     return tuple(found)
 
 
-def _add(value: Any, found: list[Hashable]) -> None:
+def _add(value: Any, found: list[Hashable], tensors: list[torch.Tensor] | None) -> None:
     if isinstance(value, torch.Tensor):
-        strides = value.stride() if value.layout is torch.strided else value.layout
-        found.append((value.shape, strides, value.dtype, value.device, value.requires_grad, type(value)))
+        if tensors is None:
+            layout: Hashable = (value.shape, value.stride() if value.layout is torch.strided else value.layout)
+        else:
+            tensors.append(value)
+            layout = _order(value)
+        found.append((layout, value.dtype, value.device, value.requires_grad, type(value)))
     elif isinstance(value, _VALUES):
         found.append((type(value), value))
     elif isinstance(value, (tuple, list)):
         found.append((type(value), len(value)))
         for item in value:
-            _add(item, found)
+            _add(item, found, tensors)
     elif isinstance(value, Mapping):
         found.append((type(value), *value))
         for item in value.values():
-            _add(item, found)
+            _add(item, found, tensors)
     elif isinstance(value, torch.nn.Module):
         found.append((type(value), id(value), value.training))
     else:
         found.append(f"{type(value).__module__}.{type(value).__qualname__}")
+        for tensor in _held(value, _DEPTH, set()):
+            _add(tensor, found, tensors)
+
+
+def _held(value: Any, depth: int, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that an object holds, such as a cache of keys and values does; not its plain values, which may count calls."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and not isinstance(value, _NOT_ENTERED) and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            inner: Iterable[Any] = value.values()
+        else:
+            inner = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
+        for item in inner:
+            yield from _held(item, depth - 1, seen)
+
+
+def _order(tensor: torch.Tensor) -> Hashable:
+    """The dimensions by falling stride, which a size does not change; of one that is not dense, the strides themselves."""
+    if tensor.layout is not torch.strided:
+        return tensor.layout, tensor.dim()
+    if tensor.is_contiguous():
+        return tensor.dim()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    return order if tensor.permute(order).is_contiguous() else (order, tensor.stride())

@@ -8,7 +8,7 @@ import os
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -72,11 +72,11 @@ def named_backend(name: str) -> Callable[..., Any] | str:
     return found if is_ours else name  # type: ignore[return-value]
 
 
-def backend_function(name: str) -> Callable[..., Any]:
-    """The function behind a backend that torch brings or that is registered here."""
+def backend_function(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a backend that torch brings, that is registered here, or that was given."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    found: Callable[..., Any] = lookup_backend(name)
+    found: Callable[..., Any] = lookup_backend(backend)
     return found
 
 
@@ -239,6 +239,25 @@ def only_loading() -> Iterator[None]:
         yield
         if counters()["bypassed"] != before:
             raise CacheMiss("torch cannot cache this graph, so it cannot load it either")
+
+
+@contextmanager
+def dynamic_dims(tensors: Sequence[torch.Tensor], dims: Sequence[Iterable[int]]) -> Iterator[None]:
+    """Have dynamo take these dimensions of each tensor as symbols in what it traces inside; the tensors forget it after."""
+    if not dims:
+        yield
+        return
+    from torch._dynamo import mark_dynamic
+
+    before = [dict(vars(tensor)) for tensor in tensors]
+    try:
+        for tensor, which in zip(tensors, dims, strict=True):
+            mark_dynamic(tensor, sorted(which))
+        yield
+    finally:
+        for tensor, known in zip(tensors, before, strict=True):
+            vars(tensor).clear()
+            vars(tensor).update(known)
 
 
 @contextmanager

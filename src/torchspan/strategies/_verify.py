@@ -18,6 +18,7 @@ import torch
 from torchspan.core.errors import CompileError, GuardError
 from torchspan.core.numerics import difference, tensors
 from torchspan.strategies._ambient import autocast_state
+from torchspan.strategies._signature import tensors_of
 
 Call = Callable[..., Any]
 
@@ -31,8 +32,8 @@ class Copied:
     kwargs: Mapping[str, Any]
 
     def inputs(self) -> list[torch.Tensor]:
-        """The tensors among the arguments."""
-        return tensors((self.args, dict(self.kwargs)))
+        """The tensors among the arguments, and those that they hold."""
+        return tensors_of(self.args, self.kwargs)
 
     def modules(self) -> list[torch.nn.Module]:
         """The modules that the call uses: its target, and those among its arguments."""
@@ -53,7 +54,7 @@ def copied(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cop
     for module in _modules((target, *args, *kwargs.values())):
         memo.update({id(parameter): parameter for parameter in module.parameters()})
         memo.update({id(buffer): _copy_tensor(buffer) for buffer in module.buffers()})
-    for tensor in tensors((args, dict(kwargs))):
+    for tensor in tensors_of(args, kwargs):
         memo.setdefault(id(tensor), _copy_tensor(tensor))
     try:
         return Copied(*copy.deepcopy((target, args, dict(kwargs)), memo))
@@ -112,6 +113,8 @@ def mismatch(
     through = _dtypes(first)
     return (
         difference(actual, expected, *through)
+        or difference(_held(actual), _held(expected), *through, name="in the output")
+        or difference(second.inputs(), first.inputs(), *through, name="argument")
         or difference(gradients, expected_gradients, *through, name="gradient")
         or difference(_buffers(second), _buffers(first), *through, name="buffer")
     )
@@ -165,6 +168,11 @@ def _buffers(call: Copied) -> dict[str, torch.Tensor]:
 def _dtypes(call: Copied) -> set[torch.dtype]:
     found = {one.dtype for one in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
     return found | {p.dtype for module in call.modules() for p in module.parameters()}
+
+
+def _held(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of the outputs, those in objects such as caches included."""
+    return tensors_of((outputs,), {})
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:

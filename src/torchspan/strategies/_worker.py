@@ -19,11 +19,15 @@ from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.strategies import _ambient, _events, _torch, _transport
 from torchspan.strategies._settings import Settings
+from torchspan.strategies._signature import Dims, tensors_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """One region with example inputs. `isas` is what the caller knows of this machine's vector instructions."""
+    """One region with example inputs, whose dimensions `dims` are dynamic (none: as `settings` have it).
+
+    `isas` is what the caller knows of this machine's vector instructions.
+    """
 
     target: Callable[..., Any]
     is_block: bool
@@ -32,6 +36,7 @@ class Task:
     settings: Settings
     ambient: _ambient.Ambient
     isas: Mapping[str, bool] = field(default_factory=dict)
+    dims: Dims = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
     before = _torch.counters()  # an attempt at an artifact was counted too
     with _torch.caching(), _torch.known_isas(isas):
         compiled = task.settings.compile(_torch.entry_point(task.is_block))
-        with _ambient.modes(task.ambient):
+        with _ambient.modes(task.ambient), _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims):
             outputs = compiled(task.target, *task.args, **task.kwargs)
         _backward(outputs)
     counted = {name: count - before[name] for name, count in _torch.counters().items()}
