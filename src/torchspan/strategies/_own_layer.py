@@ -116,9 +116,7 @@ class OwnLayer:
                     state[name] = value
 
 
-def own_layer(
-    block: torch.nn.Module, index: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> OwnLayer | None:
+def own_layer(block: torch.nn.Module, index: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OwnLayer | None:
     """The call of `block` with its own layer of the cache that it is given; None if it is given none."""
     if index is None or "transformers.cache_utils" not in sys.modules:
         return None
@@ -127,9 +125,7 @@ def own_layer(
     return OwnLayer(block, index, args, kwargs)
 
 
-def as_called(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+def as_called(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
     """The call of a block that `target` stands in for here and now; else the call as it is."""
     current: OwnLayer | None = getattr(_calls, "current", None)
     return current.undone() if current is not None and current.block is target else (target, args, kwargs)

@@ -17,6 +17,7 @@ from torchspan.strategies import _measured
 from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
+from torchspan.strategies._nest import nest, unnest
 from torchspan.strategies._own_layer import layer_index, own_layer
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
@@ -116,7 +117,7 @@ class Plan:
         By default for a whole program, which is then taken over without a stall. An artifact checks its guards in Python at
         each call (about 0.1 ms), which a block, called many times a step, would feel more than one trace at the swap.
         """
-        if not self.settings.is_plain or self._conduct.handback == "caches":
+        if not self.settings.is_plain or self._conduct.handback == "caches" or part.nested:
             return False
         return self._conduct.handback == "artifact" or not part.is_block
 
@@ -145,6 +146,8 @@ class Plan:
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
         for region in regions:
+            for inner in region.part.nested:
+                nest(inner)
             if region.part.is_block:
                 for block in region.part.targets:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
@@ -229,6 +232,8 @@ os.register_at_fork(after_in_child=_renew_turns)  # those that the threads of th
 
 
 def _uninstall(region: Region) -> None:
+    for inner in region.part.nested:
+        unnest(inner)
     for block in region.part.targets if region.part.is_block else ():
         if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
             del block._compiled_call_impl  # type: ignore[attr-defined]
