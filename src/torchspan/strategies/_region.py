@@ -129,8 +129,8 @@ class Region:
 
     def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `target` as torch does."""
-        target, args, kwargs = as_called(target, args, kwargs)
-        return target._call_impl(*args, **kwargs) if self.part.is_block else target(*args, **kwargs)
+        call, args, named = as_called(target, args, kwargs)
+        return call._call_impl(*args, **named) if self.part.is_block else call(*args, **named)
 
     # compiling
 

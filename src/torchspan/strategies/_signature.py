@@ -91,7 +91,7 @@ def _add(value: Any, found: list[Hashable], tensors: list[torch.Tensor] | None) 
 
 
 def _held(value: Any, depth: int, seen: set[int]) -> Iterator[torch.Tensor]:
-    """The tensors that an object holds, such as a cache of keys and values does; not its plain values, which may count calls."""
+    """The tensors that an object holds, as a cache of keys and values does; not its plain values, which may count calls."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and not isinstance(value, _NOT_ENTERED) and id(value) not in seen:
