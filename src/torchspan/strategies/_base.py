@@ -10,6 +10,8 @@ from torchspan.core.errors import InputError
 from torchspan.core.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from torchspan.strategies._step import StepProfile
 
 _STRATEGY_OF = {"layer_indices": "per_block", "max_layers": "per_block", "regions": "regional"}
@@ -55,11 +57,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Part:
-    """One region: `targets` that ONE compile serves. They are the program itself, or modules inside it (`is_block`)."""
+    """One region: `targets` that ONE compile serves. They are the program itself, or modules inside it (`is_block`).
+
+    `nested` are the classes of its modules that torch is to compile as regions inside this one.
+    """
 
     name: str
     targets: tuple[Callable[..., Any], ...]
     is_block: bool = False
+    nested: tuple[type[nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,10 @@ def compile_bounded(
     several names in the order in which they are tried; eager is always the last. ``whole`` compiles all of it as one region,
     ``per_block`` its repeated blocks: all, or those of `layer_indices` (numbers in the order of the model, from the end if
     negative), and of them the first `max_layers`; ``regional`` the modules that are marked with :func:`region`, which ``auto``
-    goes by too, or named in `regions` (``*`` stands for anything); ``selective`` profiles the second call, run eagerly, and
-    compiles the parts that promise to pay. With `wait`, the first call waits for the compile (``selective``: the third).
+    goes by too, or named in `regions` (``*`` stands for anything); ``nested`` the whole as one region in which torch compiles
+    equal blocks once (:func:`torch.compiler.nested_compile_region`, where this torch has it); ``selective`` profiles the second
+    call, run eagerly, and compiles the parts that promise to pay. With `wait`, the first call waits for the compile
+    (``selective``: the third).
 
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
     artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.

@@ -21,6 +21,8 @@ from torchspan.artifacts.load import Dispatcher, load
 from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
 from torchspan.strategies import _torch
+from torchspan.strategies._base import Part
+from torchspan.strategies._nest import nesting
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._signature import Dims, tensors_of
 
@@ -108,12 +110,13 @@ class FromCaches:
 
     name = "caches"
 
-    def __init__(self, settings: Settings, is_block: bool, isas: Mapping[str, bool], dims: Dims) -> None:
+    def __init__(self, settings: Settings, part: Part, isas: Mapping[str, bool], dims: Dims) -> None:
         self._isas = dict(isas)
         self._dims = dims
+        self._nested = part.nested
         self._is_loading = settings.is_inductor
         self._guarded: list[Guarded] = []
-        self._entry = settings.compile(_torch.entry_point(is_block), self._wrap)
+        self._entry = settings.compile(_torch.entry_point(part.is_block), self._wrap)
         self.run = _torch.run_only(self._entry)
 
     def _wrap(self, backend: Callable[..., Any]) -> Guarded:
@@ -122,7 +125,8 @@ class FromCaches:
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
-        with _torch.known_isas(self._isas), _torch.dynamic_dims(tensors_of(args, kwargs), self._dims):
+        marked = _torch.dynamic_dims(tensors_of(args, kwargs), self._dims)
+        with _torch.known_isas(self._isas), marked, nesting(self._nested):
             return self._entry(target, *args, **kwargs)
 
     @property

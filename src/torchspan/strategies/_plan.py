@@ -17,7 +17,6 @@ from torchspan.strategies import _measured
 from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
 from torchspan.strategies._ladder import Ladder
-from torchspan.strategies._nest import nest, unnest
 from torchspan.strategies._own_layer import layer_index, own_layer
 from torchspan.strategies._region import Region
 from torchspan.strategies._settings import Settings
@@ -146,8 +145,6 @@ class Plan:
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
         for region in regions:
-            for inner in region.part.nested:
-                nest(inner)
             if region.part.is_block:
                 for block in region.part.targets:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
@@ -232,8 +229,6 @@ os.register_at_fork(after_in_child=_renew_turns)  # those that the threads of th
 
 
 def _uninstall(region: Region) -> None:
-    for inner in region.part.nested:
-        unnest(inner)
     for block in region.part.targets if region.part.is_block else ():
         if isinstance(vars(block).get("_compiled_call_impl"), BlockCall):
             del block._compiled_call_impl  # type: ignore[attr-defined]

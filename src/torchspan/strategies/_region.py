@@ -208,7 +208,7 @@ class Region:
 
     def _payload(self, dims: Dims, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         settings, ambient = self._plan.settings.to_send(), _ambient.capture()
-        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas), dims)
+        task = Task(target, self.part.is_block, args, dict(kwargs), settings, ambient, dict(_isas), dims, self.part.nested)
         return _transport.dumps(task)
 
     def _marks(self, generation: Generation) -> Dims:
@@ -307,7 +307,7 @@ class Region:
         started = time.perf_counter()
         settings = self._plan.settings
         if generation.code is None:
-            generation.code = FromCaches(settings, self.part.is_block, _isas, self._marks(generation))
+            generation.code = FromCaches(settings, self.part, _isas, self._marks(generation))
             self._note_handback(generation, settings.is_inductor)
         try:
             wrong = self._verify(generation.code, target, args, kwargs) if self._plan.verify != "off" else None

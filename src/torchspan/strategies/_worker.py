@@ -18,6 +18,7 @@ from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.strategies import _ambient, _events, _torch, _transport
+from torchspan.strategies._nest import nesting
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._signature import Dims, tensors_of
 
@@ -26,7 +27,7 @@ from torchspan.strategies._signature import Dims, tensors_of
 class Task:
     """One region with example inputs, whose dimensions `dims` are dynamic (none: as `settings` have it).
 
-    `isas` is what the caller knows of this machine's vector instructions.
+    `isas` is what the caller knows of this machine's vector instructions; `nested` are classes to compile as regions inside.
     """
 
     target: Callable[..., Any]
@@ -37,6 +38,7 @@ class Task:
     ambient: _ambient.Ambient
     isas: Mapping[str, bool] = field(default_factory=dict)
     dims: Dims = ()
+    nested: tuple[type[torch.nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
     before = _torch.counters()  # an attempt at an artifact was counted too
     with _torch.caching(), _torch.known_isas(isas):
         compiled = task.settings.compile(_torch.entry_point(task.is_block))
-        with _ambient.modes(task.ambient), _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims):
+        marked = _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims)
+        with _ambient.modes(task.ambient), marked, nesting(task.nested):
             outputs = compiled(task.target, *task.args, **task.kwargs)
         _backward(outputs)
     counted = {name: count - before[name] for name, count in _torch.counters().items()}

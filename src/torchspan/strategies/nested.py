@@ -1,0 +1,28 @@
+"""The whole program is one region, and each repeated block in it a nested one, which torch compiles once and calls often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import __version__, nn
+
+from torchspan.strategies._base import Cut, Part, Request, count_of, program_name
+from torchspan.strategies._blocks import blocks_of
+from torchspan.strategies._nest import is_available
+
+SUMMARY = "the whole program as one region, its repeated blocks as nested regions that torch compiles once"
+
+
+def cut(program: Callable[..., Any], request: Request) -> Cut:
+    """One part: the program, with its blocks as nested regions; none where this torch has no such regions, or it no blocks."""
+    if not is_available():
+        return Cut((), f"torch {__version__} has no torch.compiler.nested_compile_region; per_block needs none")
+    if not isinstance(program, nn.Module):
+        return Cut((), "a function has no blocks")
+    blocks = [block for block in blocks_of(program) if "forward" not in vars(block)]
+    if not blocks:
+        return Cut((), f"{program_name(program)} has no two modules of the same structure that hold others")
+    classes = tuple(dict.fromkeys(type(block) for block in blocks))
+    reason = f"one region, with {count_of(len(blocks), 'nested region')}"
+    return Cut((Part(program_name(program), (program,), nested=classes),), reason)
