@@ -42,7 +42,10 @@ def test_its_device_and_its_stream_are_those_of_cuda(redirected: Report, monkeyp
     torch.accelerator.synchronize("cuda:0")
 
 
-def test_another_device_is_current_inside_a_block(redirected: Report) -> None:
+def test_another_device_is_current_inside_a_block(redirected: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="invalid device ordinal"), torch.accelerator.device_index(3):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with torch.accelerator.device_index(3):
         assert torch.accelerator.current_device_index() == 3
         with torch.accelerator.device_index(None):

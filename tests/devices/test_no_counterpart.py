@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report
+from torchspan.devices._base import device_patches
 from torchspan.devices._redirect import PlacementWarning
+from torchspan.environment.facts import Facts
+from torchspan.environment.scope import Environment
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -49,6 +53,12 @@ def _gds_file() -> object:
             "torch.compile",
         ),
         (lambda: torch.cuda.memory.CUDAPluggableAllocator("a.so", "alloc", "free"), "CUDAPluggableAllocator", "leave it out"),
+        (lambda: torch.cuda.caching_allocator_alloc(1024), "caching_allocator_alloc", "leave it out"),
+        (lambda: torch.cuda.caching_allocator_delete(1), "caching_allocator_delete", "leave it out"),
+        (lambda: torch.cuda.current_blas_handle(), "current_blas_handle", "leave it out"),
+        (lambda: torch.cuda.temperature(), "temperature", "psutil"),
+        (lambda: torch.cuda.power_draw(0), "power_draw", "psutil"),
+        (lambda: torch.cuda.clock_rate("cuda:0"), "clock_rate", "psutil"),
         (lambda: torch.cuda.tunable.tune_gemm_in_file("untuned.csv"), "tune_gemm_in_file", "leave it out"),
         (_gds_file, "GdsFile", "mmap=True"),
         pytest.param(
@@ -83,7 +93,16 @@ def test_a_refusal_names_the_line_the_reason_and_what_to_do(
     assert [decision.site for decision in refused] == [str(caught.value).partition(": ")[0]] and name in refused[0].subject
 
 
-def test_copies_between_devices_are_copies_on_the_one_that_is_here(redirected: Report) -> None:
+@pytest.fixture
+def on_the_cpu() -> Iterator[Report]:
+    """The report where the CPU was asked for by name: it takes every index."""
+    report = Report()
+    with Environment(device_patches(Facts(), "cpu", report), report), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlacementWarning)
+        yield report
+
+
+def test_copies_between_devices_are_copies_on_the_one_that_is_here(on_the_cpu: Report) -> None:
     from torch.cuda import comm
 
     x = torch.arange(6.0, device="cuda")
@@ -97,7 +116,7 @@ def test_copies_between_devices_are_copies_on_the_one_that_is_here(redirected: R
     assert len(comm.broadcast_coalesced([x, x], [0, 1, 2])) == 3
     with pytest.raises(ValueError, match="different shapes"):
         comm.reduce_add([x, x[:2]])
-    assert {"torch.cuda.comm.scatter()", "torch.cuda.comm.gather()"} <= {each.subject for each in redirected.decisions}
+    assert {"torch.cuda.comm.scatter()", "torch.cuda.comm.gather()"} <= {each.subject for each in on_the_cpu.decisions}
 
 
 def test_collectives_of_one_process_are_computed_on_the_one_device(redirected: Report) -> None:
@@ -128,6 +147,12 @@ def test_switches_for_tuning_are_remembered_and_said_to_be_simulated(redirected:
     assert all(decision.is_simulated for decision in redirected.decisions) and redirected.decisions
 
 
+def test_the_load_of_this_machine_is_a_devices(redirected: Report) -> None:
+    for figure in (torch.cuda.utilization(), torch.cuda.memory_usage(0)):
+        assert isinstance(figure, int) and 0 <= figure <= 100
+    assert all(decision.is_simulated for decision in redirected.decisions) and len(redirected.decisions) == 2
+
+
 def test_a_pool_of_memory_is_simulated(redirected: Report) -> None:
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool):
@@ -136,13 +161,49 @@ def test_a_pool_of_memory_is_simulated(redirected: Report) -> None:
     assert x.sum() == 3
 
 
-def test_several_devices_where_one_stands_in_for_all_are_warned_of_once(redirected: Report) -> None:
-    torch.ones(2, device="cuda:0")
-    with pytest.warns(PlacementWarning, match=r"cuda:0 to cuda:1; run a process for each device") as caught:
-        torch.ones(2, device="cuda:1")
-    torch.ones(2).to("cuda:2")  # a second warning would be an error
+def test_an_index_that_the_program_was_not_told_of_is_torchs_error_with_the_line_and_a_remedy(redirected: Report) -> None:
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    for call in (
+        lambda: torch.ones(2, device="cuda:1"),
+        lambda: torch.ones(2).to("cuda:2"),
+        lambda: torch.ones(2).cuda(1),
+        lambda: torch.nn.Linear(2, 2).to("cuda:1"),
+        lambda: torch.cuda.set_device(1),
+        lambda: torch.cuda.synchronize(1),
+        lambda: torch.cuda.Stream(device=1),
+        lambda: torch.cuda.memory_allocated("cuda:1"),
+    ):
+        with pytest.raises(kind, match=rf"CUDA error: invalid device ordinal \({__file__}:\d+: .*--device cpu") as caught:
+            call()
+        assert "device_count() is 1" in str(caught.value)
+    for query in (torch.cuda.get_device_properties, torch.cuda.get_device_name, torch.cuda.get_device_capability):
+        with pytest.raises(AssertionError, match="Invalid device id"):
+            query(1)
+    refused = {decision.subject for decision in redirected.decisions if decision.choice == "refused"}
+    assert refused == {"the device cuda:1", "the device cuda:2"}
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("meta"), "cuda:x"])
+def test_what_is_no_cuda_device_is_torchs_own_error(device: object, redirected: Report) -> None:
+    for query in ("set_device", "get_device_name", "get_device_properties", "get_device_capability", "synchronize", "Stream"):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            getattr(torch.cuda, query)(device)
+        with pytest.raises((ValueError, RuntimeError)) as theirs:
+            torch.cuda._utils._get_device_index(device)
+        assert str(caught.value) == str(theirs.value) and type(caught.value) is type(theirs.value)
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device("cuda")
+
+
+def test_several_devices_where_the_cpu_stands_in_for_all_are_warned_of_once() -> None:
+    report = Report()
+    with Environment(device_patches(Facts(), "cpu", report), report):
+        torch.ones(2, device="cuda:0")
+        with pytest.warns(PlacementWarning, match=r"cuda:0 to cuda:1; run a process for each device") as caught:
+            torch.ones(2, device="cuda:1")
+        torch.ones(2).to("cuda:2")  # a second warning would be an error
     assert len(caught) == 1 and caught[0].filename == __file__
-    reasons = {decision.subject: decision.reason for decision in redirected.decisions}
+    reasons = {decision.subject: decision.reason for decision in report.decisions}
     assert reasons["torch.ones(device='cuda:1')"].endswith("one device stands in for cuda:0 to cuda:1")
     assert "stands in" not in reasons["torch.ones(device='cuda:0')"] and "stands in" in reasons["Tensor.to(device='cuda:2')"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ import torch
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
-from torchspan.devices._policy import ACCELERATORS, KEEP_CPU, Choice, DeviceRequest, choose
+from torchspan.devices._policy import ACCELERATORS, KEEP_CPU, DeviceRequest, choose
 from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
@@ -93,8 +94,9 @@ class Redirection:
         if request is None or (request.kind == "cpu" and self._keeping_cpu.depth):
             return None
         choice = choose(self.facts, request, self.mode)
-        if not choice.is_possible:
-            raise _invalid_ordinal(choice)
+        reason = choice.reason if not choice.is_possible else self._out_of_range(request)
+        if reason:
+            raise self._invalid_ordinal(request, reason)
         return torch.device(choice.device) if request.kind in self.kinds or request.index == -1 else None
 
     def _request(self, device: Any) -> DeviceRequest | None:
@@ -109,12 +111,46 @@ class Redirection:
             return None
         return DeviceRequest(asked.type, asked.index)
 
-    def index(self, device: object = None) -> int:
-        """The index that `device` names, 0 where it names none; raises torch's error for one that no machine has."""
+    def num_devices(self) -> int:
+        """How many devices the program is told of: one, or as many as a launcher started ranks for on this machine."""
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+    def _out_of_range(self, request: DeviceRequest) -> str:
+        """Why there is no such index, "" where there is: a process that a program started has a device of its own."""
+        is_told = self.mode in ("auto", "torchdevice") and request.kind in self.kinds and request.kind in ACCELERATORS
+        if not is_told or (request.index or 0) < self.num_devices() or multiprocessing.parent_process() is not None:
+            return ""
+        return (
+            f"torch.{request.kind}.device_count() is {self.num_devices()}; device='cpu' (torchspan run --device cpu) takes every "
+            "index, and a process for each device (torchrun) has its own"
+        )
+
+    def _invalid_ordinal(self, request: DeviceRequest, reason: str) -> RuntimeError:
+        """The error that CUDA gives for an index that is not there, in torch's words and of torch's type."""
+        site = user_site()
+        self.report.decide(TOPIC, f"the device {request}", "refused", reason, site)
+        kind: Callable[[str], RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+        return kind(f"CUDA error: invalid device ordinal ({site}: {request}: {reason})")
+
+    def index(self, device: object = None, *, is_optional: bool = True) -> int:
+        """The index that `device` names, that of the current one where it names none.
+
+        Raises:
+            RuntimeError: torch's, for an index that is not there.
+            ValueError: torch's, for what is not a device of this kind, or has no index although it is not `is_optional`.
+        """
         if device is None:
-            return 0
+            return torch.cuda.current_device()
+        if isinstance(device, str):
+            device = torch.device(device)
+        if isinstance(device, torch.device) and device.type in self.kinds and device.type in ACCELERATORS:
+            self.lookup(device)
+            if device.index is not None or is_optional:
+                return torch.cuda.current_device() if device.index is None else device.index
+        if type(device) is not int:
+            return int(torch.cuda._utils._get_device_index(device, optional=is_optional))
         self.lookup(device)
-        return device if isinstance(device, int) else torch.device(device).index or 0  # type: ignore[call-overload]
+        return device
 
     # what was placed: a mark on the storage, which views and `.data` share with their tensor and pickles do not keep
 
@@ -165,6 +201,7 @@ class Redirection:
                 marks = holder.untyped_storage()
             except (RuntimeError, NotImplementedError):
                 return self.ordinal()
+        marks = getattr(marks, "_untyped_storage", marks)  # of a typed one
         return None if hasattr(marks, "_torchspan_host") else self.ordinal()
 
     def asked_default(self) -> torch.device | None:
@@ -314,9 +351,3 @@ def asked_by_torch(name: str = "") -> bool:
     if name:
         return module.startswith(_OWN) and name in frame.f_code.co_names and module != _HANDLERS
     return module.startswith(_OWN) and not module.startswith(_ON_BEHALF)
-
-
-def _invalid_ordinal(choice: Choice) -> RuntimeError:
-    """The error that CUDA gives for an index that is not there, in torch's words and of torch's type."""
-    kind: Callable[[str], RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
-    return kind(f"CUDA error: invalid device ordinal ({choice.reason})")

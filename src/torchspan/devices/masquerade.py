@@ -39,11 +39,13 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name, answer in properties.items():
         yield Replacement("masquerade", "torch", f"Tensor.{name}", partial(_property, redirection, answer))
         if name != "is_cpu":
-            yield Replacement("masquerade", "torch", f"UntypedStorage.{name}", partial(_property, redirection, answer))
+            for kind in ("UntypedStorage", "TypedStorage"):
+                yield Replacement("masquerade", "torch.storage", f"{kind}.{name}", partial(_property, redirection, answer))
             yield Replacement(
                 "masquerade", TENSOR_VARIABLE, f"TensorVariable.method_attr_{name}", partial(_traced, redirection)
             )
-    yield Replacement("masquerade", "torch", "Tensor.get_device", partial(_get_device, redirection))
+    for target, holder in (("torch", "Tensor"), ("torch.storage", "UntypedStorage"), ("torch.storage", "TypedStorage")):
+        yield Replacement("masquerade", target, f"{holder}.get_device", partial(_get_device, redirection))
     yield Replacement("masquerade", "torch", "get_device", partial(_get_device, redirection), follow=True)
     yield Replacement("masquerade", "torch", "Tensor.type", partial(_type, redirection))
     yield Redefinition("masquerade", "torch", "get_default_device", partial(_get_default_device, redirection))

@@ -1,4 +1,4 @@
-"""Movement of tensors, storages and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
+"""Movement of tensors and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
 
 On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. What the program
 moved or made there is marked: a move there copies what is not, a move back what may be there (docs/decisions/0003).
@@ -29,8 +29,6 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         methods["double"] = _double
     for name, build in methods.items():
         yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
-    storage = partial(_storage_cuda, redirection)
-    yield Replacement("movement", "torch.storage", "_StorageBase.cuda", storage)
     for name in ("to", "cuda"):
         yield Replacement("movement", "torch.nn.modules.module", f"Module.{name}", partial(_module_method, redirection, name))
 
@@ -180,16 +178,6 @@ def _type(redirection: Redirection, old: Function) -> Function:
         return redirection.mark(old(moved, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs))
 
     return type_
-
-
-def _storage_cuda(redirection: Redirection, old: Any) -> Function:
-    @wraps(old)
-    def cuda(self: Any, device: Any = None, non_blocking: bool = False) -> Any:
-        redirection.lookup("cuda" if device is None else device)
-        redirection.note("UntypedStorage.cuda", "cuda" if device is None else device)
-        return self.clone()
-
-    return cuda
 
 
 def _module_method(redirection: Redirection, name: str, old: Any) -> Function:

@@ -16,7 +16,7 @@ import torch
 from torchspan.core.errors import UnsupportedError
 from torchspan.devices._redirect import Redirection, asked_by_torch, is_torchs
 from torchspan.devices._wrap import Function, stand_ins
-from torchspan.environment.patch import Patch, Replacement
+from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 _KERNEL = (
     "its source is for NVIDIA's compiler",
@@ -37,6 +37,8 @@ _STORAGE = (
 )
 _GREEN = ("there are no multiprocessors to divide", "leave it out: work is done when it is asked for, on all cores")
 _TUNING = ("there are no libraries of a GPU to choose kernels from", "leave it out: the CPU's library chooses by itself")
+_SENSOR = ("NVIDIA's driver is what reads it", "leave it out; psutil has figures of the processor")
+_BLAS = ("there is no cuBLAS here", "leave it out: it is for CUDA libraries of one's own")
 _NCCL = ("NCCL is for CUDA devices", "torch.distributed with the backend 'gloo' works here, and 'nccl' is given it")
 
 REFUSED = {
@@ -46,6 +48,12 @@ REFUSED = {
     ("torch", "UntypedStorage._new_shared_cuda"): _SHARED,
     ("torch.cuda.memory", "CUDAPluggableAllocator.__new__"): _ALLOCATOR,
     ("torch.cuda.memory", "change_current_allocator"): _ALLOCATOR,
+    ("torch.cuda.memory", "caching_allocator_alloc"): _ALLOCATOR,
+    ("torch.cuda.memory", "caching_allocator_delete"): _ALLOCATOR,
+    ("torch.cuda", "current_blas_handle"): _BLAS,
+    ("torch.cuda", "temperature"): _SENSOR,
+    ("torch.cuda", "power_draw"): _SENSOR,
+    ("torch.cuda", "clock_rate"): _SENSOR,
     ("torch.cuda.gds", "gds_register_buffer"): _STORAGE,
     ("torch.cuda.gds", "gds_deregister_buffer"): _STORAGE,
     ("torch.cuda.gds", "GdsFile.__new__"): _STORAGE,
@@ -68,7 +76,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         if module == "torch.mps" and "mps" not in redirection.kinds:
             continue
         refusing = partial(_refusing, redirection, f"{module}.{name}", reason, remedy)
-        yield Replacement("no_counterpart", module, name, refusing, follow="." not in name)
+        yield (Replacement if "." in name else Redefinition)("no_counterpart", module, name, refusing)
     for name in ("load", "load_inline", "CUDAExtension"):
         extension = partial(_extension, redirection, name)
         yield Replacement("no_counterpart", "torch.utils.cpp_extension", name, extension, follow=True)

@@ -56,7 +56,7 @@ class Current(threading.local):
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Every query of ``torch.cuda``, and the current device."""
-    answers = {"is_available": True, "device_count": _num_devices(), "is_initialized": True}
+    answers = {"is_available": True, "device_count": redirection.num_devices(), "is_initialized": True}
     for name, answer in answers.items():
         yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
     current = Current()
@@ -69,11 +69,6 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         for variable in ("CUDADeviceVariable", "AcceleratorDeviceIndexVariable"):
             yield Replacement("queries", CONTEXTS, f"{variable}.{traced}", partial(_static, exchange))
     yield Replacement("queries", "torch.cuda", "device_of.__init__", partial(_device_of))
-
-
-def _num_devices() -> int:
-    """One, or as many as a launcher started ranks for on this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _answer(redirection: Redirection, name: str, answer: object, old: Function) -> Function:
@@ -93,22 +88,34 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
     def properties() -> DeviceProperties:
         return DeviceProperties(_name(redirection), machine_memory().total, os.cpu_count() or 1)
 
+    def checked(device: Any, what: str = "device") -> int:
+        """The index, or torch's error of these functions."""
+        try:
+            index = redirection.index(device)
+        except RuntimeError as cause:
+            if "invalid device ordinal" not in str(cause):
+                raise
+            raise AssertionError(f"Invalid {what} id") from cause
+        if index < 0:
+            raise AssertionError(f"Invalid {what} id")
+        return index
+
     def get_device_properties(device: Any = None) -> DeviceProperties:
-        redirection.index(device)
+        checked(device)
         redirection.simulate("torch.cuda.get_device_properties()", "memory and cores of this machine, capability 8.0")
         return properties()
 
     def get_device_name(device: Any = None) -> str:
-        redirection.index(device)
+        checked(device)
         return _name(redirection)
 
     def get_device_capability(device: Any = None) -> tuple[int, int]:
-        redirection.index(device)
+        checked(device)
         redirection.simulate("torch.cuda.get_device_capability()", "8.0, the oldest that computes in bfloat16")
         return CAPABILITY
 
     def can_device_access_peer(device: Any, peer_device: Any) -> bool:
-        return redirection.index(device) != redirection.index(peer_device)
+        return checked(device) != checked(peer_device, "peer device")
 
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return True
@@ -123,17 +130,19 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
         return ""
 
     def utilization(device: Any = None) -> int:
+        redirection.index(device)
         redirection.simulate("torch.cuda.utilization()", "the load of this machine's CPU")
         import psutil
 
         return int(psutil.cpu_percent())
 
     def memory_usage(device: Any = None) -> int:
+        redirection.index(device)
         redirection.simulate("torch.cuda.memory_usage()", "the memory of this machine")
         return int(machine_memory().percent)
 
     local = locals()
-    return {name: function for name, function in local.items() if name not in ("redirection", "properties")}
+    return {name: function for name, function in local.items() if name not in ("redirection", "properties", "checked")}
 
 
 def _name(redirection: Redirection) -> str:
@@ -155,7 +164,7 @@ def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
         return current.index
 
     def set_device(device: Any) -> None:
-        index = redirection.index(device)
+        index = redirection.index(device, is_optional=False)
         redirection.simulate_for_program("torch.cuda.set_device()", "an index that is remembered")
         if index >= 0:
             current.index = index
@@ -209,7 +218,7 @@ def _exchange(redirection: Redirection, current: Current, old: Function) -> Func
             return int(old(device))
         before = current.index
         if device >= 0:
-            current.index = device
+            current.index = redirection.index(device)
         return before
 
     return named_like(exchange, old, "torch.cuda")

@@ -15,6 +15,7 @@ from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Replacement
 
+MODULE = "torch.cuda.streams"
 WHAT = "work is done when it is asked for, in that order"
 
 
@@ -168,11 +169,13 @@ _current = _Current()
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """The classes keep their identity and make stand-ins; the functions know which one is current."""
-    for module in ("torch.cuda.streams",):
-        yield Replacement("streams", module, "Stream.__new__", partial(_new_stream, redirection))
-        yield Replacement("streams", module, "ExternalStream.__new__", partial(_new_external, redirection))
-        yield Replacement("streams", module, "Event.__new__", partial(_new_event, redirection))
-        yield Replacement("streams", module, "Event.from_ipc_handle", lambda old: staticmethod(_from_ipc_handle))
+    new = {"Stream": _new_stream, "ExternalStream": _new_external, "Event": _new_event}
+    for name, build in new.items():
+        yield Replacement("streams", MODULE, f"{name}.__new__", partial(build, redirection))
+    yield Replacement("streams", MODULE, "Event.from_ipc_handle", lambda old: staticmethod(_from_ipc_handle))
+    yield Replacement("streams", MODULE, "Stream.priority_range", _priority_range, create=True)
+    for name, kind in {"Stream": Stream, "Event": Event}.items():
+        yield Replacement("streams", "torch", name, partial(_generic, redirection, kind), follow=True)
     context = {"__init__": _context_init, "__enter__": _context_enter, "__exit__": _context_exit}
     for name, function in context.items():
         yield Replacement("streams", "torch.cuda", f"StreamContext.{name}", partial(_given, function))
@@ -208,6 +211,44 @@ def _new_event(redirection: Redirection, old: object) -> staticmethod[..., Event
     return staticmethod(new)
 
 
+def _priority_range(old: object) -> staticmethod[..., tuple[int, int]]:
+    return staticmethod(Stream.priority_range)
+
+
+def _generic(redirection: Redirection, kind: type[Stream | Event], real: Any) -> type:
+    """``torch.Stream`` or ``torch.Event``: for a device that is not here, or for none, a stand-in of this `kind`.
+
+    Streams and events of every kind are instances of it, and the classes of ``torch.cuda`` are subclasses, as in a CUDA build.
+    """
+    own = getattr(torch.cuda, real.__name__)
+    is_simulated = redirection.target.partition(":")[0] == "cpu"
+
+    class Meta(type(real)):  # type: ignore[misc]
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, (real, kind))
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, (real, kind, own))
+
+    class Generic(real, metaclass=Meta):
+        __doc__ = real.__doc__
+
+        def __new__(cls, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+            is_named = device is not None and not isinstance(device, int)
+            if redirection.lookup(device) is None if is_named else not is_simulated:
+                return real(device, *args, **kwargs) if device is not None else real(*args, **kwargs)
+            redirection.simulate(f"torch.{real.__name__}()", WHAT)
+            if kind is Event:
+                return Event(*args, **kwargs)
+            asked = torch.device(device) if is_named else torch.device("cuda", redirection.index(device))
+            if asked.index is None:
+                asked = torch.device(asked.type, torch.cuda.current_device())
+            return Stream(asked, *args, **kwargs)
+
+    Generic.__module__, Generic.__name__, Generic.__qualname__ = "torch", real.__name__, real.__qualname__
+    return Generic
+
+
 def _from_ipc_handle(device: Any, handle: Any) -> Event:
     raise RuntimeError("a device that torchspan stands in for has no events of other processes")
 
@@ -231,6 +272,11 @@ def current_stream(device: Any = None) -> Any:
 
 
 def _functions(redirection: Redirection) -> dict[str, Function]:
+    def checked_current_stream(device: Any = None) -> Any:
+        if device is not None:
+            redirection.index(device)
+        return current_stream()
+
     def default_stream(device: Any = None) -> Any:
         redirection.index(device)
         return _current.default
@@ -243,7 +289,7 @@ def _functions(redirection: Redirection) -> dict[str, Function]:
         return Stream(torch.device("cuda", redirection.index(device)), 0, data_ptr)
 
     return {
-        "current_stream": current_stream,
+        "current_stream": checked_current_stream,
         "default_stream": default_stream,
         "set_stream": set_stream,
         "get_stream_from_external": get_stream_from_external,
