@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,21 @@ def test_operators_and_closures_travel() -> None:
     factor = 3
     function, op, builtin = loads(dumps((lambda x: x * factor, torch.ops.aten.add.Tensor, operator.getitem)))
     assert function(2) == 6 and op is torch.ops.aten.add.Tensor and builtin is operator.getitem
+
+
+def test_a_function_inside_a_function_finds_the_globals_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "import threading",
+        "lock = threading.Lock()",
+        "def make(n):",
+        "    def inner(x):",
+        "        with lock: return x * n",
+    ]
+    (tmp_path / "with_a_lock.py").write_text("\n".join([*lines, "    return inner"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("with_a_lock")
+    arrived = loads(dumps(module.make(3)))  # the lock could not travel
+    assert arrived(2) == 6 and arrived.__globals__ is vars(module)
 
 
 def test_a_class_that_torch_has_by_another_name_arrives_as_itself() -> None:

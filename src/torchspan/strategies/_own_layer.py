@@ -74,17 +74,16 @@ class OwnLayer:
         return {id(own): cache for cache, own in self._caches.values()}
 
     def _twin(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A module that shares all with `module` but the number, which is 0, and the way to it."""
+        """A module that shares all with `module` but the number, which is 0, and the way to it; itself if it has none."""
+        inner = {name: child and self._twin(child) for name, child in module._modules.items()}
+        state = vars(module)
+        if _INDEX not in state and all(inner[name] is child for name, child in module._modules.items()):
+            return module
         twin: torch.nn.Module = object.__new__(type(module))
-        state = dict(vars(module))
+        vars(twin).update(state, _modules=inner)
         if _INDEX in state:
-            state[_INDEX] = 0
-        state["_modules"] = {
-            name: self._twin(child) if child is not None and _has_index(child) else child
-            for name, child in module._modules.items()
-        }
-        state.pop("_compiled_call_impl", None)
-        vars(twin).update(state)
+            vars(twin)[_INDEX] = 0
+        vars(twin).pop("_compiled_call_impl", None)
         self._twins.append((module, twin))
         return twin
 
@@ -138,10 +137,6 @@ def may_be_divided(value: Any) -> bool:
         return False
     inner = [vars(value).get(name) for name in ("self_attention_cache", "cross_attention_cache")]
     return not vars(value).get("offloading") and all(may_be_divided(one) for one in inner if one is not None)
-
-
-def _has_index(module: torch.nn.Module) -> bool:
-    return any(_INDEX in vars(one) for one in module.modules())
 
 
 def _put(cache: Any, index: int, layer: Any) -> None:

@@ -36,6 +36,7 @@ class _Pickler(cloudpickle.Pickler):
         self._alive: list[object] = []  # what is known by its address must not be freed meanwhile
         self._addresses: dict[int, int] = {}
         self._numbers: dict[int, int] = {}
+        self._importable: dict[str, bool] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if type(obj) not in _PLAIN or obj.layout is not torch.strided or obj.is_quantized:
@@ -58,6 +59,8 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, types.FunctionType):
             self.globals_ref.setdefault(id(obj.__globals__), _Globals(obj.__globals__))
         reduced = super().reducer_override(obj)
+        if isinstance(obj, types.FunctionType) and isinstance(reduced, tuple) and len(reduced) == 6 and self._is_there(obj):
+            reduced[2][1]["__globals__"] = {}  # the other process imports them: a copy of what they hold may not be possible
         if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == 6:
             reduced[2][0].setdefault("__qualname__", obj.__qualname__)  # which cloudpickle leaves out of a class by value
         return reduced
@@ -71,6 +74,14 @@ class _Pickler(cloudpickle.Pickler):
             content = _content(tensor) if small or self._keep_values else None
             self.storages[key] = (storage.nbytes(), str(tensor.device), content)
         return key
+
+    def _is_there(self, function: types.FunctionType) -> bool:
+        """Whether the globals of a function that is sent by value are a module's that the other process can import."""
+        name = str(function.__globals__.get("__name__"))
+        module = sys.modules.get(name)
+        if module is None or name == "__main__" or vars(module) is not function.__globals__:
+            return False
+        return self._importable.setdefault(name, module not in self.by_value and is_importable(module))
 
     def _note_module(self, name: str | None) -> None:
         module = sys.modules.get(name or "")
