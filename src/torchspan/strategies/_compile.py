@@ -12,7 +12,7 @@ import torch
 
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report, current_report
-from torchspan.strategies import _measured, _torch
+from torchspan.strategies import _ledger, _measured, _torch
 from torchspan.strategies._base import REGISTRY, Request
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._ladder import ladder_for
@@ -89,6 +89,7 @@ def compile_bounded(
     own_report = report or Report(parent=current_report())
     settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra)
     within = budget or DEFAULT_BUDGET
+    _ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
     measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
     ladder = ladder_for(strategy, program, has_budget=budget is not None, measured=measured)
     plan = Plan(program, ladder, within, settings, Conduct(verify, wait, handback, request), own_report)

@@ -25,6 +25,7 @@ class Generation:
     wants_artifact: bool = False
     is_traced: bool = False
     stale: int = 0
+    num_damaged: int = 0
     family: Family | None = None
     dims: Dims = ()
     proven: Sizes = ()

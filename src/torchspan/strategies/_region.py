@@ -24,7 +24,7 @@ import torch
 from torchspan.core.errors import CaptureError, GuardError, InputError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import log
-from torchspan.strategies import _ambient, _torch, _transport, _verify, _watch
+from torchspan.strategies import _ambient, _ledger, _torch, _transport, _verify, _watch
 from torchspan.strategies._base import Part
 from torchspan.strategies._fullgraph import break_message
 from torchspan.strategies._generation import Family, Generation, describe, general
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
+MAX_DAMAGED = 3
 _JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
 _THREAD = _watch.COMPILE_THREAD
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a child works for, or did
@@ -226,7 +227,10 @@ class Region:
         """In a thread of its own: have a child compile, then make ready to take over."""
         ending = self._run_child(generation, payload, is_fresh)
         if ending.result is None:
-            self._give_up(generation, ending)
+            if _ledger.DAMAGED in (ending.cause or ""):
+                self._compile_without_damaged(generation, target, payload, is_fresh, ending)
+            else:
+                self._give_up(generation, ending)
             return
         filled: Filled = pickle.loads(ending.result)
         if filled.artifact is not None and not self._load(generation, target, filled.artifact):
@@ -246,11 +250,40 @@ class Region:
             )
             self._give_up(generation, failed)
             return
-        if filled.why_no_artifact:
-            self._decide("caches", filled.why_no_artifact)
+        self._note_caches(filled)
+        damaged = [] if filled.artifact is not None else _ledger.check(_torch.cache_folder(), filled.kept.files)
+        if damaged:
+            told = f"{_ledger.DAMAGED} {', '.join(damaged)}"
+            ending = replace(ending, outcome="failed", cause=told, where="before loading")
+            self._compile_without_damaged(generation, target, payload, is_fresh, ending)
+            return
         self._attempt(ending)
         generation.stage = "ready"
         generation.done.set()
+
+    def _compile_without_damaged(
+        self, generation: Generation, target: Any, payload: bytes, is_fresh: bool, ending: Ending
+    ) -> None:
+        """Compile again: what was damaged in the cache is gone."""
+        generation.num_damaged += 1
+        if generation.num_damaged > MAX_DAMAGED:
+            self._give_up(generation, ending)
+            return
+        self._attempt(ending)
+        self._decide("compiled again", ending.cause or "")
+        self._compile(generation, target, payload, is_fresh)
+
+    def _note_caches(self, filled: Filled) -> None:
+        """Say what the child found and did in the cache folder."""
+        kept = filled.kept
+        if filled.why_no_artifact:
+            self._decide("caches", filled.why_no_artifact)
+        if kept.dropped:
+            self._decide("dropped", f"{_ledger.DAMAGED} {', '.join(kept.dropped)}")
+        if kept.evicted:
+            self._decide("evicted", kept.evicted)
+        if kept.not_noted:
+            self._decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
 
     def _run_child(self, generation: Generation, payload: bytes, is_fresh: bool) -> Ending:
         with self._plan.turn(self) as budget:

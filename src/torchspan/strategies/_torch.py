@@ -10,6 +10,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -103,6 +104,13 @@ def standalone_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: 
 
     settings = {"config_patches": dict(options)} if options else {}
     return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_example_inputs", options=settings)
+
+
+def cache_folder() -> Path:
+    """The folder of inductor's caches, and of AOTAutograd's."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def cxx_names() -> list[str]:

@@ -7,7 +7,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchspan.artifacts.precompile import precompile
 from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
-from torchspan.strategies import _ambient, _events, _torch, _transport
+from torchspan.strategies import _ambient, _events, _ledger, _torch, _transport
 from torchspan.strategies._nest import nesting
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._signature import Dims, tensors_of
@@ -49,33 +49,40 @@ class Filled:
     isas: Mapping[str, bool]
     artifact: bytes | None = None
     why_no_artifact: str | None = None
+    kept: _ledger.Kept = field(default_factory=_ledger.Kept)
 
 
 def compile_region(payload: bytes) -> bytes:
     """Compile a pickled Task into an artifact, or into torch's caches if it cannot be one; gives a pickled Filled."""
-    with _events.recording():
-        return _compile_region(payload)
+    return _run(payload, _compile_region)
 
 
-def _compile_region(payload: bytes) -> bytes:
-    task = _begin(payload)
+def _compile_region(task: Task) -> Filled:
     isas = dict(task.isas)
     try:
         with _torch.known_isas(isas):
-            return pickle.dumps(Filled(1, isas, _make_artifact(task)))
+            return Filled(1, isas, _make_artifact(task))
     except TorchspanError as cause:
         why_not = f"no artifact: {cause}"
     except Exception as cause:  # noqa: BLE001 - a foreign compiler, in a way that the caches may do without
         why_not = f"no artifact: {type(cause).__name__}: {cause}"
     _torch.reset()
-    return pickle.dumps(_fill_caches(task, isas, why_not))
+    return _fill_caches(task, isas, why_not)
 
 
 def fill_caches(payload: bytes) -> bytes:
     """Compile a pickled Task so that its results lie in torch's caches; gives a pickled Filled."""
+    return _run(payload, lambda task: _fill_caches(task, dict(task.isas), None))
+
+
+def _run(payload: bytes, compile_it: Callable[[Task], Filled]) -> bytes:
     with _events.recording():
         task = _begin(payload)
-        return pickle.dumps(_fill_caches(task, dict(task.isas), None))
+        if not task.settings.is_inductor:
+            return pickle.dumps(compile_it(task))
+        with _ledger.watching(_torch.cache_folder()) as note:
+            filled = compile_it(task)
+            return pickle.dumps(replace(filled, kept=note()))
 
 
 def profile_region(payload: bytes) -> bytes:
