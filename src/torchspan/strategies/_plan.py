@@ -16,6 +16,7 @@ from torchspan.core.report import Report, current_report
 from torchspan.strategies import _measured
 from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
 from torchspan.strategies._budget import Budget
+from torchspan.strategies._collected import is_gathering
 from torchspan.strategies._ladder import Ladder
 from torchspan.strategies._own_layer import layer_index, own_layer
 from torchspan.strategies._region import Region
@@ -32,10 +33,14 @@ _within = threading.local()
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a Plan goes about it: how often code is checked, whether calls wait, how code comes back, what was asked of cuts."""
+    """How a Plan goes about it.
+
+    How often code is checked, whether calls wait and see how far it is, how code comes back, what was asked of cuts.
+    """
 
     verify: Verify = "first"
     wait: bool = False
+    progress: bool = False
     handback: Handback = "auto"
     request: Request = field(default_factory=Request)
 
@@ -56,6 +61,7 @@ class Plan:
         self.settings = settings
         self.verify = conduct.verify
         self.is_waiting = conduct.wait
+        self.shows_progress = conduct.progress
         self._conduct = conduct
         self.report = report
         self._budget = budget
@@ -204,13 +210,21 @@ class BlockCall:
         # activation checkpointing calls the block again in the backward, where this thread is in no call of the plan
         is_inside = self._was_inside if torch._C._current_graph_task_id() != -1 else is_within(self._plan)
         self._was_inside = is_inside
-        if not is_inside:
+        if not is_inside or (is_gathering() and self._stays_eager()):
             return self._block._call_impl(*args, **kwargs)
         own = own_layer(self._block, self._layer, args, kwargs)
         if own is None:
             return self._region.call(self._block, args, kwargs)
         with own.running():
             return own.whole(self._region.call(own.block, own.args, own.kwargs))
+
+    def _stays_eager(self) -> bool:
+        """Say, once a region, that calls whose inner results are gathered run eagerly."""
+        if not self._region.is_gathered:
+            self._region.is_gathered = True
+            reason = "what its blocks compute inside is gathered by hooks in this call (such as output_hidden_states)"
+            self._plan.report.decide("compile", self._region.part.name, "eager", reason)
+        return True
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the block is not this plan's."""

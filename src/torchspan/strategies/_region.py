@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from torchspan.strategies._fullgraph import break_message
 from torchspan.strategies._generation import Family, Generation, describe, general
 from torchspan.strategies._handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.strategies._own_layer import as_called
+from torchspan.strategies._progress import shown
 from torchspan.strategies._signature import Dims, family, signature
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
 from torchspan.strategies._worker import Filled, Task
@@ -71,6 +72,7 @@ class Region:
         self.strategy = strategy
         self.has_failed = False
         self.has_compiled = False
+        self.is_gathered = False  # it was said that calls whose inner results are gathered run eagerly
         self._plan = plan
         self._pid = os.getpid()
         self._generations: dict[Hashable, Generation] = {}
@@ -290,8 +292,10 @@ class Region:
             if budget is None:
                 return Ending("skipped", 0.0, cause="nothing is left of the budget")
             function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
-            job = Job(function, payload, is_fresh, record=_watch.is_watched())
-            ending = run_bounded(job, budget, generation.cancel)
+            shows = self._plan.shows_progress
+            with shown(f"{self.part.name} ({self.strategy})", budget) if shows else nullcontext() as tick:
+                job = Job(function, payload, is_fresh, record=shows or _watch.is_watched(), tick=tick)
+                ending = run_bounded(job, budget, generation.cancel)
             if job.record:
                 _watch.tell(_watch.Finished(self.part.name, self.strategy, self._plan.settings, payload, began_ns, ending))
             self._plan.spend(self.strategy, ending)
