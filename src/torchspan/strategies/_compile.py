@@ -17,6 +17,7 @@ from torchspan.strategies._base import REGISTRY, Request
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._ladder import ladder_for
 from torchspan.strategies._plan import Conduct, Handback, Plan, Verify
+from torchspan.strategies._progress import is_wanted
 from torchspan.strategies._settings import Settings
 
 Program = TypeVar("Program", bound=Callable[..., Any])
@@ -36,6 +37,7 @@ def compile_bounded(
     backend: str | Callable[..., Any] = "inductor",
     options: Mapping[str, Any] | None = None,
     wait: bool = False,
+    progress: bool | None = None,
     verify: Verify = "first",
     handback: Handback = "auto",
     report: Report | None = None,
@@ -54,7 +56,8 @@ def compile_bounded(
     goes by too, or named in `regions` (``*`` stands for anything); ``nested`` the whole as one region in which torch compiles
     equal blocks once (:func:`torch.compiler.nested_compile_region`, where this torch has it); ``selective`` profiles the second
     call, run eagerly, and compiles the parts that promise to pay. With `wait`, the first call waits for the compile
-    (``selective``: the third).
+    (``selective``: the third), and `progress` shows its phase (dynamo, aot, inductor, c++), seconds and memory on standard
+    error; by default where that is a terminal.
 
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
     artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.
@@ -77,6 +80,8 @@ def compile_bounded(
     """
     if not callable(model):
         raise InputError(f"what is compiled is a module or a function, not {type(model).__name__}")
+    if progress and not wait:
+        raise InputError("progress=True shows a compile that calls wait for; it goes with wait=True")
     request = Request(layer_indices, max_layers, regions)
     strategy = _checked_strategy(strategy, request)
     _check_extra(extra)
@@ -92,7 +97,9 @@ def compile_bounded(
     _ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
     measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
     ladder = ladder_for(strategy, program, has_budget=budget is not None, measured=measured)
-    plan = Plan(program, ladder, within, settings, Conduct(verify, wait, handback, request), own_report)
+    plan = Plan(
+        program, ladder, within, settings, Conduct(verify, wait, wait and is_wanted(progress), handback, request), own_report
+    )
     if isinstance(program, torch.nn.Module):
         return _bounded_module(program, plan)  # type: ignore[return-value]
     return _bounded_function(program, plan)  # type: ignore[return-value]

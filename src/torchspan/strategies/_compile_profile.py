@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,41 +19,12 @@ from torchspan.core.report import Outcome
 from torchspan.strategies import _ambient, _transport
 from torchspan.strategies._base import program_name
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
+from torchspan.strategies._phases import PHASES, PhaseName, phase_of
 from torchspan.strategies._region import known_isas_here
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
 from torchspan.strategies._watch import Finished
 from torchspan.strategies._worker import Task
-
-PhaseName = Literal["start", "dynamo", "backend", "aot", "inductor", "c++", "triton", "run"]
-PHASES: Mapping[PhaseName, str] = {
-    "start": "the compile process: its start, the program sent to it",
-    "dynamo": "tracing Python into graphs, and their guards",
-    "backend": "the backend, outside AOTAutograd and inductor",
-    "aot": "AOTAutograd: functional graphs of forward and backward",
-    "inductor": "inductor: passes over the graph, scheduling, code",
-    "c++": "the C++ compiler",
-    "triton": "Triton",
-    "run": "the first run, and what no event of torch covers",
-}
-# by how the names of torch's timed events begin; an event of another name belongs to the one around it
-_BEGINNINGS: Mapping[str, PhaseName] = {
-    "dynamo": "dynamo",
-    "entire_frame_compile": "dynamo",
-    "backend_compile": "backend",
-    "create_aot_dispatcher_function": "aot",
-    "aot_": "aot",
-    "min_cut": "aot",
-    "entire_backward_compile": "aot",
-    "compile_fx": "inductor",
-    "inductor_": "inductor",
-    "fx_codegen_and_compile": "inductor",
-    "_recursive_": "inductor",
-    "compile_file": "c++",
-    "triton": "triton",
-    "CachingAutotuner": "triton",
-    "async_compile": "triton",
-}
 
 
 @dataclass(frozen=True)
@@ -297,7 +268,7 @@ def _events(lines: Sequence[Mapping[str, Any]], began_ns: int, ended_ns: int) ->
 
 def _opened(line: Mapping[str, Any], stack: Sequence[_Open], number: int) -> _Open:
     outer = stack[-1] if stack else None
-    known = next((phase for begins, phase in _BEGINNINGS.items() if line["name"].startswith(begins)), None)
+    known = phase_of(line["name"])
     phase = known or (outer.phase if outer else "run")
     compile_id = line.get("compile_id") if line.get("compile_id") not in (None, "None") else None
     return _Open(line["name"], phase, line["ns"], len(stack), compile_id or (outer.compile_id if outer else None), index=number)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from torchspan.core.config import format_bytes
-from torchspan.strategies._compile_profile import PHASES, CompileProfile, Event
+from torchspan.strategies._compile_profile import CompileProfile, Event
+from torchspan.strategies._phases import PHASES
 
 COLOURS = {
     "start": "#9aa0a6",

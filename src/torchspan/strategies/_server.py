@@ -14,6 +14,7 @@ This file imports nothing of torchspan and nothing of torch before it is asked t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -217,9 +218,15 @@ class Warden:
         self._peak = max(self._peak, used)
         if not self._memory or abs(used - self._memory[-1][1]) > MEMORY_STEP:
             self._memory.append((time.time_ns(), used))
+            self._show(used)
         if self._limit is not None and used > self._limit:
             return "memory"
         return "timeout" if time.monotonic() > self._deadline else None
+
+    def _show(self, used: int) -> None:
+        """Leave the figure for whoever shows it while it runs; where the disk is full, nobody sees it."""
+        with contextlib.suppress(OSError):
+            (self._folder / "used").write_text(str(used))
 
     def _ask_where(self, worker: int) -> str | None:
         """The worker's stack: faulthandler writes it from a signal handler, even while the GIL is held."""

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ class Job:
     """What a worker runs: `function` (``module:name``, of bytes to bytes) with `payload`.
 
     `fresh` asks for an interpreter that has not imported torch: what a job on an accelerator needs, where a fork would not do.
-    With `record`, what the compiler does is noted while it is done: the Ending's `events`.
+    With `record`, what the compiler does is noted while it is done: the Ending's `events`. `tick` is called with the job's
+    folder every now and then, while it runs.
     """
 
     function: str
     payload: bytes
     fresh: bool = False
     record: bool = False
+    tick: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _ask_server(
     done = server.submit(folder, deadline, budget.limit_bytes)
     is_cancelled = False
     while not done.wait(0.05):
+        if job.tick is not None:
+            job.tick(folder)
         if cancel is not None and cancel.is_set() and not is_cancelled:
             server.cancel(folder)
             is_cancelled = True
