@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,15 +20,22 @@ from torchspan.strategies._transport import dumps
 def server() -> Iterator[None]:
     """A compile server that has imported torch, so that budgets of seconds measure the work."""
     torch.set_num_threads(1)
-    ending = run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(seconds=600))
-    assert ending.outcome == "compiled", ending
+    warm_up()
     yield
     end_servers()
 
 
+def warm_up() -> None:
+    """Have a compile server that has imported torch."""
+    ending = run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(seconds=600))
+    assert ending.outcome == "compiled", ending
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: None) -> Path:
-    """A cache folder of inductor's that starts empty."""
+    """A cache folder of inductor's that starts empty; and a warm server, also after a test that killed it."""
+    if not server_pids():
+        warm_up()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -50,8 +58,14 @@ def nothing_left() -> Callable[[], None]:
 
 def _others(before: set[int]) -> list[str]:
     known = before.union(server_pids())
-    running = [child for child in psutil.Process().children(recursive=True) if child.pid not in known]
+    running = [child for child in [*psutil.Process().children(recursive=True), *_orphans()] if child.pid not in known]
     return [f"{child.pid} {child.name()}" for child in running if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def _orphans() -> list[psutil.Process]:
+    """Forks of a compile server of this process, whoever their parent is now."""
+    mark = f'"parent": {os.getpid()}' + "}"
+    return [one for one in psutil.process_iter(["cmdline"]) if any(mark in part for part in one.info["cmdline"] or ())]
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import logging
 import os
 import threading
 import traceback
@@ -195,6 +196,31 @@ def _checkpoint_is_cacheable() -> Iterator[None]:
         patch.object(autograd_cache, "check_node_safe", check_node_safe),
     ):
         yield
+
+
+@contextmanager
+def noting_refusals(reasons: list[str]) -> Iterator[None]:
+    """Gather in `reasons` why torch's caches did not take a graph, which torch says in its log only."""
+    names = ("torch._inductor.codecache", "torch._functorch._aot_autograd.autograd_cache")
+
+    def note(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if "unable to" in said or said.startswith("Bypassing"):
+            error = record.exc_info[1] if record.exc_info else None
+            reasons.append(f"{said}: {type(error).__name__}: {error}" if error else said)
+        return record.levelno >= levels[record.name][1]
+
+    loggers = [logging.getLogger(name) for name in names]
+    levels = {one.name: (one.level, one.getEffectiveLevel()) for one in loggers}
+    for one in loggers:
+        one.addFilter(note)
+        one.setLevel(min(logging.INFO, one.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        for one in loggers:
+            one.removeFilter(note)
+            one.setLevel(levels[one.name][0])
 
 
 def _reduce_by_name(value: Any) -> tuple[Callable[..., Any], tuple[str]]:

@@ -6,7 +6,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torchspan.artifacts.precompile import precompile
 from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
-from torchspan.strategies import _ambient, _events, _ledger, _torch, _transport
+from torchspan.strategies import _ambient, _collected, _events, _ledger, _torch, _transport
 from torchspan.strategies._nest import nesting
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._signature import Dims, tensors_of
@@ -103,6 +103,7 @@ def profile_region(payload: bytes) -> bytes:
 
 def _begin(payload: bytes) -> Task:
     task: Task = _transport.loads(payload)
+    _collected.register(task.target)
     _ambient.restore(task.ambient)
     if task.settings.is_inductor:
         check_compiler()
@@ -118,7 +119,8 @@ def _make_artifact(task: Task) -> bytes:
 def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
     """Compile for the example inputs, and run once: forward, and backward where gradients are wanted."""
     before = _torch.counters()  # an attempt at an artifact was counted too
-    with _torch.caching(), _torch.known_isas(isas):
+    refusals: list[str] = []
+    with _torch.caching(), _torch.known_isas(isas), _torch.noting_refusals(refusals):
         compiled = task.settings.compile(_torch.entry_point(task.is_block))
         marked = _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims)
         with _ambient.modes(task.ambient), marked, nesting(task.nested):
@@ -126,7 +128,7 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
         _backward(outputs)
     counted = {name: count - before[name] for name, count in _torch.counters().items()}
     if task.settings.is_inductor:
-        _check_saved(counted)
+        _check_saved(counted, refusals)
     return Filled(counted["graphs"], isas, None, why_not)
 
 
@@ -144,10 +146,11 @@ def _backward(outputs: Any) -> None:
         torch.autograd.backward(wanted, [torch.zeros_like(one) for one in wanted])
 
 
-def _check_saved(counted: Mapping[str, int]) -> None:
+def _check_saved(counted: Mapping[str, int], refusals: Sequence[str]) -> None:
     kept = counted["saved"] + counted["hits"]
     if kept < counted["graphs"]:
-        raise CompileError(f"torch's caches took {kept} of {counted['graphs']} graphs, so they cannot be handed over")
+        why = f": {refusals[0]}" if refusals else ""
+        raise CompileError(f"torch's caches took {kept} of {counted['graphs']} graphs, so they cannot be handed over{why}")
 
 
 def call_function(payload: bytes) -> bytes:
