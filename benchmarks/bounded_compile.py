@@ -1,4 +1,4 @@
-"""The bounded compile beside plain torch.compile and eager: first step, compile time by depth, steady state, memory.
+"""The bounded compile beside plain torch.compile and eager: first step, compile time by depth, steady state, limits.
 
 A Llama-style decoder. Every figure is taken in a process of its own with an empty cache. Compile times are wall time: of the
 child for ours (without its start, which is said beside it), of the first call for torch.compile (without its imports).
@@ -54,116 +54,145 @@ class Decoder(nn.Module):
         return self.head(x)
 
 torch.manual_seed(0)
-model, tokens = Decoder(), torch.randint(0, 256, (2, 64))
+model, tokens = Decoder(), torch.randint(0, 256, (2, 128))
 
-def step():
+def step(model_now):
     if training:
         model_now(tokens).float().square().mean().backward()
     else:
         with torch.no_grad():
             model_now(tokens)
 
-def best(repeats=5, calls=10):
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(calls):
-            step()
-        times.append((time.perf_counter() - begun) / calls)
-    return min(times)
+def timed(model_now):
+    begun = time.perf_counter()
+    step(model_now)
+    return time.perf_counter() - begun
 
-figures, model_now = {}, model
+def steady(one, other, repeats=25):
+    # both sides in turn, in one process: the medians
+    pairs = [(timed(one), timed(other)) for _ in range(repeats)]
+    return [sorted(times)[repeats // 2] for times in zip(*pairs)]
+
+figures = {}
 if side == "eager":
-    begun = time.perf_counter(); step(); figures["first_step_s"] = time.perf_counter() - begun
-    figures["steady_s"] = best()
+    figures["first_step_s"] = timed(model)
 elif side == "torch":
     import torch._dynamo, torch._inductor.compile_fx
-    model_now = torch.compile(model, dynamic=False)
-    begun = time.perf_counter(); step(); figures["compile_s"] = time.perf_counter() - begun
-    figures["steady_s"] = best()
+    figures["compile_s"] = timed(torch.compile(model, dynamic=False))
 else:
     from torchspan.strategies import Budget, Job, compile_bounded, run_bounded
     from torchspan.strategies._transport import dumps
     strategy, handback = side.split("+")
-    if os.environ.get("WARM") == "1":
+    if os.environ["WARM"] == "1":
         begun = time.perf_counter()
         run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (1,)))), Budget(600))
         figures["start_s"] = time.perf_counter() - begun
-    model_now = compile_bounded(model, strategy=strategy, handback=handback, budget=Budget(600))
-    begun = time.perf_counter(); step(); figures["first_step_s"] = time.perf_counter() - begun
-    report, slowest = model_now.report, 0.0
-    while "swap_stall_s" not in report.figures:
-        begun = time.perf_counter(); step(); slowest = max(slowest, time.perf_counter() - begun)
+    begun = time.perf_counter()
+    bounded = compile_bounded(model, strategy=strategy, handback=handback, budget=Budget(600))
+    step(bounded)
+    figures["first_step_s"] = time.perf_counter() - begun
+    report, slowest = bounded.report, 0.0
+    while os.environ["WARM"] == "1" and "swap_stall_s" not in report.figures:
+        slowest = max(slowest, timed(bounded))
         time.sleep(0.1)
         assert not [a for a in report.attempts if a.outcome != "compiled"], report.attempts
-    for _ in range(3):
-        step()
-    figures["compile_s"] = sum(a.seconds for a in report.attempts)
-    figures["peak_bytes"] = max(a.peak_bytes or 0 for a in report.attempts)
-    figures["slowest_step_s"] = slowest
-    figures |= report.figures
-    figures["steady_s"] = best()
+    if os.environ["WARM"] == "1":
+        figures["compile_s"] = sum(a.seconds for a in report.attempts)
+        figures["peak_bytes"] = max(a.peak_bytes or 0 for a in report.attempts)
+        figures["slowest_step_s"] = slowest
+        figures |= report.figures
+        for _ in range(3):
+            step(bounded)
+        plain = torch.compile(Decoder(), dynamic=False)
+        step(plain)
+        figures["steady_s"], figures["steady_of_torch_s"] = steady(bounded, plain)
 print(json.dumps(figures), flush=True)
 """
 
 
-def run(side: str, blocks: int, dim: int, mode: str, warm: bool = False) -> dict[str, Any]:
-    """One side's figures, in a fresh process with an empty cache."""
+LIMITS = """
+import ctypes, json, time
+import torch
+from torchspan.strategies import Budget, Job, compile_bounded, end_servers, run_bounded
+from torchspan.strategies._transport import dumps
+
+def sleeps(graph, inputs):
+    time.sleep(1000)
+
+def spins_with_the_gil(graph, inputs):
+    ctypes.PyDLL(None).sleep(1000)
+
+def waits_for_a_tool(graph, inputs):
+    import subprocess
+    subprocess.run(["sleep", "1000"])
+
+def allocates(graph, inputs):
+    pages = []
+    while True:
+        pages.append(b"1" * (1 << 24))
+
+run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (1,)))), Budget(600))
+
+def ended(backend, **budget):
+    model = compile_bounded(torch.nn.Linear(4, 4), strategy="whole", backend=backend, wait=True, budget=Budget(**budget))
+    model(torch.ones(2, 4))
+    (attempt,) = model.report.attempts
+    return attempt
+
+timeouts = [ended(one, seconds=3) for one in (sleeps, spins_with_the_gil, waits_for_a_tool)]
+assert {one.outcome for one in timeouts} == {"timeout"}, timeouts
+eaten = ended(allocates, seconds=60, memory="2GiB")
+assert eaten.outcome == "memory", eaten
+end_servers()
+print(json.dumps({"seconds": max(one.seconds for one in timeouts), "bytes": eaten.peak_bytes}))
+"""
+
+
+def run_code(code: str, **environ: str) -> dict[str, Any]:
+    """What `code` prints, run in a fresh process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environ = {**os.environ, "SIDE": side, "BLOCKS": str(blocks), "DIM": str(dim), "MODE": mode, "WARM": str(int(warm))}
-        environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", CHILD], env=environ, capture_output=True, text=True, check=False)
+        own = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", **environ}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, text=True, check=False
+        )
     if done.returncode:
-        raise SystemExit(f"{side} with {blocks} blocks failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{environ} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def main() -> None:
     """Measure and write."""
-    options = harness.arguments(__doc__ or "", blocks=32, few=4, dim=128, mode="training")
-    few, many = ({} for _ in range(2))
-    for side, warm in (("eager", False), ("torch", False), ("per_block+caches", True), ("whole+artifact", True)):
-        few[side] = run(side, options.few, options.dim, options.mode, warm)
-        if side != "whole+artifact":
-            many[side] = run(side, options.blocks, options.dim, options.mode, warm)
-    cold = run("whole+artifact", options.few, options.dim, options.mode)
-    block, whole = many["per_block+caches"], few["whole+artifact"]
-    peak, start = f"{block['peak_bytes'] / 2**20:.0f} MiB", f"{block['start_s']:.1f} s"
+    options = harness.arguments(__doc__ or "", blocks=32, few=4, dim=512, mode="training")
+
+    def run(side: str, blocks: int, *, warm: bool = False) -> dict[str, Any]:
+        sizes = {"BLOCKS": str(blocks), "DIM": str(options.dim), "MODE": options.mode}
+        return run_code(CHILD, SIDE=side, WARM=str(int(warm)), **sizes)
+
+    few_plain, many_plain = run("torch", options.few), run("torch", options.blocks)
+    few, many = run("per_block+caches", options.few, warm=True), run("per_block+caches", options.blocks, warm=True)
+    whole = run("whole+artifact", options.few, warm=True)
+    first, first_eager = run("per_block+caches", options.blocks), run("eager", options.blocks)
+    limits = run_code(LIMITS)
+    deep, shallow = f"{options.blocks} blocks", f"{options.blocks} over {options.few} blocks"
+    peak, start = f"{many['peak_bytes'] / 2**20:.0f} MiB", f"{many['start_s']:.1f} s"
     note = f"{options.mode}, dim {options.dim}; peak of the child {peak}; its start {start}"
-    slow = f"slowest eager step while it compiled {block['slowest_step_s']:.3f} s"
+    slow = f"{deep}; slowest eager step while it compiled {many['slowest_step_s']:.3f} s"
     rows = [
-        harness.Row("first step over eager's", cold["first_step_s"], few["eager"]["first_step_s"], goal=1.10, note=slow),
-        harness.Row(
-            f"per block: compile of {options.blocks} over {options.few} blocks",
-            many["per_block+caches"]["compile_s"],
-            few["per_block+caches"]["compile_s"],
-            goal=1.3,
-            note=note,
-        ),
-        harness.Row(
-            f"torch.compile, whole: {options.blocks} over {options.few} blocks",
-            many["torch"]["compile_s"],
-            few["torch"]["compile_s"],
-        ),
-        harness.Row(
-            "steady step, per block, over torch.compile's",
-            many["per_block+caches"]["steady_s"],
-            many["torch"]["steady_s"],
-            goal=1.02,
-        ),
-        harness.Row(
-            "steady step, whole from an artifact, over torch.compile's",
-            whole["steady_s"],
-            few["torch"]["steady_s"],
-            goal=1.02,
-        ),
-        harness.Row(
-            "stall at the swap, artifact over caches",
-            whole["swap_stall_s"],
-            few["per_block+caches"]["swap_stall_s"],
-        ),
+        harness.Row("first step over eager's", first["first_step_s"], first_eager["first_step_s"], goal=1.10, note=slow),
+        harness.Row(f"per block: compile of {shallow}", many["compile_s"], few["compile_s"], goal=1.3, note=note),
+        harness.Row(f"torch.compile, whole: {shallow}", many_plain["compile_s"], few_plain["compile_s"]),
+        _steady(f"per block, {deep}", many),
+        _steady(f"whole from an artifact, {options.few} blocks", whole),
+        harness.Row("stall at the swap, artifact over caches", whole["swap_stall_s"], few["swap_stall_s"]),
+        harness.Row("ended after, over a budget of 3 s", limits["seconds"], 3.0, goal=4 / 3, note="worst of 3 that hang"),
+        harness.Row("most memory over a limit of 2 GiB", limits["bytes"], 2 * 2**30, unit="B", goal=1.05),
     ]
     harness.write("bounded_compile", rows, options.out)
+
+
+def _steady(what: str, figures: dict[str, Any]) -> harness.Row:
+    name = f"steady step, {what}, over torch.compile's"
+    return harness.Row(name, figures["steady_s"], figures["steady_of_torch_s"], goal=1.02)
 
 
 if __name__ == "__main__":
