@@ -28,6 +28,7 @@ from torchspan.strategies import _ambient, _ledger, _torch, _transport, _verify,
 from torchspan.strategies._base import Part
 from torchspan.strategies._fullgraph import break_message
 from torchspan.strategies._generation import Family, Generation, describe, general
+from torchspan.strategies._gpu import gpu_of, refusal
 from torchspan.strategies._handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.strategies._own_layer import as_called
 from torchspan.strategies._progress import shown
@@ -196,6 +197,10 @@ class Region:
         return [*self._generations.values(), *(one for alike in self._families.values() for one in alike.generations)]
 
     def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        why_not = refusal(gpu_of(args, kwargs), self._plan.settings)
+        if why_not is not None:
+            self._give_up(generation, Ending("skipped", 0.0, cause=why_not))
+            return
         try:
             payload = self._payload(self._marks(generation), target, args, kwargs)
         except InputError as cause:
