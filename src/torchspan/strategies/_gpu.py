@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +40,8 @@ def refusal(gpu: Gpu, settings: Settings) -> str | None:
     'inductor generates Triton kernels, which need compute capability 7.0; GTX 1080 has 6.1'
     """
     if settings.backend == "cudagraphs" and gpu.kind != "cuda":
-        return f"cudagraphs records the work of a CUDA device, and the inputs are on {gpu.kind}; the backend inductor compiles for it"
+        found = f"the inputs are on {gpu.kind}; the backend inductor compiles for it"
+        return f"cudagraphs records the work of a CUDA device, and {found}"
     if not settings.is_inductor or gpu.kind != "cuda":
         return None
     if gpu.triton is None:
@@ -61,7 +63,8 @@ def gpu_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gpu:
     device = next((one.device for one in tensors_of(args, kwargs) if one.device.type not in ("cpu", "meta")), None)
     if device is None or device.type != "cuda":
         return Gpu("cpu" if device is None else device.type)
-    architectures = frozenset[str]().union(*map(known_architectures, installed_ptxas()))
+    own = [os.environ[name] for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH") if os.environ.get(name)]
+    architectures = frozenset[str]().union(*map(known_architectures, [*own, *installed_ptxas()]))
     found = torch.cuda.get_device_properties(device)
     return Gpu("cuda", found.name, (found.major, found.minor), _triton(), architectures)
 
