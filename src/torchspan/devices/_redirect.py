@@ -121,8 +121,8 @@ class Redirection:
         if not is_told or (request.index or 0) < self.num_devices() or multiprocessing.parent_process() is not None:
             return ""
         return (
-            f"torch.{request.kind}.device_count() is {self.num_devices()}; device='cpu' (torchspan run --device cpu) takes every "
-            "index, and a process for each device (torchrun) has its own"
+            f"torch.{request.kind}.device_count() is {self.num_devices()}; device='cpu' (torchspan run --device cpu) takes "
+            "every index, and a process for each device (torchrun) has its own"
         )
 
     def _invalid_ordinal(self, request: DeviceRequest, reason: str) -> RuntimeError:
@@ -158,7 +158,10 @@ class Redirection:
         """Remember that the program believes this tensor to be on the device it asked for; returns it."""
         if type(tensor) in _MARKED:
             try:
-                tensor.untyped_storage()._torchspan_placed = True
+                storage = tensor.untyped_storage()
+                storage._torchspan_placed = True
+                if self.masquerade:  # a decomposition in torch's Python code may have made it by a call without a device
+                    vars(storage).pop("_torchspan_host", None)
             except (RuntimeError, NotImplementedError):
                 return tensor  # sparse tensors and functorch's have no storage: a later move copies more than it had to
         return tensor

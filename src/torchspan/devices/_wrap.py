@@ -61,6 +61,9 @@ FACTORIES = [
     "_empty_per_channel_affine_quantized",
 ]
 
+# Methods that make a tensor where another is, if no device is named.
+NEW = ["new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
+
 
 def stand_ins(owner: str, module: str, functions: Mapping[str, Function]) -> Iterable[Patch]:
     """Patches that make functions of `module` behave as these, each of which takes what the original takes."""

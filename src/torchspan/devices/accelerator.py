@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
@@ -81,6 +82,7 @@ def _current(redirection: Redirection) -> dict[str, Function]:
         redirection.simulate_for_program("torch.accelerator.set_device_index()", "an index that is remembered")
         torch.cuda.set_device(_index(device))
 
+    @_disable_dynamo  # else compiled code, which asks it for the stream, would have it compiled
     def current_stream(device: Any = None, /) -> Any:
         return torch.cuda.current_stream(_index(device))
 

@@ -5,9 +5,13 @@ dynamo reads our wrappers as the plain Python that they are, so no graph breaks;
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection
@@ -17,6 +21,7 @@ from torchspan.environment.patch import Patch, Redefinition, Replacement
 # Names of private modules as text: they are patched when they are imported, never imported from here.
 RULES = "torch._dynamo.trace_rules"
 VARIABLES = "torch._dynamo.variables.torch"
+STREAMS = "torch._dynamo.variables.streams"
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
@@ -28,6 +33,15 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield Replacement("compilation", VARIABLES, "BaseTorchVariable.__init__", partial(_variable, redirection))
     yield Replacement("compilation", VARIABLES, "get_overridable_functions", partial(_functions, redirection))
     yield Replacement("compilation", "torch._dynamo.comptime", "comptime", _remember)
+    if redirection.target == "cpu":
+        current = partial(_current_stream, redirection)
+        yield Replacement("compilation", STREAMS, "SymbolicStreamState.cur_stream", current)
+        yield Replacement("compilation", STREAMS, "StreamContextVariable.__init__", partial(_stream_context, redirection))
+        for kind in ("StreamVariable", "EventVariable"):
+            yield Replacement("compilation", STREAMS, f"{kind}.call_method", partial(_ordering, redirection))
+        for name in ("Stream", "Event"):
+            build = partial(_building, redirection, name)
+            yield Redefinition("compilation", "torch._dynamo.utils", f"build_{name.lower()}", build)
     yield Redefinition("compilation", "torch.jit._builtins", "_find_builtin", partial(_builtin, redirection))
 
 
@@ -96,3 +110,63 @@ def _builtin(redirection: Redirection, old: Function) -> Function:
         return old(_original(redirection, fn))
 
     return _find_builtin
+
+
+def _current_stream(redirection: Redirection, old: Any) -> Function:
+    """dynamo begins with the stream of an accelerator where there is one; here, the program's first question begins it."""
+
+    @wraps(old)
+    def cur_stream(self: Any, device: Any = None) -> Any:
+        if not self.cur_stream_stack and _redirect.in_force is redirection:
+            self.cur_stream_stack.append(_stream_variable(sys.modules[old.__module__]))
+        return old(self, device)
+
+    return cur_stream
+
+
+def _stream_variable(streams: Any) -> Any:
+    """What dynamo holds for the current stream: an object of the program, which the graph finds by its number."""
+    stream = torch.cuda.current_stream()
+    sources: Any = sys.modules["torch._dynamo.source"]
+    module = sources.AttrSource(sources.ImportSource("torch"), "cuda")
+    source = sources.CallFunctionNoArgsSource(sources.AttrSource(module, "current_stream"))
+    index = streams.register_user_object(stream, source)
+    translator = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx()
+    proxy = translator.output.create_proxy("call_function", streams.get_external_object_by_index, (index,), {})
+    proxy.node.meta["example_value"] = stream
+    return streams.StreamVariable(proxy, stream, index, source=source)
+
+
+def _stream_context(redirection: Redirection, old: Any) -> Function:
+    """Nothing is annotated with a stream: the compilers' code for streams is that of devices which have some."""
+
+    @wraps(old)
+    def init(self: Any, stream: Any, **kwargs: Any) -> None:
+        old(self, stream, **kwargs)
+        if _redirect.in_force is redirection:
+            held = "annotation" if hasattr(self, "annotation") else "target_values"  # torch 2.15's name, and the one before
+            setattr(self, held, getattr(self, held) and {})
+
+    return init
+
+
+def _ordering(redirection: Redirection, old: Any) -> Function:
+    """What only keeps order is left out of a graph: work is done in the order in which it is asked for."""
+
+    @wraps(old)
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name in ("wait", "wait_event", "wait_stream", "synchronize") and _redirect.in_force is redirection:
+            return sys.modules[STREAMS].ConstantVariable.create(None)
+        return old(self, tx, name, args, kwargs)
+
+    return call_method
+
+
+def _building(redirection: Redirection, name: str, old: Function) -> Function:
+    """What a graph makes is a stand-in, as it is for the program."""
+
+    @_disable_dynamo  # compiled code calls it
+    def build(args: Any, kwargs: Any) -> Any:
+        return getattr(torch, name)(*args, **kwargs)
+
+    return build

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
 
+import torch
+
+from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Replacement
@@ -14,8 +17,11 @@ WHAT = "memory is not pinned without an accelerator"
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
-    """The loader's constructor, and the methods of tensors and storages."""
+    """The loader's constructor, its iterators, and the methods of tensors and storages."""
     yield Replacement("dataloader", "torch.utils.data.dataloader", "DataLoader.__init__", partial(_loader, redirection))
+    for name, build in {"__init__": _iterator, "__next__": _next}.items():
+        iterator = f"_BaseDataLoaderIter.{name}"
+        yield Replacement("dataloader", "torch.utils.data.dataloader", iterator, partial(build, redirection))
     for target, holder in (("torch", "Tensor"), ("torch.storage", "_StorageBase"), ("torch.storage", "TypedStorage")):
         yield Replacement("dataloader", target, f"{holder}.pin_memory", partial(_pin, redirection, holder), follow=True)
         yield Replacement("dataloader", target, f"{holder}.is_pinned", partial(_is_pinned, redirection), follow=True)
@@ -26,10 +32,37 @@ def _loader(redirection: Redirection, old: Any) -> Function:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         old(self, *args, **kwargs)
         if self.pin_memory:
-            redirection.note("DataLoader(pin_memory=True)", None, WHAT, "pin_memory=False")
-            self.pin_memory, self.pin_memory_device = False, ""
+            redirection.note("DataLoader(pin_memory=True)", None, f"simulated: {WHAT}", "copies")
 
     return init
+
+
+def _iterator(redirection: Redirection, old: Any) -> Function:
+    """torch's iterator warns where it cannot pin, so it is not told to; its batches are pinned when they are given out."""
+
+    @wraps(old)
+    def init(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
+        asked = loader.pin_memory, loader.pin_memory_device
+        loader.pin_memory, loader.pin_memory_device = False, ""
+        try:
+            old(self, loader, *args, **kwargs)
+        finally:
+            loader.pin_memory, loader.pin_memory_device = asked
+        self._torchspan_pins = bool(asked[0])
+
+    return init
+
+
+def _next(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def following(self: Any) -> Any:
+        batch = old(self)
+        if not getattr(self, "_torchspan_pins", False) or _redirect.in_force is not redirection:
+            return batch
+        with redirection.quiet():
+            return torch.utils.data._utils.pin_memory.pin_memory(batch)
+
+    return following
 
 
 def _storage(value: Any) -> Any:
@@ -42,9 +75,12 @@ def _pin(redirection: Redirection, holder: str, old: Any) -> Function:
         redirection.note(f"{holder}.pin_memory()", None, f"simulated: {WHAT}", "a copy")
         if hasattr(_storage(self), "_torchspan_pinned"):
             return self
+        if redirection.masquerade and hasattr(_storage(self), "_torchspan_placed"):
+            kind = self.type() if holder == "Tensor" else holder
+            raise RuntimeError(f"cannot pin '{kind}' only dense CPU tensors can be pinned")
         copy = self.clone()
         _storage(copy)._torchspan_pinned = True
-        return copy
+        return redirection.mark_host(copy)
 
     redirection.originals[id(pin_memory)] = old
     pin_memory.__doc__ = old.__doc__

@@ -10,10 +10,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import FACTORIES, Function, named_like, placing
+from torchspan.devices._wrap import FACTORIES, NEW, Function, named_like, placing
 from torchspan.environment.patch import Patch, Replacement
 
-NEW = ["new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
 ELSEWHERE = {"torch.fft": ("fftfreq", "rfftfreq"), "torch.nested": ("nested_tensor", "as_nested_tensor")}
 
 

@@ -26,12 +26,41 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         return
     yield Redefinition("labels", "torch", "set_default_tensor_type", partial(_default_type, redirection))
     for name in dir(torch.cuda):
-        if name.endswith(("Tensor", "Storage")) and hasattr(torch, name):
-            yield Replacement("labels", "torch.cuda", name, partial(_typed, name), follow=True)
+        if name.endswith("Storage") and hasattr(torch, name):
+            yield Replacement("labels", "torch.cuda", name, partial(_given, getattr(torch, name)), follow=True)
+        if name.endswith("Tensor") and hasattr(torch, name):
+            kind = partial(_tensor_type, redirection, getattr(torch, name))
+            yield Replacement("labels", "torch.cuda", name, partial(kind, is_cuda=True), follow=True)
+            if redirection.masquerade:
+                yield Replacement("labels", "torch", name, partial(kind, is_cuda=False), follow=True)
 
 
-def _typed(name: str, old: object) -> object:
-    return getattr(torch, name)
+def _given(value: object, old: object) -> object:
+    return value
+
+
+def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool) -> type:
+    """A legacy type of tensors, which are made by `real`, that of the CPU; what is believed to be there is of it."""
+    is_exact = redirection.masquerade
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            if not isinstance(instance, real):
+                return False
+            return redirection.may_be_placed(instance) == is_cuda if is_exact else is_cuda
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            made = real(*args, **kwargs)
+            if is_cuda:
+                redirection.note(f"torch.cuda.{real.__name__}()")
+            return redirection.mark(made) if is_cuda else redirection.mark_host(made)
+
+        def __getattr__(cls, name: str) -> Any:
+            return getattr(old, name)
+
+    kind = Meta(real.__name__, (), {"__module__": "torch.cuda" if is_cuda else "torch", "__doc__": real.__doc__})
+    redirection.originals[id(kind)] = real
+    return kind
 
 
 def _device_context(redirection: Redirection, old: Any) -> Function:
@@ -52,7 +81,8 @@ def _default_type(redirection: Redirection, old: Function) -> Function:
         redirection.is_cuda_default = name.startswith(_CUDA_TYPE)
         if redirection.is_cuda_default:
             redirection.note(f"torch.set_default_tensor_type({name!r})")
-            t = name.replace(_CUDA_TYPE, "torch.")
-        old(t)
+            name = name.replace(_CUDA_TYPE, "torch.")
+        found = getattr(torch, name.removeprefix("torch."), t)
+        old(redirection.originals.get(id(found), found))
 
     return set_default_tensor_type

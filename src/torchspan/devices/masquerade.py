@@ -16,9 +16,10 @@ import torch
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import FACTORIES, Function, is_compiling, named_like
+from torchspan.devices._wrap import FACTORIES, NEW, Function, is_compiling, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
+RNN = "torch.nn.utils.rnn"
 C10D = "torch.distributed.distributed_c10d"
 TENSOR_VARIABLE = "torch._dynamo.variables.tensor"
 _MAKERS = [*FACTORIES, "as_tensor", "asarray", "from_numpy", "frombuffer"]
@@ -30,6 +31,12 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         return
     for name in _MAKERS:
         yield Replacement("masquerade", "torch", name, partial(_made, redirection), follow=True)
+    for name in NEW:
+        yield Replacement("masquerade", "torch", f"Tensor.{name}", partial(_made, redirection), follow=True)
+    yield Replacement("masquerade", "torch", "Tensor.__new__", partial(_constructed, redirection))
+    yield Replacement("masquerade", RNN, "PackedSequence.__new__", partial(_packed, redirection))
+    yield Replacement("masquerade", RNN, "PackedSequence.is_cuda", partial(_packed_is_cuda, redirection))
+    yield Redefinition("masquerade", RNN, "pad_packed_sequence", partial(_lengths, redirection))
     yield Redefinition("masquerade", "torch.serialization", "default_restore_location", partial(_restored, redirection))
     properties: dict[str, Callable[[torch.device], object]] = {
         "device": lambda device: device,
@@ -66,13 +73,51 @@ def _made(redirection: Redirection, old: Any) -> Function:
         made = old(*args, **kwargs)
         if is_compiling():
             return made
-        is_like = bool(args) and isinstance(args[0], torch.Tensor) and redirection.may_be_placed(args[0])
-        if kwargs.get("device") is None and (is_like or redirection.asked_default() is not None):
-            return made
+        if kwargs.get("device") is None:
+            is_like = bool(args) and isinstance(args[0], torch.Tensor)
+            if redirection.may_be_placed(args[0]) if is_like else redirection.asked_default() is not None:
+                return made
         return redirection.mark_host(made)  # what was placed stays so
 
     redirection.originals[id(function)] = redirection.originals.get(id(old), old)
-    return named_like(function, old, "torch")
+    return named_like(function, old, "torch" if old.__name__ not in NEW else "torch._tensor")
+
+
+def _constructed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
+    """``torch.Tensor([1.])``: on the CPU, as is what a subclass makes so."""
+
+    @wraps(old)
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        made = old(cls, *args, **kwargs)
+        is_data = bool(args) and isinstance(args[0], torch.Tensor)
+        return made if is_data or redirection.asked_default() is not None else redirection.mark_host(made)
+
+    return staticmethod(new)
+
+
+def _packed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
+    @wraps(old)
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        made = old(cls, *args, **kwargs)
+        redirection.mark_host(made.batch_sizes)  # always of the CPU
+        return made
+
+    return staticmethod(new)
+
+
+def _packed_is_cuda(redirection: Redirection, old: Any) -> property:
+    def get(self: Any) -> bool:
+        return bool(old.__get__(self)) if asked_by_torch() else bool(redirection.believed(self.data))
+
+    return property(get, doc=old.__doc__)
+
+
+def _lengths(redirection: Redirection, old: Function) -> Function:
+    def pad_packed_sequence(*args: Any, **kwargs: Any) -> Any:
+        padded, lengths = old(*args, **kwargs)
+        return padded, redirection.mark_host(lengths)
+
+    return pad_packed_sequence
 
 
 def _restored(redirection: Redirection, old: Function) -> Function:

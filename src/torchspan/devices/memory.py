@@ -52,7 +52,9 @@ class Memory:
 
     def allocated(self) -> int:
         """Bytes now."""
-        bytes_now = max(0, self._read() - self._base)
+        found = self._read()
+        self._base = min(self._base, found)  # what was there before was given back: else the next growth would be counted short
+        bytes_now = found - self._base
         self._peak = max(self._peak, bytes_now)
         return bytes_now
 

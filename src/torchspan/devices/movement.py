@@ -24,11 +24,12 @@ _CUDA_TYPE = "torch.cuda."
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Tensor, storage and module methods."""
-    methods: dict[str, Callable[..., Function]] = {"to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type}
+    methods: dict[str, Callable[..., Function]] = {"to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type, "type_as": _type_as}
     if redirection.target == "mps":
         methods["double"] = _double
     for name, build in methods.items():
         yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
+    yield Replacement("movement", "torch.nn.utils.rnn", "PackedSequence.cpu", partial(_packed_cpu, redirection))
     for name in ("to", "cuda"):
         yield Replacement("movement", "torch.nn.modules.module", f"Module.{name}", partial(_module_method, redirection, name))
 
@@ -93,7 +94,9 @@ def _move_elsewhere(
     that is there answered truthfully, so only what is known to be there is copied; in disguise, tensors answer otherwise.
     """
     if isinstance(first, torch.Tensor):
-        comes = redirection.is_marked(first) and not redirection.is_marked(tensor)
+        comes = not redirection.is_marked(tensor) and redirection.is_marked(first)
+        if redirection.masquerade and not comes:  # what is known there is that a tensor is on the host, not that it is placed
+            comes = redirection.may_be_placed(first) and not redirection.may_be_placed(tensor)
         if comes or (redirection.masquerade and redirection.may_be_placed(tensor) and not redirection.may_be_placed(first)):
             mark = redirection.mark if comes else redirection.mark_host
             return mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
@@ -171,13 +174,39 @@ def _type(redirection: Redirection, old: Function) -> Function:
         if dtype is None:
             return old(self, *args, **kwargs)
         name = dtype if isinstance(dtype, str) else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
-        if not name.startswith(_CUDA_TYPE) or _redirect.in_force is not redirection:
+        if not name.endswith("Tensor") or _redirect.in_force is not redirection:
             return old(self, dtype, *args, **kwargs)
+        if not name.startswith(_CUDA_TYPE):
+            leaves = redirection.may_be_placed(self) if redirection.masquerade else redirection.is_marked(self)
+            return redirection.mark_host(old(self.clone() if leaves else self, name, *args, **kwargs))
         redirection.note(f"Tensor.type({name!r})")
         moved = self if redirection.is_marked(self) else self.clone()
         return redirection.mark(old(moved, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs))
 
     return type_
+
+
+def _type_as(redirection: Redirection, old: Function) -> Function:
+    to = torch._C.TensorBase.to
+
+    def type_as(self: Any, other: Any) -> Any:
+        if is_compiling() or not isinstance(other, torch.Tensor) or _redirect.in_force is not redirection:
+            return old(self, other)
+        return _move_elsewhere(redirection, to, self, other, (other,), {})
+
+    return type_as
+
+
+def _packed_cpu(redirection: Redirection, old: Any) -> Function:
+    """``PackedSequence.cpu``, which asks where its data is before it moves it."""
+
+    @wraps(old)
+    def cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if redirection.may_be_placed(self.data):
+            return self.to(*args, **{**kwargs, "device": "cpu"})
+        return old(self, *args, **kwargs)
+
+    return cpu
 
 
 def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
@@ -187,6 +216,8 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = args[0] if args else kwargs.get("device")
         asked = "cuda" if asked is None and name == "cuda" else asked
+        if name == "to" and isinstance(kwargs.get("tensor", asked), torch.Tensor):
+            asked, args, kwargs = _like(redirection, kwargs.get("tensor", asked), args, kwargs)
         if redirection.lookup(asked) is None:
             return old(self, *args, **kwargs)
         redirection.note(f"Module.{name}", asked)
@@ -197,3 +228,14 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
             return old(self, *args, **kwargs)
 
     return method
+
+
+def _like(redirection: Redirection, tensor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """What ``Module.to(tensor)`` asks for: the device that the program believes the tensor to be on."""
+    is_there = redirection.may_be_placed(tensor) if redirection.masquerade else redirection.is_marked(tensor)
+    if not is_there:
+        return tensor, args, kwargs
+    asked = redirection.ordinal()
+    rest = {key: value for key, value in kwargs.items() if key != "tensor"}
+    dtype = tensor.dtype if tensor.dtype.is_floating_point or tensor.dtype.is_complex else None
+    return asked, (asked, dtype, *(args[1:] if args else ())), rest

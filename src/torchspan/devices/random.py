@@ -87,7 +87,19 @@ def _generator_class(redirection: Redirection, real: Any) -> type:
             if target is None:
                 return real(device=device)
             redirection.note("torch.Generator", device)
-            return real(device=target)
+            made = real.__new__(Placed, device=target) if redirection.masquerade else real(device=target)
+            if redirection.masquerade:
+                made._torchspan_asked = torch.device("cuda", redirection.index(device))
+            return made
 
+    class Placed(real):
+        """A generator that answers the program, never torch, for the device that it was asked for."""
+
+        @property
+        def device(self) -> torch.device:
+            real_device: torch.device = real.device.__get__(self)
+            return real_device if asked_by_torch() else self._torchspan_asked
+
+    Placed.__module__, Placed.__name__, Placed.__qualname__ = "torch", "Generator", "Generator"
     Generator.__module__, Generator.__qualname__ = "torch", "Generator"
     return Generator

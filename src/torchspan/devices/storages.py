@@ -1,4 +1,6 @@
-"""Storages: ``torch.UntypedStorage(4, device="cuda")``, ``storage.cuda()``, ``storage.to(device="cuda")``; copies where a GPU copies.
+"""Storages: ``torch.UntypedStorage(4, device="cuda")``, ``storage.cuda()``, ``storage.to(device="cuda")``.
+
+A move copies where a GPU's does.
 
 A typed storage holds an untyped one and asks it for each of these.
 """
