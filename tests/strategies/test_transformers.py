@@ -64,6 +64,10 @@ def mixtral() -> tuple[nn.Module, dict[str, Any]]:
     return language("Mixtral", num_local_experts=4, num_experts_per_tok=2)
 
 
+def gathered_mixtral() -> tuple[nn.Module, dict[str, Any]]:
+    return language("Mixtral", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+
+
 def t5(num_layers: int = 3) -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.T5Config(
         vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=num_layers, num_heads=4, decoder_start_token_id=0
@@ -73,7 +77,13 @@ def t5(num_layers: int = 3) -> tuple[nn.Module, dict[str, Any]]:
 
 def vit() -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        problem_type="single_label_classification",  # else the first call writes it there, and the second is compiled anew
     )
     inputs = {"pixel_values": numbers(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
     return transformers.ViTForImageClassification(config), inputs
@@ -128,26 +138,16 @@ def choices(report: Report) -> list[str]:
 
 
 def check_training(model: Any, inputs: dict[str, Any], regions: list[str], **settings: Any) -> None:
-    """Losses are eager's, a forward in evaluation too, and all `regions` were compiled once each and stayed so."""
+    """Losses are eager's, and all `regions` were compiled once each and stayed so."""
     eager = copy.deepcopy(model)
     bounded = compile_bounded(model, wait=True, budget=BUDGET, **settings)
     assert losses(bounded, inputs) == pytest.approx(losses(eager, inputs), rel=1e-4)
     assert outcomes(bounded.report) == [(region, "compiled") for region in regions]
-    assert not {"compiled again", "eager"}.intersection(choices(bounded.report)) or settings.get("backend")
+    assert not any("guards failed" in decision.reason or decision.choice == "eager" for decision in bounded.report.decisions)
 
 
-@pytest.mark.parametrize(
-    ("model", "regions"),
-    [
-        (llama, ["LlamaDecoderLayer ×2"]),
-        pytest.param(qwen, ["Qwen3DecoderLayer ×2"], marks=pytest.mark.once),
-        pytest.param(vit, ["ViTLayer ×2"], marks=pytest.mark.once),
-    ],
-)
-def test_blocks_train_as_eagerly_with_one_compile_for_all_of_a_kind(
-    model: Callable[[], tuple[nn.Module, dict[str, Any]]], regions: list[str]
-) -> None:
-    check_training(*made(model), regions, strategy="per_block")
+def test_blocks_that_fill_a_cache_train_as_eagerly_with_one_compile_for_all() -> None:
+    check_training(*made(llama), ["LlamaDecoderLayer ×2"], strategy="per_block")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,8 @@ def test_blocks_train_as_eagerly_with_one_compile_for_all_of_a_kind(
         (whisper, "per_block", ["WhisperEncoderLayer ×2", "WhisperDecoderLayer ×2"]),
         (mixtral, "per_block", ["MixtralDecoderLayer ×2"]),
         (vit, "whole", ["ViTForImageClassification"]),
+        pytest.param(qwen, "per_block", ["Qwen3DecoderLayer ×2"], marks=pytest.mark.once),
+        pytest.param(gathered_mixtral, "whole", ["MixtralForCausalLM"], marks=pytest.mark.once),
         pytest.param(t5, "per_block", ["T5Block ×1", "T5Block ×2"] * 2, marks=pytest.mark.once),
     ],
 )
