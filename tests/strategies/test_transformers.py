@@ -23,6 +23,9 @@ from torchspan.strategies._verify import mismatch
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # torch 2.13, inductor
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # dynamo, after a break
 ]
 BUDGET = Budget(seconds=200, memory="6GiB")
 SIZES: dict[str, Any] = {
@@ -68,9 +71,9 @@ def gathered_mixtral() -> tuple[nn.Module, dict[str, Any]]:
     return language("Mixtral", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
 
 
-def t5(num_layers: int = 3) -> tuple[nn.Module, dict[str, Any]]:
+def t5() -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=num_layers, num_heads=4, decoder_start_token_id=0
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config), {"input_ids": ids(), "labels": ids(5)}
 
@@ -153,9 +156,9 @@ def test_blocks_that_fill_a_cache_train_as_eagerly_with_one_compile_for_all() ->
 @pytest.mark.parametrize(
     ("model", "strategy", "regions"),
     [
-        (whisper, "per_block", ["WhisperEncoderLayer ×2", "WhisperDecoderLayer ×2"]),
-        (mixtral, "per_block", ["MixtralDecoderLayer ×2"]),
         (vit, "whole", ["ViTForImageClassification"]),
+        pytest.param(whisper, "per_block", ["WhisperEncoderLayer ×2", "WhisperDecoderLayer ×2"], marks=pytest.mark.once),
+        pytest.param(mixtral, "per_block", ["MixtralDecoderLayer ×2"], marks=pytest.mark.once),
         pytest.param(qwen, "per_block", ["Qwen3DecoderLayer ×2"], marks=pytest.mark.once),
         pytest.param(gathered_mixtral, "whole", ["MixtralForCausalLM"], marks=pytest.mark.once),
         pytest.param(t5, "per_block", ["T5Block ×1", "T5Block ×2"] * 2, marks=pytest.mark.once),
@@ -181,15 +184,15 @@ def test_calls_whose_inner_results_are_gathered_run_eagerly_and_give_each_once(w
 
 
 @pytest.mark.parametrize(
-    ("model", "strategy", "num_regions"),
+    ("model", "strategy"),
     [
-        (llama, "per_block", 1),
-        pytest.param(whisper, "per_block", 1, marks=pytest.mark.once),
-        pytest.param(lambda: t5(1), "whole", 1, marks=pytest.mark.once),
+        (llama, "per_block"),
+        pytest.param(whisper, "per_block", marks=pytest.mark.once),
+        pytest.param(lambda: language("Llama", num_hidden_layers=1), "whole", marks=pytest.mark.once),
     ],
 )
 def test_a_cache_that_grows_with_each_token_is_compiled_once_for_all_lengths(
-    model: Callable[[], tuple[nn.Module, dict[str, Any]]], strategy: str, num_regions: int
+    model: Callable[[], tuple[nn.Module, dict[str, Any]]], strategy: str
 ) -> None:
     eager, inputs = made(model)
     inputs.pop("labels")
@@ -199,7 +202,7 @@ def test_a_cache_that_grows_with_each_token_is_compiled_once_for_all_lengths(
     assert torch.equal(bounded.generate(**inputs, **wanted), expected)
     compiles = len(bounded.report.attempts)
     assert {outcome for _, outcome in outcomes(bounded.report)} == {"compiled"}
-    assert compiles <= 4 * num_regions and "dynamic" in choices(bounded.report)  # a prompt, a first token, all others
+    assert compiles <= 4 and "dynamic" in choices(bounded.report)  # a prompt, a first token, all others
     assert torch.equal(bounded.generate(**inputs, **wanted), expected)
     assert len(bounded.report.attempts) == compiles
 
