@@ -72,6 +72,44 @@ def test_what_asks_for_the_cpu_by_name_answers_for_it(disguised: Report) -> None
         assert where(torch.zeros(2, device="cpu")) == "cpu" and where(torch.zeros(2)) == "cuda"
 
 
+def test_what_is_made_beside_a_tensor_is_where_it_is_unless_a_device_is_named(disguised: Report) -> None:
+    there, host = torch.zeros(2, device="cuda"), torch.zeros(2)
+    assert where(there.new_zeros(2)) == where(host.new_zeros(2, device="cuda")) == where(there.new_tensor([1.0])) == "cuda"
+    assert where(host.new_zeros(2)) == where(there.new_zeros(2, device="cpu")) == where(host.new_tensor([1.0])) == "cpu"
+    assert where(host.type_as(there)) == where(host.to(there + 1)) == "cuda" and where(there.type_as(host)) == "cpu"
+    model = torch.nn.Linear(2, 2).to(there)
+    assert where(model.weight) == where(torch.nn.Linear(2, 2, device="meta").to_empty(device="cuda").weight) == "cuda"
+
+
+def test_old_constructors_and_types_tell_the_host_from_the_device(disguised: Report) -> None:
+    there, host = torch.zeros(2, device="cuda"), torch.zeros(2)
+    assert where(torch.Tensor([1.0])) == where(torch.FloatTensor([1.0])) == where(torch.Tensor(2, 3)) == "cpu"
+    assert where(torch.cuda.FloatTensor([1.0])) == where(host.type(torch.cuda.FloatTensor)) == "cuda"
+    assert where(there.type(torch.FloatTensor)) == "cpu"
+    for tensor, of_cuda in ((there, True), (host, False)):
+        assert isinstance(tensor, torch.cuda.FloatTensor) == of_cuda and isinstance(tensor, torch.FloatTensor) != of_cuda
+        assert not isinstance(tensor, torch.cuda.HalfTensor)
+    pinned = host.pin_memory()
+    assert where(pinned) == where(torch.empty(2, pin_memory=True)) == "cpu" and pinned.is_pinned()
+    with pytest.raises(RuntimeError, match="cannot pin"):
+        there.pin_memory()
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_storages_generators_and_packed_sequences_answer_too(disguised: Report) -> None:
+    there, host = torch.zeros(3, 2, device="cuda"), torch.zeros(3, 2)
+    assert there.storage().is_cuda and there.storage().device == there.untyped_storage().device == CUDA
+    assert host.untyped_storage().device == CPU and host.untyped_storage().cuda().device == CUDA
+    assert torch.UntypedStorage(4, device="cuda").get_device() == 0 and torch.UntypedStorage(4).device == CPU
+    generator = torch.Generator("cuda")
+    assert generator.device == CUDA and torch.Generator().device == CPU
+    assert torch.rand(2, device="cuda", generator=generator).is_cuda
+    packed = torch.nn.utils.rnn.pack_sequence([there, there[:2]])
+    padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed)
+    assert packed.is_cuda and padded.is_cuda and packed.batch_sizes.device == lengths.device == CPU
+    assert not packed.cpu().is_cuda and packed.cpu().to("cuda").is_cuda
+
+
 def test_a_move_copies_as_it_would_on_a_gpu(disguised: Report) -> None:
     x = torch.zeros(2, device="cuda") + 1
     back = x.cpu()
@@ -128,6 +166,19 @@ def test_compiled_code_is_told_the_same_without_a_graph_break(disguised: Report)
         return torch.nn.functional.relu(x) + (torch.ones(2, device=x.device) if x.is_cuda else torch.zeros(2))
 
     assert function(torch.zeros(2, device="cuda")).tolist() == [1, 1]
+
+
+def test_streams_in_compiled_code_are_those_of_the_program(disguised: Report) -> None:
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def function(x: torch.Tensor, side: torch.cuda.Stream) -> torch.Tensor:
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            y = x * 2
+        current.wait_stream(side)
+        return y + 1
+
+    assert function(torch.ones(2, device="cuda"), torch.cuda.Stream()).tolist() == [3, 3]
 
 
 def test_other_threads_are_told_the_same(disguised: Report) -> None:

@@ -291,3 +291,59 @@ def test_attention_goes_on_without_the_kernels_of_a_gpu(redirected: Report) -> N
         torch.backends.cuda.enable_math_sdp(True)
         torch.backends.cuda.enable_flash_sdp(True)
     assert any("enable_math_sdp" in decision.subject for decision in redirected.decisions)
+
+
+def test_streams_and_events_of_any_accelerator_are_of_both_kinds(redirected: Report) -> None:
+    stream, begin, end = torch.Stream(device="cuda"), torch.Event("cuda", enable_timing=True), torch.Event(enable_timing=True)
+    begin.record(stream)
+    time.sleep(0.01)
+    stream.record_event(end)
+    stream.wait_event(end)
+    torch.cuda.Stream().wait_stream(stream)
+    assert 8 < begin.elapsed_time(end) < 500 and stream.query() and stream.device == torch.device("cuda:0")
+    assert isinstance(stream, torch.Stream) and isinstance(torch.cuda.Stream(), torch.Stream) and torch.Stream("cuda") != stream
+    assert (
+        isinstance(begin, torch.Event) and isinstance(torch.cuda.Event(), torch.Event) and not isinstance(begin, torch.Stream)
+    )
+    assert issubclass(torch.cuda.Stream, torch.Stream) and issubclass(torch.cuda.Event, torch.Event)
+    least, greatest = torch.cuda.Stream.priority_range()
+    assert torch.cuda.Stream(priority=greatest).priority == greatest <= least
+    with stream:
+        assert torch.accelerator.current_stream() == torch.cuda.current_stream() == stream
+    assert torch.Stream("cpu").device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_storages_are_made_and_copied_there_and_back(redirected: Report) -> None:
+    assert (
+        torch.UntypedStorage(4, device="cuda").nbytes() == torch.UntypedStorage(4, device=torch.device("cuda:0")).nbytes() == 4
+    )
+    host = torch.ones(3).untyped_storage()
+    there = host.to(device="cuda")
+    assert there.tolist() == host.tolist() and there.data_ptr() != host.data_ptr() and there.cuda() is there
+    assert there.cpu().data_ptr() != there.data_ptr() and host.cpu() is host
+    typed = torch.TypedStorage([1.0, 2.0], dtype=torch.float32, device="cuda")
+    assert typed.cuda().tolist() == torch.arange(1.0, 3.0).storage().to(device="cuda").tolist() == [1.0, 2.0]
+    subjects = {decision.subject for decision in redirected.decisions}
+    assert {"torch.UntypedStorage(device='cuda')", "UntypedStorage.to(device='cuda')"} <= subjects
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_batches_of_a_loader_are_pinned_for_the_program(num_workers: int, redirected: Report) -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(6.0), torch.arange(6))
+    loader = torch.utils.data.DataLoader(data, batch_size=3, pin_memory=True, num_workers=num_workers)
+    assert loader.pin_memory
+    seen = [(x.is_pinned(), y.is_pinned(), x.cuda(non_blocking=True).sum().item()) for x, y in loader]
+    assert seen == [(True, True, 3.0), (True, True, 12.0)]
+    assert not next(iter(torch.utils.data.DataLoader(data)))[0].is_pinned()
+    assert {"DataLoader(pin_memory=True)", "Tensor.cuda(device='cuda')"} == set(sites(redirected))
+
+
+def test_types_of_tensors_of_cuda_make_and_convert(redirected: Report) -> None:
+    x = torch.cuda.FloatTensor([1.0, 2.0])
+    assert (
+        isinstance(x, torch.cuda.FloatTensor) and isinstance(x, torch.Tensor) and torch.cuda.LongTensor(3).dtype is torch.int64
+    )
+    assert x.type(torch.cuda.HalfTensor).dtype is torch.float16 and x.type(torch.FloatTensor).data_ptr() != x.data_ptr()
+    assert pickle.loads(pickle.dumps(torch.cuda.FloatTensor)) is torch.cuda.FloatTensor
+    assert torch.ones(2).type_as(x).data_ptr() != x.data_ptr() and x.type_as(x) is x

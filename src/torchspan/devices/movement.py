@@ -114,7 +114,9 @@ def _is_cpu(device: object) -> bool:
 def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
     """`tensor` moved as `kwargs` say: a copy, unless the program has it there already."""
     if redirection.target == "cpu":
-        if not redirection.is_marked(tensor):
+        if (
+            not redirection.is_marked(tensor) or torch._C._get_tracing_state() is not None
+        ):  # a trace serves tensors of both kinds
             kwargs["copy"] = True
     else:
         kwargs["dtype"] = redirection.narrowed("Tensor.to", kwargs.get("dtype") or tensor.dtype)
