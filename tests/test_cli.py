@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,8 @@ TORCHSPAN = ("-m", "torchspan")
         (["precompile", "json", "--inputs", "float32[2]", "-o", "x.tspan"], "'json' names no model; expected module:factory"),
         (["precompile", "json:dump", "--inputs", "float33[2]", "-o", "x.tspan"], "float33"),
         (["precompile", "json:dmp", "--inputs", "float32[2]", "-o", "x.tspan"], "did you mean 'dump'?"),
+        (["artifact", "show", "absent.tspan"], "no artifact 'absent.tspan'; 'torchspan precompile' makes one"),
+        (["artifact", "shw", "absent.tspan"], "did you mean 'show'?"),
         (["train", "--module", "lama3"], "lama3"),
         (["train", "llama3", "debugmdel"], "did you mean 'debugmodel'?"),
         (["passes", "--jsn"], "unrecognized arguments: --jsn"),
@@ -115,3 +118,23 @@ def test_passes_are_listed_with_their_options(run_python) -> None:
     assert {"transformer_block_bucketing", "regional_inductor"} <= {row["name"] for row in rows}
     assert all(row["summary"] for row in rows)
     assert "transformer_block_bucketing" in run_python(None, *TORCHSPAN, "passes").stdout
+
+
+@pytest.mark.once
+def test_an_artifact_is_made_shown_verified_and_compared(run_python: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    (tmp_path / "key").write_bytes(b"a secret of enough bytes")
+    make = ("precompile", "models:build", "--inputs", "float32[4,3]", "--compiler", "regional_inductor")
+
+    def call(*arguments: str, code: int = 0) -> Any:
+        return run_python(None, *TORCHSPAN, *arguments, expect=code)
+
+    call(*make, "--inputs", "float32[5,3]", "--weights", "--sign", "key", "-o", "one.tspan")
+    call(*make, "-o", "other.tspan")
+    shown = json.loads(call("artifact", "show", "one.tspan", "--json").stdout)
+    assert len(shown["programs"]) == 2 and shown["signed_by"].startswith("hmac-sha256 ")
+    assert "weights.safetensors" in call("artifact", "show", "one.tspan").stdout
+    assert "It fits this torch and this machine." in call("artifact", "verify", "one.tspan", "--trusted-key", "key").stdout
+    assert "is not signed" in call("artifact", "verify", "other.tspan", "--trusted-key", "key", code=1).stderr
+    assert "the same entries and payloads" in call("artifact", "diff", "one.tspan", "one.tspan").stdout
+    assert "weights.safetensors" in call("artifact", "diff", "one.tspan", "other.tspan", code=1).stdout

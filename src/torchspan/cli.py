@@ -117,10 +117,16 @@ def _parser() -> argparse.ArgumentParser:
 
     precompile = commands.add_parser("precompile", help="compile a model into an artifact that loads without compiling")
     precompile.add_argument("model", help="module:factory, a function without arguments that gives the model")
-    precompile.add_argument("--inputs", required=True, help="example inputs, such as 'float32[4,10],int64[4]'")
+    precompile.add_argument(
+        "--inputs", required=True, action="append", help="example inputs, such as 'float32[4,10],int64[4]'; more: more entries"
+    )
     precompile.add_argument("--compiler", choices=("inductor", "regional_inductor"), default="inductor")
+    precompile.add_argument("--weights", action="store_true", help="have the model's weights inside too")
+    precompile.add_argument("--sign", type=Path, metavar="KEY", help="sign it: a file with a secret, or an Ed25519 key (PEM)")
     precompile.add_argument("-o", "--output", type=Path, required=True, help="the artifact to write, such as model.tspan")
     precompile.set_defaults(command=_precompile)
+
+    _add_artifact_commands(commands)
 
     commands.add_parser("train", help="train a model as a graph: 'torchspan train --help'", add_help=False)
 
@@ -132,6 +138,23 @@ def _parser() -> argparse.ArgumentParser:
 
 _AS_RUN: dict[str, Any] = {"masquerade": False, "disable": "", "report": None, "verbose": False, "budget_seconds": None}
 _AS_RUN |= {"budget_memory": None, "quiet": False, "topics": ("compile",), "finish": True}
+
+
+def _add_artifact_commands(commands: Any) -> None:
+    artifact = commands.add_parser("artifact", help="look into artifacts: show, verify, diff")
+    actions = artifact.add_subparsers(dest="action", required=True, metavar="show|verify|diff")
+    show = actions.add_parser("show", help="what its manifest says; nothing else in it is opened")
+    verify = actions.add_parser("verify", help="whether it is whole, signed, and fits this machine")
+    verify.add_argument("--trusted-key", type=Path, action="append", default=[], metavar="KEY", help="who may have signed it")
+    for parser, command in ((show, _artifact_show), (verify, _artifact_verify)):
+        parser.add_argument("file", type=Path)
+        parser.set_defaults(command=command)
+    diff = actions.add_parser("diff", help="which entries and payloads differ; the exit code is 1 if any do")
+    diff.add_argument("first", type=Path)
+    diff.add_argument("second", type=Path)
+    diff.set_defaults(command=_artifact_diff)
+    for parser in (show, verify, diff):
+        parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_compile_commands(commands: Any) -> None:
@@ -154,6 +177,7 @@ def _add_compile_commands(commands: Any) -> None:
         usage="torchspan explain [options] (script.py | -m module) ...",
     )
     explain.add_argument("--json", action="store_true", help="print JSON, after what the program prints")
+    explain.add_argument("--seconds", type=float, help="a compile that takes longer ends the program (default: 300)")
     explain.set_defaults(command=_explain, **_AS_RUN | {"quiet": True}, compile="off")
     for command in (compile, explain):
         command.add_argument("--device", default="auto", help="as for 'torchspan run' (default: auto)")
@@ -372,9 +396,9 @@ def _write_repros(finished: Sequence[Any], folder: Path) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from torchspan.strategies import explaining
+    from torchspan.strategies import DEFAULT_BUDGET, Budget, explaining
 
-    with explaining() as found:
+    with explaining(DEFAULT_BUDGET if options.seconds is None else Budget(options.seconds)) as found:
         code = _run(options)
     _emit(options.json, found.to_dict(), lambda console: _draw_explanation(found, console))
     return code
@@ -384,6 +408,9 @@ def _draw_explanation(found: Any, console: Console) -> None:
     console.rule("[bold]torchspan explain", align="left")
     counts = f"{len(found.graphs)} graphs, {len(found.breaks)} graph breaks, {len(found.recompiles)} recompiles"
     console.print(f"{found.num_calls} calls of torch.compile: {counts}", highlight=False)
+    for one in found.hung:
+        said = f"a compile hung: not done after {one.seconds:g} s, at {one.site or one.where}"
+        console.print(said, style="red", markup=False, soft_wrap=True)
     sections = (
         (
             ("graph", "where", "operations", "guards"),
@@ -413,19 +440,84 @@ def _draw_explanation(found: Any, console: Console) -> None:
 
 
 def _precompile(options: argparse.Namespace) -> int:
-    from torchspan.artifacts import parse_inputs, precompile
+    from torchspan.artifacts import parse_inputs, precompile, read_key
 
-    inputs = parse_inputs(options.inputs)
+    inputs = [parse_inputs(text) for text in options.inputs]
+    key = read_key(options.sign) if options.sign else None
     model = _load_model(options.model)
     if not options.output.parent.is_dir():
         raise InputError(f"no folder {str(options.output.parent)!r} to write {options.output.name!r} into; make it first")
     report = Report()
-    artifact = precompile(model, inputs, compiler=options.compiler, report=report)
-    artifact.save(options.output)
+    artifact = precompile(model, inputs[0], compiler=options.compiler, weights=options.weights, report=report)
+    for more in inputs[1:]:
+        artifact.add(model, more)
+    artifact.save(options.output, key=key)
     console = _console()
     draw_report(report, console)
     console.print(f"wrote {options.output} ({format_bytes(options.output.stat().st_size)})", highlight=False)
     return 0
+
+
+def _artifact_show(options: argparse.Namespace) -> int:
+    from torchspan.artifacts import describe
+
+    found = describe(options.file)
+
+    def draw(console: Console) -> None:
+        console.print(f"[bold]{escape(found['path'])}[/], signed by {found['signed_by'] or 'nobody'}", highlight=False)
+        console.print(_pairs({name: _brief(value) for name, value in found["entries"].items()}))
+        table = _table("payload", "size", "SHA-256")
+        for payload in found["payloads"]:
+            table.add_row(payload["name"], format_bytes(payload["size"]), payload["sha256"][:16])
+        console.print(table)
+
+    _emit(options.json, found, draw)
+    return 0
+
+
+def _artifact_verify(options: argparse.Namespace) -> int:
+    from torchspan.artifacts import read_key, verify
+
+    found = verify(options.file, [read_key(path) for path in options.trusted_key] or None)
+
+    def draw(console: Console) -> None:
+        whole = f"{found['payloads']} payloads, {format_bytes(found['bytes'])}, are as they were written"
+        console.print(f"{found['path']}: {whole}; signed by {found['signed_by'] or 'nobody'}", highlight=False, markup=False)
+        if found["differs"]:
+            console.print("It does not fit here:")
+            console.print(_pairs(found["differs"]))
+        else:
+            console.print("It fits this torch and this machine.")
+
+    _emit(options.json, found, draw)
+    return int(bool(found["differs"]))
+
+
+def _artifact_diff(options: argparse.Namespace) -> int:
+    from torchspan.artifacts import diff
+
+    found = diff(options.first, options.second)
+    is_same = not (found["entries"] or found["payloads"])
+
+    def draw(console: Console) -> None:
+        if is_same:
+            console.print("the same entries and payloads")
+            return
+        table = _table("differs", str(options.first), str(options.second))
+        for name, (one, other) in found["entries"].items():
+            table.add_row(name, _brief(one), _brief(other))
+        for name, digests in found["payloads"].items():
+            table.add_row(name, *("not there" if one is None else one[:16] for one in digests))
+        console.print(table)
+
+    _emit(options.json, found, draw)
+    return int(not is_same)
+
+
+def _brief(value: Any) -> str:
+    """An entry of a manifest in at most two hundred characters."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return escape(text if len(text) <= 200 else f"{text[:200]} … ({len(text)} characters)")
 
 
 def _load_model(spec: str) -> Any:

@@ -127,13 +127,17 @@ def values_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_manifest(manifest: Mapping[str, Any], target: Any) -> None:
     """Raise ManifestMismatchError, with the entries that differ and how to rebuild, unless the artifact fits here."""
+    differ = mismatches(manifest, {**platform_entries(), **model_entries(target)})
+    if differ:
+        said = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
+        raise ManifestMismatchError(f"the artifact does not fit here: {said}. Rebuild it: {values_of(manifest).get('rebuild')}")
+
+
+def mismatches(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """The entries that are not as they were `found` here: for what the artifact was made, and what this is."""
     expected = values_of(manifest)
-    found = {**platform_entries(), **model_entries(target)}
     differ = [name for name in found if _differs(name, expected.get(name), found[name])]
-    if not differ:
-        return
-    said = [f"entry {name!r}: made for {_show(name, expected.get(name), found[name])}" for name in differ]
-    raise ManifestMismatchError(f"the artifact does not fit here: {'; '.join(said)}. Rebuild it: {expected.get('rebuild')}")
+    return {name: f"made for {_show(name, expected.get(name), found[name])}" for name in differ}
 
 
 def _differs(name: str, expected: Any, found: Any) -> bool:

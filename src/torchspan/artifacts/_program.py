@@ -133,6 +133,11 @@ class Runner:
             )
             self._steps.append(_Step(_function(step, libraries, constants), tuple(args), kwargs, free))
 
+    @property
+    def num_outputs(self) -> int:
+        """How many values it computes."""
+        return len(self._outputs)
+
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs, for `inputs` in order."""
         values = list(inputs)

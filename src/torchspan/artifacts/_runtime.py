@@ -30,6 +30,10 @@ class Entry:
         self._mutated = tuple(plan["mutated"])
         self._outputs = tuple(plan["outputs"])
         self._num_results = len(self._outputs) + int(plan["num_bases"])
+        if self._num_results > forward.num_outputs:
+            raise IntegrityError(
+                f"an artifact's plan has {self._num_results} results of {forward.num_outputs} that it computes"
+            )
         self._kept = [i for i in range(self._num_results) if i >= len(self._outputs) or self._outputs[i]["kind"] in KEPT]
         self._without_grad = [
             place for place, i in enumerate(self._kept) if i < len(self._outputs) and not self._outputs[i]["grad"]

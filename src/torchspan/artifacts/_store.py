@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from torchspan.artifacts._manifest import read_manifest
-from torchspan.core.errors import ArtifactError, InputError, IntegrityError
+from torchspan.core.errors import InputError, IntegrityError
 
 MANIFEST = "manifest.json"
+SIGNATURE = "signature.json"
+_SIGNATURE_LIMIT = 4096
 _MANIFEST_LIMIT = 64 * 1024**2
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
-def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes]) -> None:
+def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], signature: bytes | None = None) -> None:
     """Write an artifact: into a file beside `path`, flushed to the disk, then renamed to it.
 
     Raises:
@@ -28,11 +30,12 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes]) -
     """
     if not path.parent.is_dir():
         raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
+    last = {} if signature is None else {SIGNATURE: signature}
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for member, data in {MANIFEST: manifest, **payloads}.items():
+                for member, data in {MANIFEST: manifest, **payloads, **last}.items():
                     archive.writestr(zipfile.ZipInfo(member, _TIME), data)
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +61,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.signature: bytes | None = None
         try:
             self._archive = zipfile.ZipFile(path)
         except FileNotFoundError:
@@ -71,6 +75,13 @@ class Store:
         except BaseException:
             self._archive.close()
             raise
+
+    def _read_signature(self, member: zipfile.ZipInfo) -> bytes:
+        if member.file_size > _SIGNATURE_LIMIT:
+            raise IntegrityError(
+                f"{self.path} has a signature of {member.file_size} bytes; at most {_SIGNATURE_LIMIT} are read"
+            )
+        return self._read(member)
 
     def __enter__(self) -> Store:
         return self
@@ -91,7 +102,11 @@ class Store:
             raise IntegrityError(
                 f"{self.path} has a manifest of {members[0].file_size} bytes; at most {_MANIFEST_LIMIT} are read"
             )
-        manifest = read_manifest(self._read(members[0]))
+        if names[-1] == SIGNATURE:
+            self.signature = self._read_signature(members.pop())
+            names.pop()
+        self.manifest_bytes = self._read(members[0])
+        manifest = read_manifest(self.manifest_bytes)
         listed = {payload["name"]: payload["size"] for payload in manifest["payloads"]}
         if names[1:] != list(listed) or any(member.file_size != listed[member.filename] for member in members[1:]):
             raise IntegrityError(f"{self.path} does not hold the payloads that its manifest lists; make it again")
@@ -120,24 +135,3 @@ class Store:
             raise IntegrityError(
                 f"{self.path}: {member.filename!r} cannot be read ({cause}); make the artifact again"
             ) from cause
-
-
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an artifact's manifest says, without opening anything else in it: entries by name, payloads, programs.
-
-    Raises:
-        InputError: there is no such file.
-        ArtifactError: it is no artifact.
-    """
-    with Store(Path(path)) as store:
-        manifest = store.manifest
-    return {
-        "path": str(path),
-        "entries": {name: entry["value"] for name, entry in manifest["entries"].items()},
-        "digests": {name: entry["digest"] for name, entry in manifest["entries"].items()},
-        "payloads": manifest["payloads"],
-        "programs": manifest["programs"],
-    }
-
-
-__all__ = ["MANIFEST", "ArtifactError", "Store", "describe", "write_artifact"]

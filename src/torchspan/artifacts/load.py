@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,19 +17,31 @@ from torchspan.artifacts._guards import Checker, Failed
 from torchspan.artifacts._manifest import check_manifest, values_of
 from torchspan.artifacts._program import Library, Runner
 from torchspan.artifacts._runtime import Entry
+from torchspan.artifacts._sign import check as check_signature
 from torchspan.artifacts._store import Store
+from torchspan.artifacts._weights import read_weights
 from torchspan.core.compiled import Compiled
-from torchspan.core.errors import ArtifactError, GuardError, ManifestMismatchError
+from torchspan.core.errors import ArtifactError, GuardError, IntegrityError, ManifestMismatchError, TorchspanError
 from torchspan.core.report import Attempt, Report, current_report
 
+if TYPE_CHECKING:
+    from torchspan.artifacts._sign import Key
 
-def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Report | None = None) -> Compiled:
+
+def load(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    *,
+    trusted_keys: Sequence[Key] | None = None,
+    weights: bool = False,
+    report: Report | None = None,
+) -> Compiled:
     """A callable that does what `model` does, from the artifact at `path`; traces and compiles nothing, imports no dynamo.
 
     The manifest is read and compared first: torch, Python, platform, instruction sets, the code of the model's classes, names,
     shapes and dtypes of its parameters and buffers. Then every payload's digest; only then are payloads opened. Nothing is
     unpickled.
-    Weights are not in the artifact: the callable takes them from `model`, by name, at every call.
+    The callable takes the weights from `model`, by name, at every call.
 
     At every call the guards are checked: of inputs and parameters type, shape, strides, dtype, device and requires_grad; every
     attribute, global and container that the program read; the code of functions that it called; hooks, its own and global ones;
@@ -40,13 +52,17 @@ def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Rep
     Args:
         path: a file that `Artifact.save` wrote.
         model: the module (or function) that it was made from: another instance, its own weights.
+        trusted_keys: whose signature the artifact must have, see `Artifact.save`: secrets (bytes), Ed25519 keys; it is checked
+            before anything else. None takes an unsigned artifact too.
+        weights: copy the weights that the artifact has inside into `model`.
         report: where the load is recorded; a new Report by default.
 
     Returns:
         A Compiled: call it as the model is called. Gradients flow to the model's parameters.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or no weights inside.
+        UntrustedError: none of the trusted keys signed it.
         IntegrityError: the file is not what was written.
         ManifestMismatchError: it was made for something else; names the entries that differ.
         GuardError: raised by calls that the artifact was not made for; names the guard.
@@ -54,10 +70,14 @@ def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Rep
     report = report or Report(parent=current_report())
     started = time.perf_counter()
     with Store(Path(path)) as store:
+        if trusted_keys is not None:
+            check_signature(store.manifest_bytes, store.signature, trusted_keys)
         check_manifest(store.manifest, model)
         payloads = store.payloads()
         manifest = store.manifest
     entries = load_entries(manifest, payloads, model)
+    if weights:
+        read_weights(payloads, model)
     seconds = time.perf_counter() - started
     name = str(values_of(manifest)["model"])
     report.attempt(Attempt("artifact", name, str(values_of(manifest)["compiler"]), "loaded", seconds))
@@ -67,7 +87,12 @@ def load(path: str | os.PathLike[str], model: Callable[..., Any], *, report: Rep
 def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], model: Callable[..., Any]) -> list[Entry]:
     """The entries of an artifact whose digests hold, ready to run."""
     with TemporaryDirectory(prefix="torchspan-") as folder:  # a library may be deleted once it is mapped
-        return [_load_entry(program, payloads, Path(folder), model) for program in manifest["programs"]]
+        try:
+            return [_load_entry(program, payloads, Path(folder), model) for program in manifest["programs"]]
+        except TorchspanError:
+            raise
+        except Exception as cause:  # whatever a value leads to that no artifact was written with
+            raise IntegrityError(f"the artifact holds what was never written ({type(cause).__name__}: {cause})") from cause
 
 
 def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folder: Path, model: Callable[..., Any]) -> Entry:

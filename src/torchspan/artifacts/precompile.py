@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
@@ -16,11 +16,16 @@ from torch.fx import GraphModule
 from torchspan.artifacts import _torch
 from torchspan.artifacts._export import Parts, compiler_name, export_entry
 from torchspan.artifacts._manifest import model_entries, platform_entries, write_manifest
+from torchspan.artifacts._sign import sign
 from torchspan.artifacts._store import write_artifact
+from torchspan.artifacts._weights import WEIGHTS, write_weights
 from torchspan.capture.dynamo import Guards, capture_dynamo
 from torchspan.core.errors import CompileError, InputError, TorchspanError
 from torchspan.core.program import Program
 from torchspan.core.report import Attempt, Report, current_report
+
+if TYPE_CHECKING:
+    from torchspan.artifacts._sign import Key
 
 Compiler = Callable[[GraphModule, Sequence[Any]], Any]
 
@@ -123,23 +128,67 @@ class _Checked:
 # artifacts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Artifact:
-    """A compiled program that can be saved: what it stands on (`entries`), its `programs` and their `payloads`; no weights."""
+    """A compiled program that can be saved: what it stands on (`entries`), its `programs` and their `payloads`."""
 
-    entries: Mapping[str, Any]
-    programs: tuple[Mapping[str, Any], ...]
-    payloads: Mapping[str, bytes] = field(repr=False)
+    entries: dict[str, Any]
+    programs: list[Mapping[str, Any]] = field(default_factory=list)
+    payloads: dict[str, bytes] = field(repr=False, default_factory=dict)
     report: Report = field(repr=False, compare=False, default_factory=Report)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the artifact to one file, whole or not at all; an artifact that was there is replaced in one step.
+    def add(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compile for other inputs too: at each call the first entry whose guards hold is taken.
+
+        Args:
+            model: what the artifact was made from, or an equal one (in ``eval()`` after ``train()``, say).
+            args, kwargs: example inputs of another shape, dtype or structure.
 
         Raises:
-            InputError: there is no folder to write into.
+            InputError: the model is another one.
+            CaptureError, UnsupportedError, CompileError: as for `precompile`.
+
+        >>> linear = torch.nn.Linear(2, 3)
+        >>> artifact = precompile(linear, (torch.ones(1, 2),), compiler="eager")
+        >>> artifact.add(linear, (torch.ones(5, 2),))
+        >>> len(artifact.programs)
+        2
         """
-        target = Path(path)
-        write_artifact(target, self.manifest(), self.payloads)
+        program = Program(model, args, dict(kwargs or {}))
+        expected = model_entries(program.target)
+        differ = [name for name, value in expected.items() if self.entries[name] != value]
+        if differ:
+            raise InputError(f"add takes the model that the artifact was made from; this one differs in: {', '.join(differ)}")
+        self._add(program)
+
+    def _add(self, program: Program) -> None:
+        compiler, prefix = self.entries["compiler"], f"entry{len(self.programs)}"
+        started = time.perf_counter()
+        module, _, guards, _ = capture_dynamo(program)
+        captured = time.perf_counter()
+        parts: Parts = _foreign(lambda: export_entry(prefix, module, guards, compiler, self.report), program.name)
+        self.programs.append(parts.program)
+        self.payloads.update(parts.payloads)
+        self.entries["config"] = {
+            **self.entries["config"],
+            prefix: {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
+        }
+        self.entries["rebuild"] = _rebuild(self.entries["rebuild"], program.args)
+        self.report.figure("capture_s", captured - started)
+        self.report.attempt(Attempt("artifact", program.name, compiler, "compiled", time.perf_counter() - started))
+
+    def save(self, path: str | os.PathLike[str], *, key: Key | None = None) -> Path:
+        """Write the artifact to one file, whole or not at all; an artifact that was there is replaced in one step.
+
+        Args:
+            path: the file, such as ``model.tspan``.
+            key: signs it: a secret of at least 16 bytes (HMAC), or an ``Ed25519PrivateKey`` of the package cryptography.
+
+        Raises:
+            InputError: there is no folder to write into, or the key is none.
+        """
+        target, manifest = Path(path), self.manifest()
+        write_artifact(target, manifest, self.payloads, None if key is None else sign(manifest, key))
         return target
 
     def manifest(self) -> bytes:
@@ -153,9 +202,10 @@ def precompile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     compiler: str | Compiler | None = None,
+    weights: bool = False,
     report: Report | None = None,
 ) -> Artifact:
-    """Compile `model` for inputs like `args` into an Artifact, forward and backward; weights stay outside.
+    """Compile `model` for inputs like `args` into an Artifact, forward and backward; weights stay outside unless asked for.
 
     It is compiled for the grad mode of the caller: with gradients on, the forward keeps what the backward needs; it may also be
     called without, if the program does the same in both.
@@ -167,10 +217,11 @@ def precompile(
         compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are
             native, the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is
             native).
+        weights: have the model's parameters and buffers inside too, as safetensors; `torchspan.load` gives them on request.
         report: where decisions and the attempt are recorded; a new Report by default.
 
     Returns:
-        An Artifact; ``save`` it, and `torchspan.load` it in any process of this torch on a machine of this kind.
+        An Artifact; ``add`` other inputs, ``save`` it, and `torchspan.load` it in any process of this torch on such a machine.
 
     Raises:
         CaptureError: the model is not one graph; names the user's file and line.
@@ -181,19 +232,15 @@ def precompile(
     >>> sorted(artifact.payloads)
     ['entry0/guards.json', 'entry0/plan.json']
     """
-    report = report or Report(parent=current_report())
     program = Program(model, args, dict(kwargs or {}))
-    name = compiler_name(compiler)
-    started = time.perf_counter()
-    module, _, guards, _ = capture_dynamo(program)
-    captured = time.perf_counter()
-    parts: Parts = _foreign(lambda: export_entry("entry0", module, guards, name, report), program.name)
-    report.figure("capture_s", captured - started)
-    report.attempt(Attempt("artifact", program.name, name, "compiled", time.perf_counter() - started))
-    return Artifact(_entries(program, name, guards), (parts.program,), parts.payloads, report)
+    artifact = Artifact(_entries(program, compiler_name(compiler)), report=report or Report(parent=current_report()))
+    artifact._add(program)
+    if weights:
+        artifact.payloads[WEIGHTS] = write_weights(program.target)
+    return artifact
 
 
-def _entries(program: Program, compiler: str, guards: Guards) -> dict[str, Any]:
+def _entries(program: Program, compiler: str) -> dict[str, Any]:
     from torchspan import __version__
 
     return {
@@ -202,9 +249,14 @@ def _entries(program: Program, compiler: str, guards: Guards) -> dict[str, Any]:
         "torchspan": __version__,
         "compiler": compiler,
         "passes": [],
-        "config": {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
-        "rebuild": f"torchspan precompile module:factory --inputs '{_inputs_text(program.args)}' --compiler {compiler} -o FILE",
+        "config": {},
+        "rebuild": f"torchspan precompile module:factory --compiler {compiler} -o FILE",
     }
+
+
+def _rebuild(command: str, args: tuple[Any, ...]) -> str:
+    """The command that makes the artifact again, for one entry more."""
+    return command.replace(" --compiler", f" --inputs '{_inputs_text(args)}' --compiler", 1)
 
 
 def _inputs_text(args: tuple[Any, ...]) -> str:

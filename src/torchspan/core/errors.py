@@ -93,6 +93,10 @@ class IntegrityError(ArtifactError):
     """An artifact's bytes are not those that were written."""
 
 
+class UntrustedError(IntegrityError):
+    """An artifact was not signed by a key that is trusted here, or was changed afterwards."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> UnknownNameError:
     """The error for a `name` that no `kind` answers to: the nearest `known` one, and where they are listed."""
     close = difflib.get_close_matches(name, list(known), n=1)
