@@ -301,3 +301,28 @@ def test_code_that_is_wrong_in_what_it_leaves_in_a_cache_only_is_noticed() -> No
     call: Any = (None, (DynamicCache(),), {})
     assert mismatch(right, right, call, is_random=False) is None
     assert "argument" in (mismatch(right, wrong, call, is_random=False) or "")
+
+
+@pytest.mark.once
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_mismatch_and_a_wrong_one_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # the norm takes away what the bias adds
+    call: Any = (model, (numbers(4, 3, 16, 16),), {})
+
+    def plain(target: Any, x: torch.Tensor) -> torch.Tensor:
+        return target(x)
+
+    def otherwise(target: Any, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        conv = target[0]
+        columns = nn.functional.unfold(x, 3).flip(-1)  # summed in another order
+        y = (conv.weight.flatten(1) @ columns).flip(-1).view(4, 8, 14, 14)
+        scaled = conv.bias * factor + (1 - factor) * conv.bias.detach()
+        weight = target[1].weight * factor + (1 - factor) * target[1].weight.detach()
+        normal = nn.functional.batch_norm(
+            y + scaled[:, None, None], target[1].running_mean, target[1].running_var, weight, target[1].bias, training=True
+        )
+        target[1].num_batches_tracked += 1
+        return normal
+
+    assert mismatch(plain, otherwise, call, is_random=False) is None
+    wrong = mismatch(plain, lambda *call: otherwise(*call, factor=0.9), call, is_random=False)
+    assert wrong is not None and wrong.startswith("gradient[2]")
