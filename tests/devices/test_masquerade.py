@@ -154,6 +154,7 @@ def test_a_pickle_and_a_copy_are_the_truth_for_torch_and_load_without_torchspan(
         assert where(copy.deepcopy(x)) == "cuda"
         torch.save(x, tmp_path / "x.pt")
         assert where(torch.load(tmp_path / "x.pt", map_location="cpu")) == "cpu"
+        assert where(torch.load(tmp_path / "x.pt", map_location="cuda")) == "cuda"
         pickled = pickle.dumps(x)
     assert x.device == CPU and not x.is_cuda
     assert pickle.loads(pickled).device == torch.load(tmp_path / "x.pt").device == CPU

@@ -347,3 +347,33 @@ def test_types_of_tensors_of_cuda_make_and_convert(redirected: Report) -> None:
     assert x.type(torch.cuda.HalfTensor).dtype is torch.float16 and x.type(torch.FloatTensor).data_ptr() != x.data_ptr()
     assert pickle.loads(pickle.dumps(torch.cuda.FloatTensor)) is torch.cuda.FloatTensor
     assert torch.ones(2).type_as(x).data_ptr() != x.data_ptr() and x.type_as(x) is x
+
+
+def test_lazy_modules_are_made_and_moved_there(redirected: Report) -> None:
+    assert torch.nn.LazyLinear(2, device="cuda")(torch.ones(1, 3, device="cuda")).shape == (1, 2)
+    assert torch.nn.LazyLinear(2).cuda().to("cuda")(torch.ones(1, 3).cuda()).shape == (1, 2)
+
+
+def test_a_kernel_may_be_registered_by_its_full_name(redirected: Report) -> None:
+    torch.library.define("torchspan_test::doubled", "(Tensor x) -> Tensor")
+    torch.library.impl("torchspan_test::doubled", "cuda", lambda x: x * 2)
+    assert torch.ops.torchspan_test.doubled(torch.ones(2, device="cuda")).tolist() == [2, 2]
+
+
+def test_memory_that_is_not_there_is_the_error_that_programs_for_a_gpu_catch(redirected: Report) -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(1 << 50, device="cuda")
+
+
+def test_blocks_that_name_no_device_and_markers_do_nothing(redirected: Report) -> None:
+    with torch.cuda.device(None), torch.cuda.device(-1), torch.cuda.device("cuda:0"), torch.autograd.profiler.emit_nvtx():
+        assert torch.cuda.current_device() == 0
+    assert torch.backends.cuda.is_built()
+
+
+def test_what_compiled_code_asks_of_the_device_is_answered(redirected: Report) -> None:
+    @torch.compile(backend="eager")
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch.cuda.get_device_capability()[0] >= 7 else x
+
+    assert function(torch.ones(2, device="cuda")).tolist() == [2, 2]

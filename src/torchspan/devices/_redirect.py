@@ -32,6 +32,7 @@ comptime: Any = None
 _DEVICE = torch.device
 _DEVICE_OF = torch._C.TensorBase.device.__get__
 NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+_NO_STORAGE = (RuntimeError, NotImplementedError, ValueError)  # of what is sparse, functorch's, or a lazy module's
 _MARKED = (torch.Tensor, torch.nn.Parameter)
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
@@ -162,7 +163,7 @@ class Redirection:
                 storage._torchspan_placed = True
                 if self.masquerade:  # a decomposition in torch's Python code may have made it by a call without a device
                     vars(storage).pop("_torchspan_host", None)
-            except (RuntimeError, NotImplementedError):
+            except _NO_STORAGE:
                 return tensor  # sparse tensors and functorch's have no storage: a later move copies more than it had to
         return tensor
 
@@ -170,7 +171,7 @@ class Redirection:
         """Whether the program is known to have placed this tensor on the device it asked for."""
         try:
             return hasattr(tensor.untyped_storage(), "_torchspan_placed")
-        except (RuntimeError, NotImplementedError):
+        except _NO_STORAGE:
             return False
 
     def may_be_placed(self, tensor: Any) -> bool:
@@ -179,7 +180,7 @@ class Redirection:
             return False
         try:
             return not hasattr(tensor.untyped_storage(), "_torchspan_host")
-        except (RuntimeError, NotImplementedError):
+        except _NO_STORAGE:
             return False
 
     def mark_host(self, made: Any) -> Any:
@@ -188,7 +189,7 @@ class Redirection:
             return made
         try:
             marks: Any = made.untyped_storage() if isinstance(made, torch.Tensor) else getattr(made, "_untyped_storage", made)
-        except (RuntimeError, NotImplementedError):
+        except _NO_STORAGE:
             return made  # no storage: it is taken to be on the device
         if not hasattr(marks, "_torchspan_placed"):
             marks._torchspan_host = True
@@ -202,7 +203,7 @@ class Redirection:
                 return None
             try:
                 marks = holder.untyped_storage()
-            except (RuntimeError, NotImplementedError):
+            except _NO_STORAGE:
                 return self.ordinal()
         marks = getattr(marks, "_untyped_storage", marks)  # of a typed one
         return None if hasattr(marks, "_torchspan_host") else self.ordinal()

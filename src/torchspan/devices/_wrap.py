@@ -172,7 +172,12 @@ def _place(
     redirection.note(name, device)
     if "dtype" in kwargs:
         kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
-    tensor = old(*args, **kwargs)
+    try:
+        tensor = old(*args, **kwargs)
+    except RuntimeError as cause:
+        if "allocate memory" not in str(cause):
+            raise
+        raise torch.OutOfMemoryError(f"{cause}") from cause  # what a program for a GPU catches
     if is_view and target.type == "cpu" and not _is_placed(redirection, args, kwargs):
         tensor = tensor.clone() if tensor.is_leaf and not tensor.requires_grad else tensor.to(tensor.device, copy=True)
     return redirection.mark(tensor)

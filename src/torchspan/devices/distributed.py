@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
 
+import torch
+
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -105,6 +107,8 @@ def _fsdp(redirection: Redirection, old: Any) -> Function:
         if redirection.lookup(kwargs.get("device_id")) is not None:
             redirection.note("FullyShardedDataParallel(device_id)", kwargs["device_id"])
             kwargs["device_id"] = None
+        if redirection.target == "cpu" and kwargs.get("device_id") is None:
+            kwargs["device_id"] = torch.device("cpu")  # it takes the CPU where it is named, not where there is nothing else
         old(self, *args, **kwargs)
 
     return init

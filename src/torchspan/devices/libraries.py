@@ -24,7 +24,7 @@ def _impl(redirection: Redirection, old: Any) -> Function:
 
     @wraps(old)
     def impl(self: Any, op_name: Any, fn: Any, dispatch_key: str = "", *args: Any, **kwargs: Any) -> Any:
-        name = op_name if isinstance(op_name, str) else op_name._schema.name.partition("::")[2]
+        name = (op_name if isinstance(op_name, str) else op_name._schema.name).rpartition("::")[2]
         is_own = self.ns != "aten"
         key = dispatch_key or self.dispatch_key
         if key == "CPU" and (self.ns, name) in stand_ins:

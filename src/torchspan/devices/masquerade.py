@@ -202,6 +202,8 @@ def _group(groups: weakref.WeakKeyDictionary[Any, str], name: str, old: Function
     def function(*args: Any, **kwargs: Any) -> Any:
         made = old(*args, **kwargs)
         asked = kwargs.get("backend", args[0] if args and name == "init_process_group" else None)
+        if asked is None and name == "new_group":
+            asked = groups.get(torch.distributed.group.WORLD)  # a new group is of the kind of the default one
         group = torch.distributed.group.WORLD if name == "init_process_group" else made
         if isinstance(asked, str) and asked.lower() == "nccl" and isinstance(group, torch.distributed.ProcessGroup):
             groups[group] = "nccl"

@@ -32,6 +32,13 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield Replacement("movement", "torch.nn.utils.rnn", "PackedSequence.cpu", partial(_packed_cpu, redirection))
     for name in ("to", "cuda"):
         yield Replacement("movement", "torch.nn.modules.module", f"Module.{name}", partial(_module_method, redirection, name))
+    lazy = "UninitializedTensorMixin._allowed_methods"
+    yield Replacement("movement", "torch.nn.parameter", lazy, lambda old: [*old, *_of_lazy_parameters()])
+
+
+def _of_lazy_parameters() -> Iterable[Any]:
+    """What a parameter without a shape allows is a list of the functions themselves: ours too."""
+    return (getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "get_device", "untyped_storage"))
 
 
 def _tensor_method(build: Callable[..., Function], redirection: Redirection, old: Any) -> Function:

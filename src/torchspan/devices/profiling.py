@@ -19,6 +19,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name in ("_KinetoProfile", "profile"):
         yield Replacement("profiling", "torch.profiler.profiler", f"{name}.__init__", partial(_profile, redirection))
     yield Replacement("profiling", "torch.autograd.profiler", "profile.__init__", partial(_old_profile, redirection))
+    yield Replacement("profiling", "torch.autograd.profiler", "emit_nvtx.__init__", partial(_emit, redirection))
     yield from stand_ins("profiling", "torch.cuda.nvtx", _markers())
     yield from stand_ins("profiling", "torch.cuda.profiler", {"start": _nothing, "stop": _nothing, "init": _nothing})
 
@@ -46,6 +47,15 @@ def _old_profile(redirection: Redirection, old: Any) -> Function:
             redirection.note("torch.autograd.profiler.profile(use_device)", kwargs["use_device"], WHY, "left out")
             kwargs["use_device"] = None
         old(self, *args, **kwargs)
+
+    return init
+
+
+def _emit(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def init(self: Any, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
+        redirection.note("torch.autograd.profiler.emit_nvtx", None, WHY, "left out")
+        old(self, False, *args, **kwargs)
 
     return init
 

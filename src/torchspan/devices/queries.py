@@ -59,9 +59,11 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     answers = {"is_available": True, "device_count": redirection.num_devices(), "is_initialized": True}
     for name, answer in answers.items():
         yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
+    if redirection.mode != "strict":
+        yield Redefinition("queries", "torch.backends.cuda", "is_built", partial(unless_torch_asks, lambda: True))
     current = Current()
     for name, function in _properties(redirection).items():
-        yield Redefinition("queries", "torch.cuda", name, partial(unless_torch_asks, function))
+        yield Redefinition("queries", "torch.cuda", name, partial(unless_torch_asks, function, name=name))
     yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
     exchange = partial(_exchange, redirection, current)
     for name, traced in (("_exchange_device", "_exchange_fn"), ("_maybe_exchange_device", "_maybe_exchange_fn")):
@@ -217,7 +219,7 @@ def _exchange(redirection: Redirection, current: Current, old: Function) -> Func
         if _redirect.in_force is not redirection:  # dynamo keeps what it found when it was imported
             return int(old(device))
         before = current.index
-        if device >= 0:
+        if device is not None and device >= 0:  # None where torch was asked for the current one
             current.index = redirection.index(device)
         return before
 

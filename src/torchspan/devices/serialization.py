@@ -26,7 +26,9 @@ def _restore(redirection: Redirection, old: Function) -> Function:
         redirection.note("torch.load, storage at", location)
         restored: Any = old(storage, str(target))
         if redirection.target == "cpu":
-            getattr(restored, "_untyped_storage", restored)._torchspan_placed = True
+            marks = getattr(restored, "_untyped_storage", restored)
+            marks._torchspan_placed = True
+            vars(marks).pop("_torchspan_host", None)
         return restored
 
     return default_restore_location
