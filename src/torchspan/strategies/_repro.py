@@ -78,7 +78,8 @@ def write_repro(
         raise InputError(f"no folder can be made at {str(target)!r}: {cause}") from cause
     found: dict[str, Any] = {}
     if ending.outcome in TRIED:
-        search = _Search(payload, str(target), ending.outcome, min(MAX_TRY_S, max(2.0, 1.5 * ending.seconds)))
+        share = 1.0 if ending.outcome == "timeout" else 1.5  # a graph alone takes no longer than all of it did
+        search = _Search(payload, str(target), ending.outcome, min(MAX_TRY_S, max(2.0, share * ending.seconds)))
         run_bounded(Job("torchspan.strategies._repro:search_graph", pickle.dumps(search)), budget or DEFAULT_BUDGET)
         found = _read(target / "graph.json")  # also of a search that ran out of its budget
     if not found:
@@ -244,11 +245,12 @@ def _end(pid: int) -> int:
 
 
 _TEMPLATE = '''\
-"""A compile that goes wrong: {outcome}. Run it with "python repro.py"; about.json says on what and how it was seen."""
+"""A compile that goes wrong: {outcome}. Run it with "{command}"; about.json says on what and how it was seen."""
 
 from __future__ import annotations
 
 import faulthandler
+import sys
 from math import inf, nan
 
 import torch
@@ -277,6 +279,17 @@ if __name__ == "__main__":
 '''
 
 
+_WATCH = """\
+torch.compile(torch.sin, backend="eager")(torch.ones(1))  # what dynamo imports is no part of the hang
+limit_s = float(sys.argv[1]) if sys.argv[1:] else {default_s}
+faulthandler.dump_traceback_later(limit_s, exit=True)  # ends it, and shows where it hangs
+"""
+
+
+def _command(outcome: str) -> str:
+    return "python repro.py [seconds]" if outcome == "timeout" else "python repro.py"
+
+
 def _write_graph(
     folder: Path, graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, outcome: str, num_before: int
 ) -> None:
@@ -284,14 +297,14 @@ def _write_graph(
     arguments = [f"backend={backend}", f"fullgraph={task.settings.fullgraph}", f"dynamic={bool(task.settings.dynamic)}"]
     arguments += [f"mode={task.settings.mode!r}"] if task.settings.mode else []
     arguments += [f"options={dict(task.settings.options)!r}"] if task.settings.options else []
-    watch = f"    faulthandler.dump_traceback_later({HANG_S}, exit=True)  # it hung: this shows where\n"
     text = _TEMPLATE.format(
         outcome=outcome,
+        command=_command(outcome),
         imports=imports,
         configs=_torch.config_code(),
         module=_torch.module_code(graph),
         inputs="\n".join(f"    {_input_code(one)}," for one in inputs),
-        watch=watch if outcome == "timeout" else "",
+        watch=textwrap.indent(_WATCH.format(default_s=HANG_S), "    ") if outcome == "timeout" else "",
         arguments=", ".join(arguments),
     )
     part = folder / "repro.part"
@@ -340,10 +353,16 @@ def _source(function: Callable[..., Any]) -> str | None:
 
 
 _PROGRAM = '''\
-"""A compile that goes wrong: {outcome}. It needs torch, torchspan and cloudpickle; about.json says how it was seen."""
+"""A compile that goes wrong: {outcome}. Run it with "{command}"; about.json says on what and how it was seen.
+
+It needs torch, torchspan and cloudpickle.
+"""
 
 import faulthandler
 import pathlib
+import sys
+
+import torch
 
 from torchspan.strategies import run_task
 
@@ -354,9 +373,13 @@ print("compiled: nothing went wrong")
 
 
 def _write_program(folder: Path, payload: bytes, ending: Ending) -> None:
-    watch = f"faulthandler.dump_traceback_later({HANG_S}, exit=True)\n" if ending.outcome == "timeout" else ""
-    (folder / "program.pickle").write_bytes(payload)
-    (folder / "repro.py").write_text(_PROGRAM.format(outcome=ending.outcome, watch=watch))
+    watch = _WATCH.format(default_s=HANG_S) if ending.outcome == "timeout" else ""
+    try:
+        content = _transport.dumps(_transport.loads(payload), is_for_elsewhere=True)
+    except InputError:  # what the program's own modules hold cannot be copied: it needs them beside it
+        content = payload
+    (folder / "program.pickle").write_bytes(content)
+    (folder / "repro.py").write_text(_PROGRAM.format(outcome=ending.outcome, command=_command(ending.outcome), watch=watch))
 
 
 def run_task(payload: bytes) -> None:

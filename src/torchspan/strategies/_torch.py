@@ -356,6 +356,28 @@ def watching_compiler(
         yield
 
 
+@contextmanager
+def around_compiles(on_start: Callable[[], None], on_end: Callable[[], None]) -> Iterator[None]:
+    """Call back when dynamo begins a compile and when it is done, in its thread; one inside another is a part of it."""
+    from torch._dynamo.callback import callback_handler
+
+    start = callback_handler.register_start_callback(lambda of: on_start())
+    end = callback_handler.register_end_callback(lambda of: on_end())
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+
+
+def traced_line() -> str | None:
+    """The user's ``file:line`` that dynamo traces in this thread."""
+    from torch._guards import TracingContext
+
+    stack = TracingContext.extract_stack() if TracingContext.try_get() else []
+    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else None
+
+
 def _compile_id() -> str:
     """Which compile is under way: dynamo's number of the frame, and how often that was compiled before."""
     from torch._guards import CompileContext

@@ -13,23 +13,27 @@ import io
 import os
 import pickle
 import sys
+import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import torch
 
 from torchspan.core.errors import InputError
+from torchspan.core.numerics import blank_storage
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class _Pickler(cloudpickle.Pickler):
-    def __init__(self, file: io.BytesIO, keep_values: bool) -> None:
+    def __init__(self, file: io.BytesIO, keep_values: bool, has_module: Callable[[types.ModuleType], bool]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._has_module = has_module
         self._keep_values = keep_values
         self.storages: dict[int, tuple[int, str, bytes | None]] = {}
         self.by_value: list[types.ModuleType] = []
@@ -81,11 +85,11 @@ class _Pickler(cloudpickle.Pickler):
         module = sys.modules.get(name)
         if module is None or name == "__main__" or vars(module) is not function.__globals__:
             return False
-        return self._importable.setdefault(name, module not in self.by_value and is_importable(module))
+        return self._importable.setdefault(name, module not in self.by_value and self._has_module(module))
 
     def _note_module(self, name: str | None) -> None:
         module = sys.modules.get(name or "")
-        if module is None or name == "__main__" or module in self.by_value or is_importable(module):
+        if module is None or name == "__main__" or module in self.by_value or self._has_module(module):
             return
         cloudpickle.register_pickle_by_value(module)
         self.by_value.append(module)
@@ -155,19 +159,24 @@ class _Unpickler(pickle.Unpickler):
             num_bytes, device, content = self._described[key]
             if content:
                 bytes_ = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
-            else:  # calloc gives pages that take memory only once they are written: weights cost nothing
+            elif device == "cpu":  # weights cost nothing until they are written to
+                self._built[key] = blank_storage(num_bytes)
+                return self._built[key]
+            else:
                 bytes_ = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
             self._built[key] = bytes_.untyped_storage()
         return self._built[key]
 
 
-def dumps(value: object, *, keep_values: bool = False) -> bytes:
+def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = False) -> bytes:
     """`value` as bytes, tensors described; with `keep_values` every tensor travels whole.
+
+    With `is_for_elsewhere` the other process has installed packages only, not what lies beside the program.
 
     Raises InputError, naming the cause, for what cannot be sent.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file, keep_values)
+    pickler = _Pickler(file, keep_values, _is_installed if is_for_elsewhere else is_importable)
     with _by_value(pickler.by_value), torch.no_grad():
         try:
             pickler.dump(value)
@@ -198,6 +207,16 @@ def is_importable(module: types.ModuleType) -> bool:
             return False
         path = spec.submodule_search_locations
     return spec is not None and spec.origin is not None and os.path.realpath(spec.origin) == os.path.realpath(file)
+
+
+def _is_installed(module: types.ModuleType) -> bool:
+    """Whether this very module is of Python's library, of a package that is installed, or ours."""
+    file = getattr(module, "__file__", None)
+    if file is None or not is_importable(module):
+        return is_importable(module)
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    roots = [*installed, os.path.dirname(torch.__file__), str(Path(__file__).parents[1])]
+    return any(Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)) for root in roots)
 
 
 @contextmanager
