@@ -147,6 +147,26 @@ end_servers()
 print(json.dumps({"seconds": max(one.seconds for one in timeouts), "bytes": eaten.peak_bytes}))
 """
 
+WEIGHTS = """
+import json, os, psutil
+import torch
+from torchspan.strategies import Budget, compile_bounded, end_servers
+
+rows = int(os.environ["ROWS"])
+model = torch.nn.Sequential(torch.nn.Embedding(rows, 1024), torch.nn.Linear(1024, 16))
+tokens = torch.randint(0, 256, (4, 16))
+bounded = compile_bounded(model, strategy="whole", wait=True, budget=Budget(600))
+with torch.no_grad():
+    model(tokens)
+    before = psutil.Process().memory_info().rss
+    bounded(tokens)
+(attempt,) = bounded.report.attempts
+assert attempt.outcome == "compiled", attempt
+after = psutil.Process().memory_info().rss
+end_servers()
+print(json.dumps({"child": attempt.peak_bytes, "pair": attempt.peak_bytes + after - before}))
+"""
+
 
 def run_code(code: str, **environ: str) -> dict[str, Any]:
     """What `code` prints, run in a fresh process with an empty cache."""
@@ -172,7 +192,7 @@ def main() -> None:
     few, many = run("per_block+caches", options.few, warm=True), run("per_block+caches", options.blocks, warm=True)
     whole = run("whole+artifact", options.few, warm=True)
     first, first_eager = run("per_block+caches", options.blocks), run("eager", options.blocks)
-    limits = run_code(LIMITS)
+    limits, light, heavy = run_code(LIMITS), run_code(WEIGHTS, ROWS="256"), run_code(WEIGHTS, ROWS=str(2**18))
     deep, shallow = f"{options.blocks} blocks", f"{options.blocks} over {options.few} blocks"
     peak, start = f"{many['peak_bytes'] / 2**20:.0f} MiB", f"{many['start_s']:.1f} s"
     note = f"{options.mode}, dim {options.dim}; peak of the child {peak}; its start {start}"
@@ -186,6 +206,9 @@ def main() -> None:
         harness.Row("stall at the swap, artifact over caches", whole["swap_stall_s"], few["swap_stall_s"]),
         harness.Row("ended after, over a budget of 3 s", limits["seconds"], 3.0, goal=4 / 3, note="worst of 3 that hang"),
         harness.Row("most memory over a limit of 2 GiB", limits["bytes"], 2 * 2**30, unit="B", goal=1.05),
+        harness.Row(
+            "extra memory of both processes, 1 GiB of weights over 1 MiB", heavy["pair"], light["pair"], unit="B", goal=1.1
+        ),
     ]
     harness.write("bounded_compile", rows, options.out)
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from torchspan.core.errors import UnsupportedError
+from torchspan.core.memory import blank_storage
 
 # compiling in this process, by AOTAutograd
 
@@ -204,4 +205,8 @@ def _example(value: Any) -> torch.Tensor:
     """A real tensor of the shape, strides, dtype and device that a fake one has."""
     if not isinstance(value, torch.Tensor):
         raise UnsupportedError(f"an artifact's graphs take tensors, not {type(value).__name__} ({value})")
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).zero_()
+    if not value.numel():
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    last = sum((size - 1) * stride for size, stride in zip(value.size(), value.stride(), strict=True))
+    storage = blank_storage((last + 1) * value.element_size())
+    return torch.empty(0, dtype=value.dtype).set_(storage, 0, value.size(), value.stride())

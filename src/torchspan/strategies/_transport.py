@@ -24,7 +24,7 @@ import cloudpickle  # type: ignore[import-untyped]
 import torch
 
 from torchspan.core.errors import InputError
-from torchspan.core.numerics import blank_storage
+from torchspan.core.memory import blank_storage
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -158,13 +158,11 @@ class _Unpickler(pickle.Unpickler):
         if key not in self._built:
             num_bytes, device, content = self._described[key]
             if content:
-                bytes_ = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
-            elif device == "cpu":  # weights cost nothing until they are written to
+                self._built[key] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device).untyped_storage()
+            elif device == "cpu":
                 self._built[key] = blank_storage(num_bytes)
-                return self._built[key]
             else:
-                bytes_ = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-            self._built[key] = bytes_.untyped_storage()
+                self._built[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device).untyped_storage()
         return self._built[key]
 
 
