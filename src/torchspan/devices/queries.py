@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import Function, named_like, stand_ins, unless_torch_asks
+from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -67,9 +67,9 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
     exchange = partial(_exchange, redirection, current)
     for name, traced in (("_exchange_device", "_exchange_fn"), ("_maybe_exchange_device", "_maybe_exchange_fn")):
-        yield Replacement("queries", "torch.cuda", name, exchange)
+        yield Replacement("queries", "torch.cuda", name, partial(exchange, name=name))
         for variable in ("CUDADeviceVariable", "AcceleratorDeviceIndexVariable"):
-            yield Replacement("queries", CONTEXTS, f"{variable}.{traced}", partial(_static, exchange))
+            yield Replacement("queries", CONTEXTS, f"{variable}.{traced}", partial(_static, partial(exchange, name=name)))
     yield Replacement("queries", "torch.cuda", "device_of.__init__", partial(_device_of))
 
 
@@ -212,7 +212,7 @@ class CudaRuntime:
         return memory.available, memory.total
 
 
-def _exchange(redirection: Redirection, current: Current, old: Function) -> Function:
+def _exchange(redirection: Redirection, current: Current, old: Function, *, name: str) -> Function:
     """Make a device the current one, unless it is negative; gives the index that was current."""
 
     def exchange(device: int) -> int:
@@ -223,7 +223,8 @@ def _exchange(redirection: Redirection, current: Current, old: Function) -> Func
             current.index = redirection.index(device)
         return before
 
-    return named_like(exchange, old, "torch.cuda")
+    exchange.__module__, exchange.__name__, exchange.__qualname__ = "torch.cuda", name, name  # by which graphs find it
+    return exchange
 
 
 def _static(build: Callable[[Function], Function], old: Any) -> Any:
