@@ -104,7 +104,6 @@ def profile_region(payload: bytes) -> bytes:
 def _begin(payload: bytes) -> Task:
     task: Task = _transport.loads(payload)
     _collected.register(task.target)
-    _collected.register(task.target)
     _ambient.restore(task.ambient)
     if task.settings.is_inductor:
         check_compiler()
