@@ -48,8 +48,8 @@ def failed(program: Callable[..., Any], inputs: tuple[torch.Tensor, ...], **argu
 
 
 def test_a_hang_leaves_a_program_that_hangs_alike_and_shows_where(run_python: RunPython, tmp_path: Path) -> None:
-    seen = failed(step, (torch.ones(3, 5), torch.ones(5)), backend=hangs_at_sin, budget=Budget(seconds=3))
-    made = write_repro(seen.payload, seen.settings, seen.ending, tmp_path / "out", budget=Budget(seconds=8))
+    seen = failed(step, (torch.ones(3, 5), torch.ones(5)), backend=hangs_at_sin, budget=Budget(seconds=4))
+    made = write_repro(seen.payload, seen.settings, seen.ending, tmp_path / "out", budget=Budget(seconds=10))
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert (made.kind, about["outcome"], about["versions"]["torch"]) == ("graph", "timeout", torch.__version__)
     assert "in hangs_at_sin" in about["stack"] and about["settings"]["backend"] == "hangs_at_sin"
@@ -71,7 +71,7 @@ def test_a_program_that_fails_in_no_graph_is_pickled_and_fails_alike_in_a_fresh_
 
 
 EXPLAINED = """\
-    import ctypes, time
+    import time
     import torch
 
     @torch.compiler.assume_constant_result
@@ -91,13 +91,13 @@ EXPLAINED = """\
 """
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(1000)", pytest.param("ctypes.PyDLL(None).sleep(1000)", marks=pytest.mark.once)])
+@pytest.mark.parametrize("hang", ["time.sleep(1000)", pytest.param("sum(range(10**13))", marks=pytest.mark.once)])
 def test_explain_ends_a_compile_that_hangs_and_says_where(hang: str, run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(EXPLAINED.format(hang=hang)))
     arguments = ("-m", "torchspan", "explain", "--json", "--seconds", "3", "program.py")
     done = run_python(None, *arguments, expect=1, timeout=120)
     assert "swallowed" not in done.stdout and "in constant" in done.stderr
-    if "ctypes" in hang:  # nothing but the end of the process helps
+    if "sum" in hang:  # C code that holds the GIL and looks for no signal: nothing but the end of the process helps
         assert "Timeout (0:00:06)!" in done.stderr
         return
     (hung,) = json.loads(done.stdout)["hung"]
