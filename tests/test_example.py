@@ -75,3 +75,12 @@ def test_it_trains_unmodified_and_ends_with_what_was_changed(run_python, tmp_pat
     for words in ("redirected", "compile attempt", "first step wait"):
         assert words in done.stderr
     assert ("backported" in done.stderr) == bool(backported)
+
+
+@pytest.mark.once
+def test_the_walk_through_shows_graphs_and_loads_in_a_process_that_compiles_nothing(run_python) -> None:
+    shown = run_python(None, str(EXAMPLES / "precompile_walkthrough.py")).stdout
+    assert "torch.ops.aten.native_layer_norm_backward.default" in shown
+    assert "== gradients equal eager's: True" in shown
+    assert "== another shape: the graph of Classifier is not for this call: " in shown
+    assert "== fresh process: equal to eager; dynamo was imported: False" in shown
