@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], s
     if not path.parent.is_dir():
         raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
     last = {} if signature is None else {SIGNATURE: signature}
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    name = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with name.open("xb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for member, data in {MANIFEST: manifest, **payloads, **last}.items():
                     archive.writestr(zipfile.ZipInfo(member, _TIME), data)
@@ -41,7 +41,7 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], s
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
