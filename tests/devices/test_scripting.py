@@ -9,7 +9,7 @@ import torch
 
 from torchspan.core.report import Report
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # torch deprecates it; programs use it still
 
 
 def moves(x: torch.Tensor) -> torch.Tensor:
