@@ -182,7 +182,7 @@ def run_code(code: str, **environ: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and write."""
-    options = harness.arguments(__doc__ or "", blocks=32, few=4, dim=512, mode="training")
+    options = harness.arguments(__doc__ or "", blocks=32, few=4, dim=256, mode="training")
 
     def run(side: str, blocks: int, *, warm: bool = False) -> dict[str, Any]:
         sizes = {"BLOCKS": str(blocks), "DIM": str(options.dim), "MODE": options.mode}
