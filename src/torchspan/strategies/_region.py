@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchspan.core.errors import CaptureError, GuardError, InputError, TorchspanError
-from torchspan.core.numerics import tensors
 from torchspan.core.report import log
 from torchspan.strategies import _ambient, _ledger, _torch, _transport, _verify, _watch
 from torchspan.strategies._base import Part
@@ -197,7 +196,8 @@ class Region:
         return [*self._generations.values(), *(one for alike in self._families.values() for one in alike.generations)]
 
     def _start(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        why_not = refusal(gpu_of(args, kwargs), self._plan.settings)
+        gpu = gpu_of(args, kwargs)
+        why_not = refusal(gpu, self._plan.settings)
         if why_not is not None:
             self._give_up(generation, Ending("skipped", 0.0, cause=why_not))
             return
@@ -208,7 +208,7 @@ class Region:
             return
         work = threading.Thread(
             target=self._work,
-            args=(generation, target, payload, _is_on_accelerator(args)),
+            args=(generation, target, payload, gpu.kind != "cpu"),
             name=_THREAD,
             daemon=True,
         )
@@ -258,7 +258,8 @@ class Region:
             self._give_up(generation, failed)
             return
         self._note_caches(filled)
-        damaged = [] if filled.artifact is not None else _ledger.check(_torch.cache_folder(), filled.kept.files)
+        to_load = {} if filled.artifact is not None else filled.kept.files
+        damaged = _ledger.check(_torch.cache_folder(), to_load) if to_load else []
         if damaged:
             told = f"{_ledger.DAMAGED} {', '.join(damaged)}"
             ending = replace(ending, outcome="failed", cause=told, where="before loading")
@@ -521,10 +522,6 @@ def prepare_to_load(isas: Mapping[str, bool]) -> None:
 def known_isas_here() -> dict[str, bool]:
     """What children found of this machine's vector instructions."""
     return _isas
-
-
-def _is_on_accelerator(args: tuple[Any, ...]) -> bool:
-    return any(one.device.type not in ("cpu", "meta") for one in tensors(args))
 
 
 @contextmanager
