@@ -345,7 +345,7 @@ def test_a_program_with_a_graph_break_comes_back_through_the_caches(until: Wait)
 
     import torch._dynamo
 
-    compiled = compile_bounded(broken, budget=SOON)
+    compiled = compile_bounded(broken, budget=SOON, handback="artifact")
     x = torch.randn(8)
     until(lambda: "swap_stall_s" in compiled.report.figures, lambda: compiled(x))
     assert difference(compiled(x), broken(x)) is None

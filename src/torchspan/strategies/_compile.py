@@ -60,7 +60,8 @@ def compile_bounded(
     error; by default where that is a terminal.
 
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
-    artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` decides by region.
+    artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` takes an artifact for a whole
+    program that is called without gradients.
     `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. With ``dynamic=None`` the first call's
     sizes are compiled as they are; when a call differs in sizes only, those that differ are compiled as symbols, once for all
     sizes (a Decision says which), in a child and within the budget like everything. A module comes back as a module of the

@@ -1,6 +1,6 @@
 """How compiled code comes from the child to the caller's process, which only loads.
 
-Two ways, in order of preference::
+Two ways::
 
     artifact   the child leaves a file that loads without tracing
     caches     the child fills torch's caches; here dynamo traces again (its bytecode and guards belong to a process) and
