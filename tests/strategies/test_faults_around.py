@@ -246,7 +246,10 @@ def test_no_process_outlives_a_program_that_is_killed_and_a_deleted_script_compi
 
 def is_running(pid: int) -> bool:
     """Whether there is such a process, and it has not ended."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # forks and copies
