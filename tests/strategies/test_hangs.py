@@ -16,6 +16,8 @@ import torch
 import torchspan
 from torchspan.strategies import Budget, Finished, watching, write_repro
 
+pytestmark = pytest.mark.once  # minutes a torch
+
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -16,6 +16,8 @@ from torchspan.core.errors import InputError
 from torchspan.strategies import Budget, Ending, write_repro
 from torchspan.strategies._settings import Settings
 
+pytestmark = pytest.mark.once  # minutes a torch
+
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 FAILING = """\
