@@ -27,7 +27,8 @@ from torch import nn
 
 import torchspan
 from torchspan.core.report import Report
-from torchspan.strategies import Budget, report_of
+from torchspan.strategies import Budget, Job, report_of, run_bounded
+from torchspan.strategies._transport import dumps
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo, after a break
 OVERSHOOT_S = 1.0
@@ -384,6 +385,14 @@ class Run:
         limit = fault.budget.limit_bytes or 0
         for one in attempts:
             assert one.seconds <= fault.budget.seconds + OVERSHOOT_S and (one.peak_bytes or 0) <= 1.05 * limit, one
+
+
+@pytest.fixture(autouse=True)
+def warm() -> None:
+    """A compile server that is ready: one that was idle has ended, and starting another is not what the limits here are for."""
+    assert (
+        run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (-1,)))), Budget(600)).outcome == "compiled"
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
