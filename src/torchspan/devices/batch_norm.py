@@ -27,25 +27,42 @@ def _forward(redirection: Redirection, old: Any) -> Function:
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         redirection.note("SyncBatchNorm", None, "its kernels are for GPUs: computed with the target's own and all-reduce")
-        group = self.process_group or torch.distributed.group.WORLD
-        is_shared = self.training and torch.distributed.is_initialized() and torch.distributed.get_world_size(group) > 1
-        return _over_ranks(self, input, group) if is_shared else torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+        distributed = torch.distributed
+        is_shared = self.training and distributed.is_initialized() and distributed.get_world_size(self.process_group) > 1
+        return _over_ranks(self, input) if is_shared else torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
 
     return forward
 
 
-def _over_ranks(module: Any, input: torch.Tensor, group: Any) -> torch.Tensor:
-    """Normalise by the mean and the variance over the batches of all ranks, which may differ in size."""
-    from torch.distributed.nn.functional import all_reduce  # gives gradients back to every rank
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, whose gradient is the sum of theirs; no graph keeps a destroyed process group alive."""
 
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, module: Any) -> torch.Tensor:
+        ctx.module = module
+        return _summed(values, module)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _summed(grad, ctx.module), None
+
+
+def _summed(values: torch.Tensor, module: Any) -> torch.Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=module.process_group)
+    return total
+
+
+def _over_ranks(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """Normalise by the mean and the variance over the batches of all ranks, which may differ in size."""
     dims = [0, *range(2, input.dim())]
     shape = [1, -1, *[1] * (input.dim() - 2)]
     values = input.float()
     count = values.new_full((1,), values.numel() / values.shape[1])
-    totals = all_reduce(torch.cat([values.sum(dims), count]), group=group)
+    totals = _Sum.apply(torch.cat([values.sum(dims), count]), module)
     count, mean = totals[-1].detach(), totals[:-1] / totals[-1].detach()
     centred = values - mean.view(shape)
-    variance = all_reduce(centred.square().sum(dims), group=group) / count
+    variance = _Sum.apply(centred.square().sum(dims), module) / count
     _update(module, mean.detach(), variance.detach() * count / (count - 1))
     output = centred * torch.rsqrt(variance + module.eps).view(shape)
     if module.affine:
