@@ -28,7 +28,7 @@ LIMIT_VARIABLE = "TORCHSPAN_CACHE_LIMIT"
 DEFAULT_LIMIT = "16GiB"
 DAMAGED = "the cache entry was damaged, and was removed:"
 _FOLDER = "torchspan"
-_OPENED = ("open", "import", "ctypes.dlopen")
+_PATH_AT = {"open": 0, "ctypes.dlopen": 0, "import": 1, "os.rename": 1}  # audit events, and which argument is the file
 
 
 class CorruptEntryError(OSError):
@@ -58,9 +58,9 @@ class _Watch:
 
     def saw(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit event of Python's."""
-        if self._is_busy or event not in (*_OPENED, "os.rename"):
+        if self._is_busy or event not in _PATH_AT:
             return
-        opened = arguments[0 if event in ("open", "ctypes.dlopen") else 1]
+        opened = arguments[_PATH_AT[event]]
         if not isinstance(opened, (str, os.PathLike)):
             return
         path = os.path.abspath(os.fspath(opened))
@@ -138,9 +138,10 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 def check(folder: Path, files: Mapping[str, str]) -> list[str]:
     """Remove those of `files` that are not what was written, and give their names; entries that were made anew may differ."""
-    damaged = [name for name, wanted in files.items() if _digest_if_there(folder / name) != wanted]
-    known = _noted(folder) if damaged else {}
-    damaged = [name for name in damaged if _digest_if_there(folder / name) not in known.get(name, ())]
+    found = {name: _digest_if_there(folder / name) for name in files}
+    differ = [name for name, wanted in files.items() if found[name] != wanted]
+    known = _noted(folder) if differ else {}
+    damaged = [name for name in differ if found[name] not in known.get(name, ())]
     for name in damaged:
         (folder / name).unlink(missing_ok=True)
     return damaged

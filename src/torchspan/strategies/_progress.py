@@ -101,7 +101,8 @@ class _Follower:
             self._phase = self._open[-1][1] if self._open else self._phase
 
     def used(self, folder: Path) -> int:
-        """The bytes of the compile process and all below it."""
+        """The bytes of the compile process and all below it, as last seen."""
         used = folder / "used"
-        self._used = int((used.read_text() if used.exists() else "") or self._used)  # it may be just being written
+        text = used.read_text() if used.exists() else ""  # it may be just being written
+        self._used = int(text or 0) or self._used  # none any more: it has ended
         return self._used

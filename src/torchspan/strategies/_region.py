@@ -42,7 +42,6 @@ MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
 MAX_STALE = 3
 MAX_DAMAGED = 3
 _JOBS = {True: "torchspan.strategies._worker:compile_region", False: "torchspan.strategies._worker:fill_caches"}
-_THREAD = _watch.COMPILE_THREAD
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a child works for, or did
 _isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any child
 
@@ -52,7 +51,7 @@ def end_compiles(timeout_s: float = 5.0) -> None:
     for generation in tuple(_working):
         generation.end("the program ended first")
     for thread in threading.enumerate():
-        if thread.name == _THREAD:
+        if thread.name == _watch.COMPILE_THREAD:
             thread.join(timeout_s)
 
 
@@ -209,7 +208,7 @@ class Region:
         work = threading.Thread(
             target=self._work,
             args=(generation, target, payload, gpu.kind != "cpu"),
-            name=_THREAD,
+            name=_watch.COMPILE_THREAD,
             daemon=True,
         )
         work.start()

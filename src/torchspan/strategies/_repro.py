@@ -27,7 +27,7 @@ from torchspan.strategies import _ambient, _torch, _transport
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
-from torchspan.strategies._worker import Task, _backward, _begin
+from torchspan.strategies._worker import Task, _backward, _begin, call_task
 
 MAX_TRY_S = 30.0
 HANG_S = 20
@@ -385,5 +385,4 @@ def _write_program(folder: Path, payload: bytes, ending: Ending) -> None:
 def run_task(payload: bytes) -> None:
     """Compile what was pickled for a compile process, in this process and without a budget: for a reproduction."""
     task = _begin(payload)
-    with _ambient.modes(task.ambient):
-        _backward(task.settings.compile(_torch.entry_point(task.is_block))(task.target, *task.args, **task.kwargs))
+    _backward(call_task(task, task.settings.compile(_torch.entry_point(task.is_block))))

@@ -209,9 +209,11 @@ def is_importable(module: types.ModuleType) -> bool:
 
 def _is_installed(module: types.ModuleType) -> bool:
     """Whether this very module is of Python's library, of a package that is installed, or ours."""
+    if not is_importable(module):
+        return False
     file = getattr(module, "__file__", None)
-    if file is None or not is_importable(module):
-        return is_importable(module)
+    if file is None:
+        return True
     installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     roots = [*installed, os.path.dirname(torch.__file__), str(Path(__file__).parents[1])]
     return any(Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)) for root in roots)

@@ -93,11 +93,7 @@ def profile_region(payload: bytes) -> bytes:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
             os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
         isas = dict(task.isas)
-        with _torch.caching(), _torch.known_isas(isas):
-            compiled = task.settings.compile(_torch.entry_point(task.is_block))
-            with _ambient.modes(task.ambient):
-                outputs = compiled(task.target, *task.args, **task.kwargs)
-            _backward(outputs)
+        _compile(task, isas)
     return pickle.dumps(isas)
 
 
@@ -120,16 +116,25 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
     """Compile for the example inputs, and run once: forward, and backward where gradients are wanted."""
     before = _torch.counters()  # an attempt at an artifact was counted too
     refusals: list[str] = []
-    with _torch.caching(), _torch.known_isas(isas), _torch.noting_refusals(refusals):
-        compiled = task.settings.compile(_torch.entry_point(task.is_block))
-        marked = _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims)
-        with _ambient.modes(task.ambient), marked, nesting(task.nested):
-            outputs = compiled(task.target, *task.args, **task.kwargs)
-        _backward(outputs)
+    with _torch.noting_refusals(refusals):
+        _compile(task, isas)
     counted = {name: count - before[name] for name, count in _torch.counters().items()}
     if task.settings.is_inductor:
         _check_saved(counted, refusals)
     return Filled(counted["graphs"], isas, None, why_not)
+
+
+def _compile(task: Task, isas: dict[str, bool]) -> None:
+    """Compile into torch's caches, and run once: forward, and backward where gradients are wanted."""
+    with _torch.caching(), _torch.known_isas(isas):
+        _backward(call_task(task, task.settings.compile(_torch.entry_point(task.is_block))))
+
+
+def call_task(task: Task, entry: Callable[..., Any]) -> Any:
+    """Call `entry` as the task's caller would: with its inputs and modes, its dimensions marked, its classes nested."""
+    marked = _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims)
+    with _ambient.modes(task.ambient), marked, nesting(task.nested):
+        return entry(task.target, *task.args, **task.kwargs)
 
 
 def check_compiler() -> None:
