@@ -23,7 +23,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 import torchspan
-from torchspan.core.config import format_bytes
+from torchspan.core.config import check_folder, format_bytes
 from torchspan.core.errors import InputError, TorchspanError, unknown_name
 from torchspan.core.logs import show_logs
 from torchspan.core.report import Attempt, Decision, Report
@@ -369,9 +369,7 @@ def _compile(options: argparse.Namespace) -> int:
     if options.profile and options.profile.suffix not in (".html", ".json"):
         raise InputError(f"profile {str(options.profile)!r} is of no known kind; expected a name that ends in .html or .json")
     folder = options.repro.absolute() if options.repro else None
-    profile_to = options.profile.absolute() if options.profile else None
-    if profile_to and not profile_to.parent.is_dir():
-        raise InputError(f"no folder {str(options.profile.parent)!r} to write {options.profile.name!r} into; make it first")
+    profile_to = check_folder(options.profile).absolute() if options.profile else None
     finished: list[Finished] = []
     with watching(finished.append):
         code = _run(options)
@@ -445,8 +443,7 @@ def _precompile(options: argparse.Namespace) -> int:
     inputs = [parse_inputs(text) for text in options.inputs]
     key = read_key(options.sign) if options.sign else None
     model = _load_model(options.model)
-    if not options.output.parent.is_dir():
-        raise InputError(f"no folder {str(options.output.parent)!r} to write {options.output.name!r} into; make it first")
+    check_folder(options.output)  # now, not after the compile
     report = Report()
     artifact = precompile(model, inputs[0], compiler=options.compiler, weights=options.weights, report=report)
     for more in inputs[1:]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchspan.artifacts._manifest import mismatches, platform_entries, values_of
-from torchspan.artifacts._sign import check
+from torchspan.artifacts._sign import check, signer
 from torchspan.artifacts._store import Store
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "digests": {name: entry["digest"] for name, entry in manifest["entries"].items()},
         "payloads": manifest["payloads"],
         "programs": manifest["programs"],
-        "signed_by": _signer(signature),
+        "signed_by": signer(signature),
     }
 
 
@@ -54,7 +53,7 @@ def verify(path: str | os.PathLike[str], trusted_keys: Sequence[Key] | None = No
         manifest, signature = store.manifest, store.signature
     return {
         "path": str(path),
-        "signed_by": _signer(signature),
+        "signed_by": signer(signature),
         "payloads": len(payloads),
         "bytes": sum(map(len, payloads.values())),
         "differs": mismatches(manifest, platform_entries()),
@@ -81,14 +80,3 @@ def _digests(described: Mapping[str, Any]) -> dict[str, str]:
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
     names = dict.fromkeys([*one, *other])
     return {name: [one.get(name), other.get(name)] for name in names if one.get(name) != other.get(name)}
-
-
-def _signer(signature: bytes | None) -> str | None:
-    """Who a signature says it is of; whether it holds, only a key can tell."""
-    if signature is None:
-        return None
-    try:
-        told = json.loads(signature)
-        return f"{told['kind']} {told['key']}"[:80]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "a signature that cannot be read"

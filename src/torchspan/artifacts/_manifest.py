@@ -15,6 +15,7 @@ import torch
 from torchspan.artifacts._code import digest_class, digest_function
 from torchspan.artifacts._values import name_of
 from torchspan.core.errors import IntegrityError, ManifestMismatchError
+from torchspan.environment.facts import installed_version
 
 FORMAT = 1
 
@@ -39,20 +40,11 @@ def platform_entries() -> dict[str, Any]:
     return {
         "format": FORMAT,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "python": f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}",
         "platform": f"{platform.system().lower()}-{platform.machine()}",
         "isa": {"capability": torch.backends.cpu.get_cpu_capability(), "flags": _cpu_flags()},
     }
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_flags() -> list[str]:

@@ -66,15 +66,30 @@ def check(manifest: bytes, signature: bytes | None, trusted: Sequence[Key]) -> N
     wanted = f"trusted are: {', '.join(names) or 'none'}"
     if signature is None:
         raise UntrustedError(f"the artifact is not signed, and {wanted}; sign it with Artifact.save(path, key=...)")
-    try:
-        told = json.loads(signature)
-        name, value = f"{told['kind']} {told['key']}", bytes.fromhex(told["signature"])
-    except (ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise UntrustedError(f"the artifact's signature cannot be read ({type(cause).__name__}); make it again") from cause
+    name, value = _read(signature)
     if name not in names:
         raise UntrustedError(f"the artifact is signed by {name[:80]}, and {wanted}")
     if not _holds(names[name], manifest, value):
         raise UntrustedError(f"the artifact's signature by {name} does not hold: it was changed after it was signed")
+
+
+def signer(signature: bytes | None) -> str | None:
+    """Who a signature says it is of; whether it holds, only a key can tell."""
+    if signature is None:
+        return None
+    try:
+        return _read(signature)[0][:80]
+    except UntrustedError:
+        return "a signature that cannot be read"
+
+
+def _read(signature: bytes) -> tuple[str, bytes]:
+    """Who signed, and the value."""
+    try:
+        told = json.loads(signature)
+        return f"{told['kind']} {told['key']}", bytes.fromhex(told["signature"])
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise UntrustedError(f"the artifact's signature cannot be read ({type(cause).__name__}); make it again") from cause
 
 
 def key_name(key: Key) -> str:

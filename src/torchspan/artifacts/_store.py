@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspan.artifacts._manifest import read_manifest
+from torchspan.core.config import check_folder
 from torchspan.core.errors import InputError, IntegrityError
 
 MANIFEST = "manifest.json"
@@ -28,8 +29,7 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], s
     Raises:
         InputError: there is no folder to write into.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
+    check_folder(path)
     last = {} if signature is None else {SIGNATURE: signature}
     name = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from torchspan.core.errors import InputError
 
@@ -52,3 +53,15 @@ def split_names(text: str | None) -> frozenset[str]:
     ['a', 'b', 'c']
     """
     return frozenset(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def check_folder(path: Path) -> Path:
+    """`path`, if there is a folder to write it into.
+
+    >>> check_folder(Path("no such folder", "report.html"))
+    Traceback (most recent call last):
+    torchspan.core.errors.InputError: no folder 'no such folder' to write 'report.html' into; make it first
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
+    return path

@@ -61,7 +61,7 @@ def gather(*, has_tools: bool = True) -> Facts:
     return Facts(
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=_installed("triton"),
+        triton=installed_version("triton"),
         cxx=_cxx_version() if has_tools else None,
         num_cuda=torch.cuda.device_count(),
         num_xpu=torch.xpu.device_count(),
@@ -79,7 +79,12 @@ def machine_memory() -> Any:
     return psutil.virtual_memory()
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed.
+
+    >>> installed_version("torch") is None, installed_version("no such package") is None
+    (False, True)
+    """
     try:
         return version(package)
     except PackageNotFoundError:

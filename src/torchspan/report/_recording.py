@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from torchspan.core.config import check_folder
 from torchspan.core.errors import InputError
 from torchspan.core.report import Decision, Report, reporting
 from torchspan.report._page import Page, Run, absolute, make_page, program_files
@@ -107,7 +108,6 @@ def report_path(path: Path) -> Path:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"report {str(path)!r} is of no known kind; expected a name that ends in .html or .json")
-    if not path.parent.is_dir():
-        raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
+    check_folder(path)
     rank, _ = rank_of_world()
     return (path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path).absolute()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchspan.core.config import check_folder
 from torchspan.core.errors import InputError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Outcome
@@ -268,8 +269,7 @@ def _events(lines: Sequence[Mapping[str, Any]], began_ns: int, ended_ns: int) ->
 
 def _opened(line: Mapping[str, Any], stack: Sequence[_Open], number: int) -> _Open:
     outer = stack[-1] if stack else None
-    known = phase_of(line["name"])
-    phase = known or (outer.phase if outer else "run")
+    phase = phase_of(line["name"]) or (outer.phase if outer else "run")
     compile_id = line.get("compile_id") if line.get("compile_id") not in (None, "None") else None
     return _Open(line["name"], phase, line["ns"], len(stack), compile_id or (outer.compile_id if outer else None), index=number)
 
@@ -362,8 +362,6 @@ def _trace_events(profile: CompileProfile, number: int = 1) -> Iterator[dict[str
 
 
 def _write(path: str | Path, text: str) -> Path:
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"no folder {str(target.parent)!r} to write {target.name!r} into; make it first")
+    target = check_folder(Path(path))
     target.write_text(text, encoding="utf-8", errors="backslashreplace")
     return target

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from torchspan.backports.triton_ptxas import installed_ptxas, known_architectures
+from torchspan.environment.facts import installed_version
 from torchspan.strategies._settings import Settings
 from torchspan.strategies._signature import tensors_of
 
+_TRITON = ("triton", "pytorch-triton", "triton-windows")  # the packages that bring it
 _OLDEST = (7, 0)  # of the compute capabilities that Triton generates code for
 
 
@@ -66,13 +67,5 @@ def gpu_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gpu:
     own = [os.environ[name] for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH") if os.environ.get(name)]
     architectures = frozenset[str]().union(*map(known_architectures, [*own, *installed_ptxas()]))
     found = torch.cuda.get_device_properties(device)
-    return Gpu("cuda", found.name, (found.major, found.minor), _triton(), architectures)
-
-
-def _triton() -> str | None:
-    for package in ("triton", "pytorch-triton", "triton-windows"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return None
+    triton = next(filter(None, map(installed_version, _TRITON)), None)
+    return Gpu("cuda", found.name, (found.major, found.minor), triton, architectures)
