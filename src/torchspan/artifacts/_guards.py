@@ -53,11 +53,13 @@ def _tensor(expected: Any) -> Check:
             if name_of(kind) != type_name:
                 return f"expected a {type_name.partition(':')[2]}, found a {kind.__qualname__}"
             kinds.add(kind)
-        same = value.dtype is dtype and value.shape == shape and value.requires_grad is wants_grad and value.device == device
+        same = value.dtype is dtype and value.shape == shape and value.device == device
+        same = same and (wants_grad is None or value.requires_grad is wants_grad)
         if same and plain and value.layout is torch.strided and value.stride() == stride and not _is_lazy(value):
             return None
         found = describe_tensor(value)
-        differ = [f"{key} {found[key]} (expected {expected[key]})" for key in expected if found[key] != expected[key]]
+        compared = [key for key in expected if key != "requires_grad" or wants_grad is not None]
+        differ = [f"{key} {found[key]} (expected {expected[key]})" for key in compared if found[key] != expected[key]]
         return f"has {', '.join(differ)}" if differ else None
 
     return check
@@ -89,8 +91,9 @@ def _type(expected: Any) -> Check:
         if kind in known:
             changed = known[kind] is not getattr(kind, "forward", None)
             return f"its class {kind.__qualname__} got another forward" if changed else None
-        if name_of(kind) != name:
-            return f"is a {name_of(kind)}, expected a {name}"
+        found = name_of(kind) if ":" in name else kind.__qualname__  # without a module: wherever the class is defined
+        if found != name:
+            return f"is a {found}, expected a {name}"
         if digest is not None and digest_class(kind) != digest:
             return f"the code of its class {name} is not what it was when the artifact was made"
         known[kind] = getattr(kind, "forward", None)

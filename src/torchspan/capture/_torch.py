@@ -170,3 +170,19 @@ def _placements(creation: Any) -> Any:
     context = getattr(creation, "meta", None)
     first = context[0] if isinstance(context, tuple) and context else None
     return getattr(first, "placements", first)
+
+
+def new_tracing_context() -> Any:
+    """A tracing context with fake tensors of its own, as dynamo makes one for each capture; all sizes are fixed."""
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return TracingContext(FakeTensorMode())
+
+
+def value_errors() -> tuple[type[Exception], ...]:
+    """What a trace on fake tensors raises where a program asks for the value of one."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode

@@ -1,0 +1,52 @@
+"""``torch.compiler.precompile``: capture a function's one call ahead of time, and load it in another process."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from torchspan.backports._base import Backport
+from torchspan.environment.patch import MissingModule, Patch
+
+_MODULE = "torch.compiler.precompile"
+_NAMES = ("Capture", "MakeFxTracer", "PrecompileError", "PrecompileSummary", "PrecompiledRunnable", "capture", "load")
+
+
+def _named(name: str) -> object:
+    """One of the names, looked up as a plug-in is: artifacts stand above backports."""
+    return getattr(importlib.import_module("torchspan.artifacts._peer"), name)
+
+
+class _Submodule(Backport):
+    """Names of ``torch.compiler``, one of which is a module."""
+
+    def patches(self) -> Iterable[Patch]:
+        yield from super().patches()
+        yield MissingModule(self.name, _MODULE, _module, self.reason)
+
+
+def _module() -> Mapping[str, object]:
+    exported = [name for name in _NAMES if name != "PrecompileError"]
+    return {**{name: _named(name) for name in _NAMES}, "__all__": exported}
+
+
+_names: dict[str, Callable[[], object]] = {
+    "precompile": partial(importlib.import_module, _MODULE),
+    "PrecompileError": partial(_named, "PrecompileError"),
+}
+
+BACKPORT = _Submodule(
+    name="compiler_precompile",
+    summary="capture one call of a function ahead of time and load it elsewhere: torch.compiler.precompile",
+    target="torch.compiler",
+    since="2.14.0",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.15.0/torch/compiler/precompile.py",
+    differs=(
+        "the files are a torchspan artifact and its digest: no Python source is executed, nothing is unpickled; every call is "
+        "held to guards (also the mode of modules, values of constants, code of classes, strides), and a mismatch is a "
+        "PrecompileError; random numbers are eager's; a CPU's dense tensors of static shape only: mark_unbacked is an "
+        "UnsupportedError"
+    ),
+    names=_names,
+)
