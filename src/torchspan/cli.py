@@ -118,9 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     precompile = commands.add_parser("precompile", help="compile a model into an artifact that loads without compiling")
     precompile.add_argument("model", help="module:factory, a function without arguments that gives the model")
     precompile.add_argument(
-        "--inputs", required=True, action="append", help="example inputs, such as 'float32[4,10],int64[4]'; more: more entries"
+        "--inputs",
+        required=True,
+        action="append",
+        help="examples, such as 'float32[4,10],int64[4]', or 'float32[batch=4,10]' for a dynamic size; more: more entries",
     )
     precompile.add_argument("--compiler", choices=("inductor", "regional_inductor"), default="inductor")
+    precompile.add_argument("--passes", default="", help="a pipeline over the operator graphs; 'torchspan passes' lists passes")
     precompile.add_argument("--weights", action="store_true", help="have the model's weights inside too")
     precompile.add_argument("--sign", type=Path, metavar="KEY", help="sign it: a file with a secret, or an Ed25519 key (PEM)")
     precompile.add_argument("-o", "--output", type=Path, required=True, help="the artifact to write, such as model.tspan")
@@ -438,16 +442,17 @@ def _draw_explanation(found: Any, console: Console) -> None:
 
 
 def _precompile(options: argparse.Namespace) -> int:
-    from torchspan.artifacts import parse_inputs, precompile, read_key
+    from torchspan.artifacts import parse_dynamic, parse_inputs, precompile, read_key
 
-    inputs = [parse_inputs(text) for text in options.inputs]
+    inputs = [(parse_inputs(text), parse_dynamic(text)) for text in options.inputs]
     key = read_key(options.sign) if options.sign else None
     model = _load_model(options.model)
     check_folder(options.output)  # now, not after the compile
     report = Report()
-    artifact = precompile(model, inputs[0], compiler=options.compiler, weights=options.weights, report=report)
-    for more in inputs[1:]:
-        artifact.add(model, more)
+    settings = {"compiler": options.compiler, "passes": options.passes, "weights": options.weights, "report": report}
+    artifact = precompile(model, inputs[0][0], dynamic=inputs[0][1], **settings)
+    for more, dynamic in inputs[1:]:
+        artifact.add(model, more, dynamic=dynamic)
     artifact.save(options.output, key=key)
     console = _console()
     draw_report(report, console)

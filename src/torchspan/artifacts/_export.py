@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +12,23 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchspan.artifacts import _torch
-from torchspan.artifacts._portable import portable_guards, result_of
+from torchspan.artifacts._portable import portable_guards, portable_sizes, result_of
 from torchspan.artifacts._program import write_program
 from torchspan.artifacts._runtime import KEPT
+from torchspan.artifacts._sizes import encode_size, is_size
 from torchspan.artifacts._torch import Lowered
-from torchspan.artifacts._values import parse_path
+from torchspan.artifacts._values import name_of, parse_path
 from torchspan.capture.dynamo import Guards
-from torchspan.core.errors import InputError, UnsupportedError
+from torchspan.core.errors import InputError, PassError, UnsupportedError
+from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.regions import cut_regions, list_regions
 from torchspan.core.report import Report
+from torchspan.passes._base import Pass, PassContext, editable
+from torchspan.passes._pipeline import Pipeline
 
 _WHOLE = "torchspan_whole"
 _REGIONAL = "compile_with_inductor"
+_NO_PASSES = Pipeline()
 COMPILERS = ("inductor", "regional_inductor", "eager")
 
 # fallback_random: random numbers are those of eager, for the same seed. dynamic_threads: a library asks how many threads there
@@ -58,26 +63,40 @@ class Parts:
 
     program: dict[str, Any]
     payloads: dict[str, bytes] = field(default_factory=dict)
+    is_dynamic: bool = False
 
 
-def export_entry(prefix: str, module: GraphModule, guards: Guards, compiler: str, report: Report) -> Parts:
-    """Lower a capture to operators, compile what `compiler` compiles, and write everything down.
+def export_entry(
+    prefix: str,
+    module: GraphModule,
+    guards: Guards,
+    compiler: str,
+    report: Report,
+    pipeline: Pipeline = _NO_PASSES,
+) -> Parts:
+    """Lower a capture to operators, run the passes, compile what `compiler` compiles, and write everything down.
 
     Raises:
         UnsupportedError: the program needs what an artifact cannot hold; names it.
     """
     frame = guards.frame
     _refuse_inputs(module, frame.inputs)
-    paths = [parse_path(source, frame.scope) for source in frame.sources]
+    shapes = _torch.shapes_of(frame.context)
+    sources = [source for source, value in zip(frame.sources, frame.inputs) if not is_size(value)]
+    paths = [parse_path(source, frame.scope) for source in sources]
     guarded = portable_guards(guards, paths)
     result = result_of(guards, guards.program.state())
     with torch.set_grad_enabled(frame.grad_mode):
         lowered = _torch.lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
     plan = {**_plan(lowered), "result": result}
+    graphs = {"forward": lowered.forward, "backward": lowered.backward}
     parts = Parts({"plan": f"{prefix}/plan.json", "guards": f"{prefix}/guards.json", "libraries": [], "constants": None})
     constants: dict[str, torch.Tensor] = {}
-    for name, graph in (("forward", lowered.forward), ("backward", lowered.backward)):
-        plan[name] = None if graph is None else _write_graph(prefix, name, graph, compiler, parts, constants)
+    for name, graph in graphs.items():
+        changed = graph if graph is None else _passed(graph, name, pipeline, report)
+        plan[name] = None if changed is None else _write_graph(prefix, name, changed, compiler, shapes, parts, constants)
+    guarded["sizes"] = portable_sizes(guards)
+    parts.is_dynamic = bool(guarded["sizes"])
     if constants:
         parts.program["constants"] = f"{prefix}/constants.safetensors"
         parts.payloads[parts.program["constants"]] = _write_tensors(constants)
@@ -92,10 +111,11 @@ def export_entry(prefix: str, module: GraphModule, guards: Guards, compiler: str
 
 def _refuse_inputs(module: GraphModule, inputs: tuple[Any, ...]) -> None:
     for node, value in zip((node for node in module.graph.nodes if node.op == "placeholder"), inputs):
+        if is_size(value):
+            continue
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             raise UnsupportedError(
-                f"an artifact's graphs take plain tensors of static shape; {node.name} is a {type(value).__name__}: "
-                "leave dimensions unmarked, and take tensor subclasses apart"
+                f"an artifact's graphs take plain tensors; {node.name} is a {type(value).__name__}: take it apart"
             )
         if value.device.type != "cpu" or value.layout is not torch.strided:
             raise UnsupportedError(
@@ -107,7 +127,7 @@ def _refuse_inputs(module: GraphModule, inputs: tuple[Any, ...]) -> None:
 
 
 def _plan(lowered: Lowered) -> dict[str, Any]:
-    placeholders = [node for node in lowered.forward.graph.nodes if node.op == "placeholder"]
+    placeholders = _tensor_inputs(lowered.forward)
     values = _output_nodes(lowered.forward)
     num_mutated, num_results = len(lowered.mutated), len(lowered.outputs) + lowered.num_bases
     results = values[num_mutated : num_mutated + num_results]
@@ -121,6 +141,14 @@ def _plan(lowered: Lowered) -> dict[str, Any]:
         outputs.append(spec)
     plan: dict[str, Any] = {"mutated": list(lowered.mutated), "outputs": outputs, "num_bases": lowered.num_bases}
     return {**plan, **_backward_plan(lowered, [node.name for node in saved])}
+
+
+def _tensor_inputs(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder" and not is_size(node.meta.get("val"))]
+
+
+def _numbers(values: Any) -> list[Any]:
+    return [encode_size(value) for value in values]
 
 
 def _output_nodes(module: GraphModule) -> list[Any]:
@@ -148,9 +176,9 @@ def _placed(node: Any, base: Node) -> dict[str, Any]:
             f"({value.dtype} of {whole.dtype}); return a copy of it"
         )
     return {
-        "shape": list(value.shape),
-        "stride": list(value.stride()),
-        "offset": value.storage_offset() - whole.storage_offset(),
+        "shape": _numbers(value.shape),
+        "stride": _numbers(value.stride()),
+        "offset": _numbers([value.storage_offset() - whole.storage_offset()])[0],
     }
 
 
@@ -160,10 +188,10 @@ def _backward_plan(lowered: Lowered, saved: list[str]) -> dict[str, Any]:
         return {"tangents": [], "backward_inputs": []}
     differentiable = [i for i, output in enumerate(lowered.outputs) if output.kind in KEPT and output.requires_grad]
     differentiable += range(len(lowered.outputs), len(lowered.outputs) + lowered.num_bases)
-    placeholders = [node for node in lowered.backward.graph.nodes if node.op == "placeholder"]
+    placeholders = _tensor_inputs(lowered.backward)
     tangents = [node for node in placeholders if node.name not in saved]
     num_gradients = len(_output_nodes(lowered.backward))
-    num_inputs = sum(node.op == "placeholder" for node in lowered.forward.graph.nodes)
+    num_inputs = len(_tensor_inputs(lowered.forward))
     if len(tangents) != len(differentiable) or num_gradients != num_inputs:
         raise UnsupportedError(
             f"an artifact cannot hold this backward: it takes {len(tangents)} gradients for {len(differentiable)} outputs "
@@ -182,27 +210,95 @@ def _backward_plan(lowered: Lowered, saved: list[str]) -> dict[str, Any]:
 def _tangent(node: Node, result: int) -> dict[str, Any]:
     value = node.meta["val"]
     dtype = str(value.dtype).removeprefix("torch.")
-    return {"result": result, "shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype}
+    return {"result": result, "shape": _numbers(value.shape), "stride": _numbers(value.stride()), "dtype": dtype}
+
+
+# passes
+
+
+@dataclass(frozen=True)
+class _FunctionPass(Pass):
+    """A user's function of a GraphModule as a pass."""
+
+    function: Callable[[GraphModule], GraphModule | None]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Where the function is defined."""
+        return name_of(self.function)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        """What the function returns, or the copy that it changed."""
+        module = editable(graph)
+        found = self.function(module)
+        if not (found is None or isinstance(found, GraphModule)):
+            raise PassError(f"the pass {self.name} returned a {type(found).__name__}; expected a GraphModule, or None")
+        changed = found or module
+        changed.recompile()
+        return graph.with_module(changed, self.name)
+
+
+def pipeline_of(passes: str | Sequence[Any]) -> Pipeline:
+    """The passes that are meant: by text, or passes and functions.
+
+    Raises:
+        InputError: something else, or a pass that compiles: what it gives lives in this process only.
+    """
+    if isinstance(passes, str):
+        pipeline = Pipeline.parse(passes)
+    else:
+        wrong = [one for one in passes if not callable(one) and not isinstance(one, Pass)]
+        if wrong:
+            raise InputError(f"a pass is a Pass or a function of a GraphModule, not a {type(wrong[0]).__name__}")
+        given: Sequence[Any] = passes
+        pipeline = Pipeline(tuple(one if isinstance(one, Pass) else _FunctionPass(one) for one in given))
+    for one in pipeline.passes:
+        if one.compiles:
+            raise InputError(f"the pass {one.name} compiles in this process; for an artifact, say compiler='regional_inductor'")
+    return pipeline
+
+
+def _passed(module: GraphModule, name: str, pipeline: Pipeline, report: Report) -> GraphModule:
+    """An operator graph after every pass."""
+    if not pipeline.passes:
+        return module
+    inputs = tuple(InputSpec("input", node.name) for node in module.graph.nodes if node.op == "placeholder")
+    outputs = tuple(OutputSpec("output", f"{name}_{index}") for index in range(len(_output_nodes(module))))
+    before = Graph(module, inputs, outputs)
+    after = pipeline.run(before, PassContext(report))
+    told = f"{len(before.module.graph.nodes)} nodes before, {len(after.module.graph.nodes)} after"
+    report.decide("passes", name, str(pipeline), told)
+    return after.module
 
 
 # the graphs
 
 
 def _write_graph(
-    prefix: str, name: str, graph: GraphModule, compiler: str, parts: Parts, constants: dict[str, torch.Tensor]
+    prefix: str,
+    name: str,
+    graph: GraphModule,
+    compiler: str,
+    shapes: _torch.Shapes,
+    parts: Parts,
+    constants: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """One graph as JSON, its compiled parts as libraries among the payloads."""
     key = {"inductor": _WHOLE, "regional_inductor": _REGIONAL, "eager": None}[compiler]
     cut = graph if key is None else cut_regions(_marked(graph) if key == _WHOLE else graph, key)
-    libraries: dict[str, str] = {}
+    libraries: dict[str, tuple[str, list[str]]] = {}
     for region in list_regions(cut):
         library = f"{prefix}/{name}.{region.target}.so"
-        compiled, described = _torch.compile_library(region.module, {**_OPTIONS, **_annotated_options(region.annotation)})
-        libraries[region.target] = library
+        options = {**_OPTIONS, **_annotated_options(region.annotation)}
+        compiled, described, symbols = _torch.compile_library(region.module, options, shapes)
+        libraries[region.target] = library, symbols
         parts.payloads[library] = compiled
         if described is not None:
             parts.payloads[library.removesuffix(".so") + ".json"] = described
-    parts.program["libraries"] += list(libraries.values())
+    parts.program["libraries"] += [library for library, _ in libraries.values()]
     written, held = write_program(cut, libraries)
     constants.update({f"{name}/{attribute}": tensor.detach().contiguous() for attribute, tensor in held.items()})
     return written
@@ -212,7 +308,7 @@ def _marked(graph: GraphModule) -> GraphModule:
     """A copy whose every operator is marked as part of one region."""
     copied = GraphModule(graph, copy.deepcopy(graph.graph))
     for node in copied.graph.nodes:
-        if node.op.startswith("call_"):
+        if node.op.startswith("call_") and not is_size(node.meta.get("val")):
             node.meta["custom"] = {_WHOLE: "whole"}
     return copied
 

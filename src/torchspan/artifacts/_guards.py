@@ -13,6 +13,7 @@ import torch
 from torch.utils import _device
 
 from torchspan.artifacts._code import digest_class, digest_function, is_own_code, is_torch_code
+from torchspan.artifacts._sizes import Sizes
 from torchspan.artifacts._values import STEPS, Path, decode, decode_path, name_of, show_path
 from torchspan.core.errors import IntegrityError
 
@@ -41,6 +42,8 @@ def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def _tensor(expected: Any) -> Check:
+    if None in (*expected["shape"], *expected["stride"]):
+        return _tensor_of_any_size(expected)
     shape, stride = torch.Size(expected["shape"]), tuple(expected["stride"])
     dtype = decode({"dtype": expected["dtype"].removeprefix("torch.")})
     device, wants_grad, type_name = torch.device(expected["device"]), expected["requires_grad"], expected["type"]
@@ -63,6 +66,31 @@ def _tensor(expected: Any) -> Check:
         return f"has {', '.join(differ)}" if differ else None
 
     return check
+
+
+def _tensor_of_any_size(expected: Any) -> Check:
+    """Of a tensor with dynamic dimensions, which are None in its shape and strides: conditions on sizes hold those."""
+
+    def fits(name: str, found: Any) -> bool:
+        wanted = expected[name]
+        if name not in ("shape", "stride"):
+            return bool(found == wanted)
+        return len(found) == len(wanted) and all(size in (None, is_now) for size, is_now in zip(wanted, found))
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, torch.Tensor):
+            return f"expected a tensor, found a {type(value).__qualname__}"
+        found = describe_tensor(value)
+        differ = [f"{key} {found[key]} (expected {_any(expected[key])})" for key in expected if not fits(key, found[key])]
+        return f"has {', '.join(differ)}" if differ else None
+
+    return check
+
+
+def _any(expected: Any) -> Any:
+    if not isinstance(expected, list):
+        return expected
+    return f"[{', '.join('any' if item is None else str(item) for item in expected)}]"
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
@@ -332,7 +360,7 @@ class Checker:
 
     `guards` are objects with the keys ``at`` (a path), ``check``, ``expected``; `same` are groups of paths that lead to one
     object; `ambient` is the state that torch must be in; `inputs` are the paths of the graph's inputs. Inputs must be distinct
-    objects, and those of `unshared` may not share memory with any other.
+    objects, and those of `unshared` may not share memory with any other. `sizes` are what `write_conditions` wrote.
     """
 
     def __init__(
@@ -342,6 +370,7 @@ class Checker:
         ambient: Mapping[str, Any],
         inputs: Sequence[Any],
         unshared: Sequence[int] = (),
+        sizes: Mapping[str, Any] | None = None,
     ) -> None:
         self._root = _Place(())
         self._ambient = dict(ambient)
@@ -358,6 +387,9 @@ class Checker:
             self._place(decode_path(guard["at"])).checks.append(CHECKS[guard["check"]](guard["expected"]))
         for index, steps in enumerate(inputs):
             self._place(decode_path(steps)).inputs.append(index)
+        self._sizes = Sizes(sizes or {})
+        for index, path in enumerate(self._sizes.paths, start=len(inputs)):
+            self._place(path).inputs.append(index)
 
     def _place(self, path: Path) -> _Place:
         place = self._root
@@ -372,21 +404,25 @@ class Checker:
         """Raise Failed unless the guards that stand on `target` and on modules hold."""
         _walk(self._root, {"target": target}, [], {})
 
-    def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The graph's inputs, in order.
+    def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, int]]:
+        """The graph's inputs, in order, and the symbols of sizes that are dynamic.
 
         Raises:
             Failed: a guard does not hold; says which, what was expected and what was found.
         """
         self._check_state()
-        inputs: list[Any] = [None] * self._num_inputs
+        gathered: list[Any] = [None] * (self._num_inputs + len(self._sizes.names))
         named: dict[str, Any] = {}
-        _walk(self._root, {"target": target, "args": args, "kwargs": kwargs}, inputs, named)
+        _walk(self._root, {"target": target, "args": args, "kwargs": kwargs}, gathered, named)
         for group in self._same:
             if any(named[name] is not named[group[0]] for name in group[1:]):
                 raise Failed(f"{' and '.join(group)} are one object no more")
+        inputs, symbols = gathered[: self._num_inputs], dict(zip(self._sizes.names, gathered[self._num_inputs :]))
         self._refuse_aliases(inputs)
-        return inputs
+        failed = self._sizes.failed(symbols)
+        if failed is not None:
+            raise Failed(failed)
+        return inputs, symbols
 
     def _check_state(self) -> None:
         key = _ambient_key()

@@ -9,13 +9,14 @@ import torch
 
 from torchspan.core.errors import InputError
 
-_INPUT = re.compile(r"\s*([a-z_0-9]+)\s*(?:\[([0-9,\s]*)\])?\s*")
+_INPUT = re.compile(r"\s*([a-z_0-9]+)\s*(?:\[((?:\s*(?:[a-zA-Z_]\w*\s*=)?\s*[0-9]+\s*,?)*\s*)\])?\s*")
 
 
 def parse_inputs(text: str) -> tuple[torch.Tensor, ...]:
     """Example tensors from text such as ``float32[4,10],int64[2]``: a dtype and a shape each; ``float32`` alone is a scalar.
 
-    Floating and complex numbers are normal, integers 0 or 1 (valid as indices), from a generator of their own.
+    A size such as ``batch=4`` is that of a dynamic dimension, see `parse_dynamic`. Floating and complex numbers are normal,
+    integers 0 or 1 (valid as indices), from a generator of their own.
 
     >>> [(tensor.dtype, tuple(tensor.shape)) for tensor in parse_inputs("float32[4,10], int64[2]")]
     [(torch.float32, (4, 10)), (torch.int64, (2,))]
@@ -27,10 +28,21 @@ def parse_inputs(text: str) -> tuple[torch.Tensor, ...]:
         InputError: the text is not of that form, or names no dtype of torch.
     """
     generator = torch.Generator().manual_seed(0)
-    return tuple(_make(dtype, shape, generator) for dtype, shape in _split(text))
+    return tuple(_make(dtype, [int(size.rpartition("=")[2]) for size in sizes], generator) for dtype, sizes in _split(text))
 
 
-def _split(text: str) -> Iterator[tuple[torch.dtype, list[int]]]:
+def parse_dynamic(text: str) -> tuple[dict[int, str], ...]:
+    """The dynamic dimensions of each input in text such as ``float32[batch=4,10]``, by name.
+
+    >>> parse_dynamic("float32[batch=4, 10], int64[2]")
+    ({0: 'batch'}, {})
+    """
+    return tuple(
+        {dim: size.partition("=")[0].strip() for dim, size in enumerate(sizes) if "=" in size} for _, sizes in _split(text)
+    )
+
+
+def _split(text: str) -> Iterator[tuple[torch.dtype, list[str]]]:
     position = 0
     while True:
         match = _INPUT.match(text, position)
@@ -42,7 +54,7 @@ def _split(text: str) -> Iterator[tuple[torch.dtype, list[int]]]:
             raise InputError(
                 f"{match[1]!r} in the inputs {text!r} is no dtype of torch; expected such as float32, bfloat16, int64"
             )
-        yield dtype, [int(size) for size in (match[2] or "").split(",") if size.strip()]
+        yield dtype, [size for size in (match[2] or "").split(",") if size.strip()]
         if end == len(text):
             return
         position = end + 1

@@ -18,6 +18,7 @@ from torchspan.core.errors import IntegrityError, ManifestMismatchError
 from torchspan.environment.facts import installed_version
 
 FORMAT = 1
+FORMAT_DYNAMIC = 2  # as 1, and sizes that are expressions: who knows only 1 must refuse it
 
 # Instruction sets that a compiler asked for this machine's may use: a library runs where all of those it was made with are.
 _X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "amx", "popcnt", "abm", "adx", "aes", "vaes", "pclmul", "vpclmul", "gfni")
@@ -135,6 +136,8 @@ def mismatches(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 def _differs(name: str, expected: Any, found: Any) -> bool:
     if name == "isa" and isinstance(expected, dict):
         return expected["capability"] != found["capability"] or not set(expected["flags"]) <= set(found["flags"])
+    if name == "format":
+        return expected not in (FORMAT, FORMAT_DYNAMIC)
     if name == "triton":
         return False  # written down for who reads it; libraries for a CPU hold nothing of triton's
     return bool(expected != found)

@@ -15,12 +15,14 @@ import torch
 
 from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
+from torchspan.artifacts._sizes import is_size, write_conditions
+from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
 from torchspan.capture.dynamo import Frame, Guard, Guards
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.program import Program
 
-# What dynamo keeps as guards on torch's state is held by `ambient_state`; shapes are static, so there is nothing in the last.
+# What dynamo keeps as guards on torch's state is held by `ambient_state`, those on shapes by `portable_sizes`.
 _AMBIENT = {
     "GRAD_MODE",
     "DETERMINISTIC_ALGORITHMS",
@@ -117,6 +119,8 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     """
     seen = Seen()
     found: dict[str, dict[str, Any]] = {}
+    tensors = shapes_of(guards.frame.context).tensors
+    expected: Any
     same: list[list[Any]] = []
     for frame in guards.frames:
         for guard in frame.guards:
@@ -138,6 +142,8 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
                 check, expected = "torch_function", [guard.value.__module__, guard.value.__name__]
             else:
                 check, expected = _convert(guard, seen)
+            if guard.source in tensors and check == "tensor":
+                expected = _of_any_size(expected, tensors[guard.source])
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
             found.setdefault(json.dumps([entry["at"], check, expected]), entry)
         _cover_traced(frame, guards.program, seen, found)
@@ -155,6 +161,30 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         "ambient": ambient,
         "inputs": [encode_path(path) for path in paths],
     }
+
+
+def _of_any_size(expected: Any, fake: Any) -> Any:
+    """What is expected of a tensor with dynamic dimensions: None for those, in its shape and strides."""
+
+    def kept(known: list[int], now: Any) -> list[int | None]:
+        return [
+            None if is_size(number) and number.node.expr.free_symbols else size for size, number in zip(known, now, strict=True)
+        ]
+
+    return {**expected, "shape": kept(expected["shape"], fake.shape), "stride": kept(expected["stride"], fake.stride())}
+
+
+def portable_sizes(guards: Guards) -> dict[str, Any]:
+    """The conditions on dynamic sizes, as `Sizes` takes them: to be asked for when all is compiled. Empty if all are static.
+
+    Raises:
+        UnsupportedError: a dynamic dimension was fixed, or a condition cannot be checked elsewhere.
+    """
+    found = [shapes_of(frame.context) for frame in guards.frames]
+    if not found[0].symbols:
+        return {}
+    conditions = [condition for shapes in found for condition in shapes.conditions()]
+    return write_conditions(conditions, found[0].sources, guards.frame.scope)
 
 
 def _is_torch_function(value: Any) -> bool:
@@ -263,13 +293,32 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
     marks = tuple(torch.empty(0) for _ in output.args[0])
     result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
     known: dict[int, Any] = {id(mark): {"output": index} for index, mark in enumerate(marks)}
+    sizes = {size.node.hint for size in shapes_of(frame.context).symbols.values()}  # int(size) would fix it
     values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
     for source in frame.sources:
         path = parse_path(source, frame.scope)
-        known.setdefault(id(follow(path, values)), {"path": encode_path(path)})
+        found = follow(path, values)
+        if isinstance(found, torch.Tensor):  # a size is a number, and equal numbers may be one object
+            known.setdefault(id(found), {"path": encode_path(path)})
     for name in ("args", "kwargs"):
         _remember(values[name], (("local", name),), known)
-    return _structure(result, known, guards.program.name)
+    structure = _structure(result, known, guards.program.name)
+    _refuse_sizes(structure, sizes, guards.program.name)
+    return structure
+
+
+def _refuse_sizes(structure: Any, sizes: set[int], name: str) -> None:
+    """Raise for a number in the result that may be a dynamic size: it would be the same at every call."""
+    if not isinstance(structure, dict) or not sizes:
+        return
+    if type(structure.get("constant")) is int and structure["constant"] in sizes:
+        raise UnsupportedError(
+            f"an artifact cannot tell whether the number {structure['constant']} that {name} returns is a dynamic size; "
+            "make it with example sizes that equal no number in the result, or return the size as a tensor"
+        )
+    for item in (part for value in structure.values() if isinstance(value, list) for part in value):
+        for part in item if isinstance(item, list) else [item]:
+            _refuse_sizes(part, sizes, name)
 
 
 def _remember(value: Any, path: Path, known: dict[int, Any]) -> None:

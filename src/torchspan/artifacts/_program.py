@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from torchspan.artifacts._sizes import Expression, encode_size, is_size
 from torchspan.artifacts._values import decode, encode
 from torchspan.core.errors import IntegrityError, UnsupportedError
 
@@ -23,10 +25,13 @@ Library = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 # writing
 
 
-def write_program(module: GraphModule, libraries: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def write_program(
+    module: GraphModule, libraries: Mapping[str, tuple[str, list[str]]]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A graph as JSON, and the constant tensors that it holds.
 
-    `libraries` says for the submodules that were compiled by which name their library goes.
+    `libraries` says for the submodules that were compiled by which name their library goes, and which symbols it needs. Numbers
+    that depend on dynamic sizes are no steps: they are written as expressions over symbols, where they are used.
 
     Raises:
         UnsupportedError: a node that is neither an operator nor a compiled region; names it.
@@ -35,8 +40,10 @@ def write_program(module: GraphModule, libraries: Mapping[str, str]) -> tuple[di
     steps: list[dict[str, Any]] = []
     constants: dict[str, torch.Tensor] = {}
     outputs: list[Any] = []
-    num_inputs = sum(node.op == "placeholder" for node in module.graph.nodes)
+    num_inputs = sum(node.op == "placeholder" and not is_size(node.meta.get("val")) for node in module.graph.nodes)
     for node in module.graph.nodes:
+        if is_size(node.meta.get("val")):
+            continue
         if node.op == "output":
             values = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
             outputs = [_write(value, numbers) for value in values]
@@ -50,13 +57,15 @@ def write_program(module: GraphModule, libraries: Mapping[str, str]) -> tuple[di
     return {"inputs": num_inputs, "steps": steps, "outputs": outputs}, constants
 
 
-def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str, str]) -> dict[str, Any]:
+def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str, tuple[str, list[str]]]) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "args": [_write(value, numbers) for value in node.args],
         "kwargs": {name: _write(value, numbers) for name, value in node.kwargs.items()},
     }
     if node.op == "call_module" and node.target in libraries:
-        return {"library": libraries[str(node.target)], **arguments}
+        library, symbols = libraries[str(node.target)]
+        tensors = [_write(value, numbers) for value in node.all_input_nodes if not is_size(value.meta.get("val"))]
+        return {"library": library, "args": [*tensors, *({"size": name} for name in symbols)], "kwargs": {}}
     if node.op == "call_function" and node.target is operator.getitem:
         return {"item": node.args[1], "args": arguments["args"][:1], "kwargs": {}}
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -72,12 +81,10 @@ def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str,
 
 def _write(value: Any, numbers: Mapping[Node, int]) -> Any:
     if isinstance(value, Node):
-        return {"step": numbers[value]}
+        return encode_size(value.meta["val"]) if is_size(value.meta.get("val")) else {"step": numbers[value]}
     if isinstance(value, (list, tuple)):
         return [_write(item, numbers) for item in value]
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        raise UnsupportedError(f"an artifact's shapes are static; {value} is not: leave its dimension unmarked")
-    return encode(value)
+    return encode_size(value) if is_size(value) else encode(value)
 
 
 def _attribute(module: Any, name: str) -> Any:
@@ -138,17 +145,16 @@ class Runner:
         """How many values it computes."""
         return len(self._outputs)
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """The outputs, for `inputs` in order."""
+    def __call__(self, inputs: Sequence[Any], symbols: Mapping[str, int] | None = None) -> list[Any]:
+        """The outputs, for `inputs` in order, and the symbols of dynamic sizes."""
         values = list(inputs)
         assert len(values) == self._num_inputs, f"{len(values)} inputs for a program of {self._num_inputs}"
         for step in self._steps:
-            values.append(
-                step.run(*_fill(step.args, values), **{name: _fill(value, values) for name, value in step.kwargs.items()})
-            )
+            kwargs = {name: _fill(value, values, symbols) for name, value in step.kwargs.items()}
+            values.append(step.run(*_fill(step.args, values, symbols), **kwargs))
             for index in step.free:
                 values[index] = None
-        return [_fill(value, values) for value in self._outputs]
+        return [_fill(value, values, symbols) for value in self._outputs]
 
 
 def _function(
@@ -162,7 +168,13 @@ def _function(
         tensor = constants[step["tensor"]]
         return lambda: tensor
     library = libraries[step["library"]]
-    return lambda *inputs: library(list(inputs))
+    num_sizes = sum(isinstance(value, dict) and "size" in value for value in step["args"])
+    return (lambda *inputs: library(list(inputs))) if not num_sizes else partial(_call_sized, library, num_sizes)
+
+
+def _call_sized(library: Library, num_sizes: int, *inputs: Any) -> list[torch.Tensor]:
+    """Call a library that takes the sizes it needs, which are the last inputs, from empty tensors."""
+    return library([*inputs[:-num_sizes], *(torch.empty((size, 0)) for size in inputs[-num_sizes:])])
 
 
 def find_operator(name: str) -> Any:
@@ -186,6 +198,8 @@ def _read(value: Any) -> Any:
         return [_read(item) for item in value]
     if isinstance(value, dict) and "step" in value:
         return _Reference(int(value["step"]))
+    if isinstance(value, dict) and "size" in value:
+        return Expression.of(value["size"])
     return decode(value)
 
 
@@ -195,9 +209,9 @@ def _references(value: Any) -> list[int]:
     return [index for item in value for index in _references(item)] if isinstance(value, list) else []
 
 
-def _fill(value: Any, values: list[Any]) -> Any:
+def _fill(value: Any, values: list[Any], symbols: Mapping[str, int] | None) -> Any:
     if isinstance(value, _Reference):
         return values[value.index]
     if isinstance(value, (list, tuple)):
-        return type(value)(_fill(item, values) for item in value)
-    return value
+        return type(value)(_fill(item, values, symbols) for item in value)
+    return value.value(symbols or {}) if isinstance(value, Expression) else value

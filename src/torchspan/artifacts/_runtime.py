@@ -11,9 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from torchspan.artifacts._guards import Checker
 from torchspan.artifacts._program import Runner
+from torchspan.artifacts._sizes import read_sizes
 from torchspan.artifacts._values import Path, decode, decode_path, find_name, follow
 from torchspan.core.errors import IntegrityError
 
+Symbols = Mapping[str, int]
 KEPT = ("non_alias", "unsafe_view_alias", "custom_function_view")
 
 
@@ -28,7 +30,7 @@ class Entry:
         self._forward = forward
         self._backward = backward
         self._mutated = tuple(plan["mutated"])
-        self._outputs = tuple(plan["outputs"])
+        self._outputs = tuple(_placing(output) for output in plan["outputs"])
         self._num_results = len(self._outputs) + int(plan["num_bases"])
         if self._num_results > forward.num_outputs:
             raise IntegrityError(
@@ -48,19 +50,19 @@ class Entry:
         Raises:
             Failed: a guard does not hold.
         """
-        inputs = self.checker.gather(target, args, kwargs)
+        inputs, symbols = self.checker.gather(target, args, kwargs)
         if self._backward is not None and torch.is_grad_enabled():
-            kept = _Differentiable.apply(self, *inputs)
+            kept = _Differentiable.apply(self, symbols, *inputs)
         else:
             with torch.no_grad():
-                kept = self.run_forward(inputs)[0]
-        outputs = self._all_outputs(kept, inputs)
+                kept = self.run_forward(inputs, symbols)[0]
+        outputs = self._all_outputs(kept, inputs, symbols)
         return self._result(outputs, {"target": target, "args": args, "kwargs": kwargs})
 
-    def run_forward(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def run_forward(self, inputs: Sequence[Tensor], symbols: Symbols) -> tuple[list[Tensor], list[Tensor]]:
         """What the program computes, and what its backward needs; inputs that it changes are changed."""
         with torch._C._DisableAutocast():
-            values = self._forward(inputs)
+            values = self._forward(inputs, symbols)
         changes = values[: len(self._mutated)]
         results = values[len(changes) : len(changes) + self._num_results]
         saved = values[len(changes) + self._num_results :]
@@ -73,17 +75,17 @@ class Entry:
 
     def without_grad(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Those of what the program computes through which no gradients flow."""
-        return [kept[place] for place in self._without_grad]
+        return [kept[place] for place in self._without_grad if isinstance(kept[place], Tensor)]
 
-    def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor], symbols: Symbols) -> list[Tensor | None]:
         """The gradients of the inputs, None where there is none."""
         assert self._backward is not None, "a program without a backward has been asked for gradients"
-        tangents = [tangent.of(gradients) for tangent in self._tangents]
+        tangents = [tangent.of(gradients, symbols) for tangent in self._tangents]
         given = {"saved": saved, "tangent": tangents}
         with torch._C._DisableAutocast():
-            return self._backward([given[kind][index] for kind, index in self._backward_inputs])
+            return self._backward([given[kind][index] for kind, index in self._backward_inputs], symbols)
 
-    def _all_outputs(self, kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _all_outputs(self, kept: Sequence[Tensor], inputs: Sequence[Tensor], symbols: Symbols) -> list[Tensor]:
         """The program's outputs: what was computed, and views of it or of inputs, made as views again."""
         results: dict[int, Tensor] = dict(zip(self._kept, kept))
         for index, spec in enumerate(self._outputs):
@@ -93,17 +95,25 @@ class Entry:
             if kind == "is_input":
                 results[index] = inputs[base]
             elif kind == "alias_of_input":
-                results[index] = _view(inputs[base], spec)
+                results[index] = _view(inputs[base], spec, symbols)
             elif kind == "alias_of_intermediate_base_is_user_output":
-                results[index] = _view(results[base], spec)
+                results[index] = _view(results[base], spec, symbols)
             else:
-                results[index] = _view(results[base + len(self._outputs)], spec)
+                results[index] = _view(results[base + len(self._outputs)], spec, symbols)
         return [results[index] for index in range(len(self._outputs))]
 
 
-def _view(base: Tensor, spec: Mapping[str, Any]) -> Tensor:
+def _view(base: Tensor, spec: Mapping[str, Any], symbols: Symbols) -> Tensor:
     source = base if spec["grad"] else base.detach()
-    return source.as_strided(spec["shape"], spec["stride"], base.storage_offset() + spec["offset"])
+    shape, stride, (offset,) = (sizes(symbols) for sizes in spec["placed"])
+    return source.as_strided(shape, stride, base.storage_offset() + offset)
+
+
+def _placing(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How an output is made, with its shape, strides and offset in the base ready to be computed if it is a view."""
+    if "shape" not in spec:
+        return spec
+    return {**spec, "placed": [read_sizes(numbers) for numbers in (spec["shape"], spec["stride"], [spec["offset"]])]}
 
 
 class _Tangent:
@@ -111,15 +121,14 @@ class _Tangent:
 
     def __init__(self, spec: Mapping[str, Any], place: int) -> None:
         self._place = place
-        self._shape = torch.Size(spec["shape"])
-        self._stride = tuple(spec["stride"])
+        self._shape, self._stride = read_sizes(spec["shape"]), read_sizes(spec["stride"])
         self._dtype = decode({"dtype": spec["dtype"]})
 
-    def of(self, gradients: Sequence[Tensor]) -> Tensor:
-        gradient = gradients[self._place]
-        if gradient.stride() == self._stride and gradient.dtype is self._dtype:
+    def of(self, gradients: Sequence[Tensor], symbols: Symbols) -> Tensor:
+        gradient, stride = gradients[self._place], self._stride(symbols)
+        if gradient.stride() == stride and gradient.dtype is self._dtype:
             return gradient
-        like = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=gradient.device)
+        like = torch.empty_strided(self._shape(symbols), stride, dtype=self._dtype, device=gradient.device)
         return like.copy_(gradient)
 
 
@@ -127,9 +136,9 @@ class _Differentiable(torch.autograd.Function):
     """An entry as one step of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, entry: Entry, *inputs: Tensor) -> tuple[Tensor, ...]:
-        kept, saved = entry.run_forward(inputs)
-        ctx.entry = entry
+    def forward(ctx: Any, entry: Entry, symbols: Symbols, *inputs: Tensor) -> tuple[Tensor, ...]:
+        kept, saved = entry.run_forward(inputs, symbols)
+        ctx.entry, ctx.symbols = entry, symbols
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*entry.without_grad(kept))
         return tuple(kept)
@@ -137,7 +146,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return (None, *ctx.entry.run_backward(ctx.saved_tensors, gradients))
+        return (None, None, *ctx.entry.run_backward(ctx.saved_tensors, gradients, ctx.symbols))
 
 
 # the program's result, made of outputs and inputs

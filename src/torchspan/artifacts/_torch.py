@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from torchspan.artifacts._sizes import is_size
+from torchspan.capture._torch import source_name
+from torchspan.capture.dynamo import spoken
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.memory import blank_storage
 
@@ -146,11 +150,92 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
             partition_fn=partition,
             decompositions=select_decomp_table() if decompose else None,
         )
-    metadata = seen["metadata"]
-    _refuse_uncarried(metadata, seen["forward"], len(inputs))
-    outputs = tuple(Output(info.output_type.name, info.base_idx, bool(info.requires_grad)) for info in metadata.output_info)
-    mutated = tuple(metadata.mutated_inp_runtime_indices)
-    return Lowered(seen["forward"], seen.get("backward"), mutated, outputs, metadata.num_intermediate_bases)
+    metadata, forward, backward = seen["metadata"], seen["forward"], seen.get("backward")
+    _refuse_uncarried(metadata, forward, len(inputs))
+    places = {number: place for place, number in enumerate(i for i, value in enumerate(inputs) if not is_size(value))}
+    outputs = tuple(
+        Output(info.output_type.name, _place(places, info), bool(info.requires_grad)) for info in metadata.output_info
+    )
+    mutated = tuple(places[index] for index in metadata.mutated_inp_runtime_indices)
+    num_given = len(mutated) + len(outputs) + metadata.num_intermediate_bases
+    _keep_outputs(forward, lambda index, value: index < num_given or not is_size(_value(value)))
+    if backward is not None:
+        _keep_outputs(backward, lambda index, _: index in places)
+    return Lowered(forward, backward, mutated, outputs, metadata.num_intermediate_bases)
+
+
+def _place(places: Mapping[int, int], info: Any) -> int | None:
+    """The base of an output; of those that are inputs, where it stands among the tensors."""
+    of_input = info.output_type.name in ("is_input", "alias_of_input")
+    return places[info.base_idx] if of_input else info.base_idx
+
+
+def _value(node: Any) -> Any:
+    return node.meta["val"] if isinstance(node, torch.fx.Node) else node
+
+
+def _keep_outputs(module: GraphModule, is_kept: Callable[[int, Any], bool]) -> None:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    output.args = (tuple(value for index, value in enumerate(output.args[0]) if is_kept(index, value)),)
+    module.recompile()
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a capture knows of dynamic sizes: `symbols` and where each is found; tensors whose shape has any, by source.
+
+    Those of `firm` may not be fixed: somebody said that they are dynamic, and did not only wish it.
+    """
+
+    symbols: Mapping[str, torch.SymInt]
+    firm: frozenset[str]
+    sources: Mapping[str, str]
+    tensors: Mapping[str, Any]
+    context: Any
+
+    def conditions(self) -> list[str]:
+        """All that was assumed of shapes, also by compilers that ran since.
+
+        Raises:
+            UnsupportedError: a dimension that was marked as dynamic was fixed.
+        """
+        env, tracked = self.context.fake_mode.shape_env, self.context.fake_mode.shape_env.tracked_fakes
+        for name, symbol in self.symbols.items():
+            if name in self.firm and env.replace(symbol.node._expr).is_number:
+                raise UnsupportedError(
+                    f"{spoken(self.sources[name])} was marked as dynamic, and the program needs it to be "
+                    f"{env.replace(symbol.node._expr)}; leave that dimension unmarked"
+                )
+        return list(env.produce_guards([entry.fake for entry in tracked], [entry.source for entry in tracked]))
+
+
+def shapes_of(context: Any) -> Shapes:
+    """The dynamic sizes of a capture, from its tracing context."""
+    env = getattr(context.fake_mode, "shape_env", None)
+    tracked = getattr(env, "tracked_fakes", None) or []
+    symbols: dict[str, torch.SymInt] = {}
+    tensors: dict[str, Any] = {}
+    firm: set[str] = set()
+    for entry in tracked:
+        found = [size for size in (*entry.fake.shape, *entry.fake.stride()) if is_size(size)] if _is_tensor(entry.fake) else []
+        if found:
+            tensors[source_name(entry.source)] = entry.fake
+            said = entry.symbolic_context.constraint_sizes
+            firm |= {
+                str(size.node._expr)
+                for size, each in zip(entry.fake.shape, said)
+                if each and not each.warn_only and is_size(size)
+            }
+        for size in [*found, *([entry.fake] if is_size(entry.fake) else [])]:
+            if size.node._expr.is_symbol:
+                symbols.setdefault(str(size.node._expr), size)
+    known = {str(symbol): source_name(found[0]) for symbol, found in getattr(env, "var_to_sources", {}).items() if found}
+    sources = {name: known[name] for name in symbols if re.search(r"\.(size|stride)\(\)\[", known[name])}
+    return Shapes({name: symbols[name] for name in sources}, frozenset(firm), sources, tensors, context)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> None:
@@ -177,16 +262,18 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
 # compiling a graph into a native library
 
 
-def compile_library(module: GraphModule, options: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
-    """A shared library that computes an operator graph, and the description of operators that it calls by name, if any.
+def compile_library(module: GraphModule, options: Mapping[str, Any], shapes: Shapes) -> tuple[bytes, bytes | None, list[str]]:
+    """A shared library that computes a graph, the description of operators that it calls by name, if any, and symbols.
 
-    Everything that the graph takes is an input; nothing of the values of weights goes into it.
+    Everything that the graph takes is an input; nothing of the values of weights goes into it. It takes its tensors in order,
+    then for each of the symbols that it needs an empty tensor of that size.
     """
     import torch._inductor
     from torch._inductor import config
 
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = tuple(_example(node.meta["val"]) for node in placeholders)
+    module, needed = _with_sizes_from_tensors(module, shapes)
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = tuple(values if needed else map(_example, values))
     known = {name: value for name, value in options.items() if _has_setting(config, name)}
     with TemporaryDirectory(prefix="torchspan-") as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
@@ -194,7 +281,43 @@ def compile_library(module: GraphModule, options: Mapping[str, Any]) -> tuple[by
         made = torch._inductor.aot_compile(copy_of(module), inputs, options={**known, "aot_inductor.output_path": wanted})
         library = Path(str(made))
         described = library.with_suffix(".json")
-        return library.read_bytes(), described.read_bytes() if described.exists() else None
+        return library.read_bytes(), described.read_bytes() if described.exists() else None, needed
+
+
+def _with_sizes_from_tensors(module: GraphModule, shapes: Shapes) -> tuple[GraphModule, list[str]]:
+    """The same graph without numbers among its inputs: it has them from the sizes of empty tensors, one for each symbol."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    needed = sorted(set().union(*(_symbols_in(node.meta["val"]) for node in placeholders)))
+    if not needed:
+        return module, []
+    from torch.fx import Graph, Proxy
+    from torch.fx.proxy import GraphAppendingTracer
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    graph = Graph()
+    new = {node: graph.node_copy(node) for node in placeholders if not is_size(node.meta["val"])}
+    taken = [graph.placeholder(f"size_{name}") for name in needed]
+    numbers: dict[Any, Any] = {}
+    for name, place in zip(needed, taken):
+        with shapes.context.fake_mode:
+            place.meta["val"] = torch.empty(shapes.symbols[name], 0)
+        size = graph.call_function(torch.ops.aten.sym_size.int, (place, 0))
+        numbers[shapes.symbols[name].node._expr] = Proxy(size, tracer=GraphAppendingTracer(graph))
+    for node in placeholders:
+        if is_size(node.meta["val"]):
+            new[node] = sympy_interp(PythonReferenceAnalysis, numbers, node.meta["val"].node.expr).node
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            new[node] = graph.node_copy(node, new.__getitem__)
+    made = GraphModule(module, graph)
+    made.meta.update(module.meta)
+    return made, needed
+
+
+def _symbols_in(value: Any) -> set[str]:
+    numbers = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+    return {str(symbol) for number in numbers if is_size(number) for symbol in number.node.expr.free_symbols}
 
 
 def _has_setting(config: Any, name: str) -> bool:

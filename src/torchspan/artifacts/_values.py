@@ -153,6 +153,7 @@ def loaded_module(name: str) -> ModuleType:
 
 
 Path = tuple[tuple[str, Any], ...]
+_OF_A_TENSOR = ("size", "stride")
 
 
 def parse_path(source: str, scope: Mapping[str, Any] | None = None) -> Path:
@@ -174,6 +175,9 @@ def _steps(node: ast.expr, source: str, scope: Mapping[str, Any]) -> Path:
         key = _constant(node.slice, source)
         if isinstance(node.value, ast.Name) and node.value.id in ("L", "G"):
             return (("local", key),) if node.value.id == "L" else (_global(key, source, scope),)
+        whole = node.value
+        if isinstance(whole, ast.Call) and isinstance(whole.func, ast.Attribute) and whole.func.attr in _OF_A_TENSOR:
+            return (*_steps(whole.func.value, source, scope), (whole.func.attr, key))
         return (*_steps(node.value, source, scope), ("item", key))
     if isinstance(node, ast.Call) and not node.keywords:
         return _call_steps(ast.unparse(node.func), node.args, source, scope)
@@ -235,6 +239,8 @@ def show_path(path: Path) -> str:
             text += f".{key}"
         elif kind == "item":
             text += f"[{key!r}]"
+        elif kind in ("size", "stride"):
+            text += f".{kind}({key})"
         else:
             text = f"{kind}({text})"
     return text
@@ -249,6 +255,8 @@ STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
     "type": lambda _: type,
     "list": lambda _: list,
     "keys": lambda _: lambda value: dict.keys(value),
+    "size": lambda dim: lambda tensor: tensor.size(dim),
+    "stride": lambda dim: lambda tensor: tensor.stride(dim),
 }
 
 

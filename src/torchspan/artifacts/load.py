@@ -108,7 +108,9 @@ def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folde
         kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name[:9] == "backward/"}
         backward = Runner(plan["backward"], libraries, kept)
     _check_once(guards, model)
-    checker = Checker(guards["always"], guards["same"], guards["ambient"], guards["inputs"], plan["mutated"])
+    checker = Checker(
+        guards["always"], guards["same"], guards["ambient"], guards["inputs"], plan["mutated"], guards.get("sizes")
+    )
     try:
         return Entry(plan, checker, forward, backward)
     except LookupError as cause:

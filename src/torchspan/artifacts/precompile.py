@@ -14,8 +14,9 @@ import torch
 from torch.fx import GraphModule
 
 from torchspan.artifacts import _torch
-from torchspan.artifacts._export import Parts, compiler_name, export_entry
-from torchspan.artifacts._manifest import model_entries, platform_entries, write_manifest
+from torchspan.artifacts._dynamic import Marks, marked, marks_of
+from torchspan.artifacts._export import Parts, compiler_name, export_entry, pipeline_of
+from torchspan.artifacts._manifest import FORMAT_DYNAMIC, model_entries, platform_entries, write_manifest
 from torchspan.artifacts._sign import sign
 from torchspan.artifacts._store import write_artifact
 from torchspan.artifacts._weights import WEIGHTS, write_weights
@@ -23,6 +24,8 @@ from torchspan.capture.dynamo import Guards, capture_dynamo
 from torchspan.core.errors import CompileError, InputError, TorchspanError
 from torchspan.core.program import Program
 from torchspan.core.report import Attempt, Report, current_report
+from torchspan.passes._base import Pass
+from torchspan.passes._pipeline import Pipeline
 
 if TYPE_CHECKING:
     from torchspan.artifacts._sign import Key
@@ -136,13 +139,22 @@ class Artifact:
     programs: list[Mapping[str, Any]] = field(default_factory=list)
     payloads: dict[str, bytes] = field(repr=False, default_factory=dict)
     report: Report = field(repr=False, compare=False, default_factory=Report)
+    pipeline: Pipeline = field(repr=False, compare=False, default_factory=Pipeline)
 
-    def add(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        dynamic: Any = None,
+    ) -> None:
         """Compile for other inputs too: at each call the first entry whose guards hold is taken.
 
         Args:
             model: what the artifact was made from, or an equal one (in ``eval()`` after ``train()``, say).
             args, kwargs: example inputs of another shape, dtype or structure.
+            dynamic: as for `precompile`.
 
         Raises:
             InputError: the model is another one.
@@ -159,21 +171,27 @@ class Artifact:
         differ = [name for name, value in expected.items() if self.entries[name] != value]
         if differ:
             raise InputError(f"add takes the model that the artifact was made from; this one differs in: {', '.join(differ)}")
-        self._add(program)
+        self._add(program, dynamic)
 
-    def _add(self, program: Program) -> None:
+    def _add(self, program: Program, dynamic: Any) -> None:
         compiler, prefix = self.entries["compiler"], f"entry{len(self.programs)}"
         started = time.perf_counter()
-        module, _, guards, _ = capture_dynamo(program)
+        marks = marks_of(program, dynamic)
+        with marked(marks):
+            module, _, guards, _ = capture_dynamo(program)
         captured = time.perf_counter()
-        parts: Parts = _foreign(lambda: export_entry(prefix, module, guards, compiler, self.report), program.name)
+        parts: Parts = _foreign(
+            lambda: export_entry(prefix, module, guards, compiler, self.report, self.pipeline), program.name
+        )
         self.programs.append(parts.program)
         self.payloads.update(parts.payloads)
         self.entries["config"] = {
             **self.entries["config"],
             prefix: {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
         }
-        self.entries["rebuild"] = _rebuild(self.entries["rebuild"], program.args)
+        if parts.is_dynamic:
+            self.entries["format"] = FORMAT_DYNAMIC
+        self.entries["rebuild"] = _rebuild(self.entries["rebuild"], program.args, marks)
         self.report.figure("capture_s", captured - started)
         self.report.attempt(Attempt("artifact", program.name, compiler, "compiled", time.perf_counter() - started))
 
@@ -202,6 +220,8 @@ def precompile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     compiler: str | Compiler | None = None,
+    passes: str | Sequence[Pass | Callable[[GraphModule], GraphModule | None]] = (),
+    dynamic: Any = None,
     weights: bool = False,
     report: Report | None = None,
 ) -> Artifact:
@@ -212,8 +232,14 @@ def precompile(
 
     Args:
         model: a module or a function, on a CPU.
-        args: example inputs; shapes are static.
+        args: example inputs; shapes are static, except for `dynamic` and what ``torch._dynamo.mark_dynamic`` marked.
         kwargs: example keyword inputs.
+        dynamic: the dimensions that differ from call to call. A mapping by position or name of the inputs (or a sequence),
+            nested as they are; for a tensor from dimension to a name, ``(min, max)``, True or a ``torch.export.Dim``. True is
+            every dimension that the program leaves free. Examples of dynamic sizes are 2 or more; what the program and the
+            compiler assume of sizes becomes a guard.
+        passes: changes to the operator graphs of forward and of backward, each, before they are compiled: a pipeline as text
+            ('torchspan passes' lists passes), or passes and functions of a GraphModule, which return one or change it in place.
         compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are
             native, the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is
             native).
@@ -225,7 +251,10 @@ def precompile(
 
     Raises:
         CaptureError: the model is not one graph; names the user's file and line.
-        UnsupportedError: it is, and an artifact cannot hold it (changes to Python objects, symbolic shapes, subclasses, …).
+        UnsupportedError: it is, and an artifact cannot hold it (changes to Python objects, subclasses, a dimension that cannot
+            be dynamic, …).
+        InputError: `dynamic` or `passes` name what is not there.
+        PassError: a pass failed, or gave back a graph that is not valid.
         CompileError: the compiler failed.
 
     >>> artifact = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
@@ -233,8 +262,12 @@ def precompile(
     ['entry0/guards.json', 'entry0/plan.json']
     """
     program = Program(model, args, dict(kwargs or {}))
-    artifact = Artifact(_entries(program, compiler_name(compiler)), report=report or Report(parent=current_report()))
-    artifact._add(program)
+    pipeline = pipeline_of(passes)
+    entries = {**_entries(program, compiler_name(compiler)), "passes": [str(one) for one in pipeline.passes]}
+    if entries["passes"]:
+        entries["rebuild"] += f" --passes '{pipeline}'"
+    artifact = Artifact(entries, report=report or Report(parent=current_report()), pipeline=pipeline)
+    artifact._add(program, dynamic)
     if weights:
         artifact.payloads[WEIGHTS] = write_weights(program.target)
     return artifact
@@ -248,17 +281,21 @@ def _entries(program: Program, compiler: str) -> dict[str, Any]:
         **model_entries(program.target),
         "torchspan": __version__,
         "compiler": compiler,
-        "passes": [],
         "config": {},
         "rebuild": f"torchspan precompile module:factory --compiler {compiler} -o FILE",
     }
 
 
-def _rebuild(command: str, args: tuple[Any, ...]) -> str:
+def _rebuild(command: str, args: tuple[Any, ...], marks: Marks) -> str:
     """The command that makes the artifact again, for one entry more."""
-    return command.replace(" --compiler", f" --inputs '{_inputs_text(args)}' --compiler", 1)
+    return command.replace(" --compiler", f" --inputs '{_inputs_text(args, marks)}' --compiler", 1)
 
 
-def _inputs_text(args: tuple[Any, ...]) -> str:
-    tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    return ",".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".replace(" ", "") for tensor in tensors)
+def _inputs_text(args: tuple[Any, ...], marks: Marks) -> str:
+    dynamic = {id(tensor): dims for tensor, dims in marks}
+    texts = []
+    for number, tensor in enumerate(value for value in args if isinstance(value, torch.Tensor)):
+        dims = dynamic.get(id(tensor), {})
+        sizes = [f"d{number}_{dim}={size}" if dim in dims else str(size) for dim, size in enumerate(tensor.shape)]
+        texts.append(f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(sizes)}]")
+    return ",".join(texts)

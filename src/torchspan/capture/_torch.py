@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -92,12 +96,61 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
         "use_recursive_dict_tags_for_guards": False,
         "skip_no_tensor_aliasing_guards_on_parameters": False,
     }
-    with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
+    with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}), _guard_errors_told_once():
         done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
     guarded: Any = getattr(done, "guarded_code", done) or None
     if guarded is not None:
         _forget_cleanup(guarded.code)
     return guarded
+
+
+@contextmanager
+def _guard_errors_told_once() -> Iterator[None]:
+    """dynamo logs an error of a guard with its stack, and raises it as well: the second is enough."""
+    logger, thread = logging.getLogger("torch._guards"), threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_others)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """A dimension that is dynamic: from `minimum` to `maximum`; a wish may be fixed where the program needs it to be."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+    is_wish: bool = False
+
+
+@contextmanager
+def dynamic_dims(tensors: Sequence[Tensor], dims: Sequence[Mapping[int, Dynamic]]) -> Iterator[None]:
+    """Have dynamo take these dimensions of each tensor as symbols in what it traces inside; the tensors forget it after."""
+    if not any(dims):
+        yield
+        return
+    from torch._dynamo import mark_dynamic, maybe_mark_dynamic
+
+    before = [dict(vars(tensor)) for tensor in tensors]
+    try:
+        for tensor, which in zip(tensors, dims, strict=True):
+            for dim, wanted in sorted(which.items()):
+                if wanted.is_wish:
+                    maybe_mark_dynamic(tensor, dim)
+                elif wanted.minimum is None and wanted.maximum is None:
+                    mark_dynamic(tensor, dim)
+                else:  # torch needs both bounds or none
+                    mark_dynamic(tensor, dim, min=wanted.minimum or 2, max=wanted.maximum or sys.maxsize - 1)
+        yield
+    finally:
+        for tensor, known in zip(tensors, before, strict=True):
+            vars(tensor).clear()
+            vars(tensor).update(known)
 
 
 def _forget_cleanup(code: Any) -> None:
@@ -138,9 +191,9 @@ def source_name(source: Any) -> str:
 def dynamo_errors() -> tuple[type[Exception], ...]:
     """What dynamo raises when it cannot trace a program."""
     from torch._dynamo.exc import TorchDynamoException
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-    return TorchDynamoException, GuardOnDataDependentSymNode
+    return TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViolationError
 
 
 def joint_export() -> Any:

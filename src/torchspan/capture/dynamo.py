@@ -225,6 +225,12 @@ def _guard(entry: Any) -> Guard:
 
 def _capture_error(program: Program, cause: Exception) -> CaptureError:
     """A CaptureError with the user's file and line, what stood in the way, and what to do."""
+    fixed = re.search(r"You marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(cause))
+    if fixed:
+        return CaptureError(
+            f"{program.name} cannot be captured for any {spoken(fixed[1])}: it works for {fixed[2]} only; leave that dimension "
+            "unmarked, or mark those that must be equal to it, too"
+        )
     site = _site(cause)
     lines = [line.strip() for line in str(getattr(cause, "msg", None) or cause).strip().splitlines()]
     what = lines[0] if lines else type(cause).__name__
@@ -236,6 +242,15 @@ def _capture_error(program: Program, cause: Exception) -> CaptureError:
     )
     where = f" at {site}" if site else ""
     return CaptureError(f"{program.name} cannot be captured as one graph{where}: {what}. {advice}")
+
+
+def spoken(source: str) -> str:
+    """dynamo's expression for a part of an input as a person writes it.
+
+    >>> spoken("L['args'][0].size()[1]")
+    'args[0].size(1)'
+    """
+    return re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", re.sub(r"L\['(\w+)'\]", r"\1", source))
 
 
 def _site(cause: BaseException) -> str | None:

@@ -10,12 +10,14 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from torchspan.capture import _torch as capture_torch
 
 _compile_holder: list[Callable[..., Any]] = []
 _loading = threading.RLock()
@@ -275,23 +277,9 @@ def only_loading() -> Iterator[None]:
             raise CacheMiss("torch cannot cache this graph, so it cannot load it either")
 
 
-@contextmanager
-def dynamic_dims(tensors: Sequence[torch.Tensor], dims: Sequence[Iterable[int]]) -> Iterator[None]:
+def dynamic_dims(tensors: Sequence[torch.Tensor], dims: Sequence[Iterable[int]]) -> AbstractContextManager[None]:
     """Have dynamo take these dimensions of each tensor as symbols in what it traces inside; the tensors forget it after."""
-    if not dims:
-        yield
-        return
-    from torch._dynamo import mark_dynamic
-
-    before = [dict(vars(tensor)) for tensor in tensors]
-    try:
-        for tensor, which in zip(tensors, dims, strict=True):
-            mark_dynamic(tensor, sorted(which))
-        yield
-    finally:
-        for tensor, known in zip(tensors, before, strict=True):
-            vars(tensor).clear()
-            vars(tensor).update(known)
+    return capture_torch.dynamic_dims(tensors, [dict.fromkeys(which, capture_torch.Dynamic()) for which in dims])
 
 
 @contextmanager

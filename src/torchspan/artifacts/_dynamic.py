@@ -1,0 +1,133 @@
+"""Which dimensions of a program's inputs are dynamic: from a specification, to marks on the example tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from torchspan.capture._torch import Dynamic, dynamic_dims
+from torchspan.core.errors import InputError, unknown_name
+from torchspan.core.numerics import tensors
+from torchspan.core.program import Program
+
+Marks = list[tuple[torch.Tensor, dict[int, Dynamic]]]
+
+
+def marks_of(program: Program, dynamic: Any) -> Marks:
+    """The tensors of a program's example inputs that have dynamic dimensions, and those dimensions.
+
+    `dynamic` is None, True (every dimension that the program leaves free), or what ``torch.export`` takes as dynamic_shapes: a
+    mapping by name or position of the inputs, or a sequence, nested as the inputs are; for a tensor, a mapping from dimension
+    to ``"name"``, ``(min, max)``, True or a ``torch.export.Dim``, or a set of dimensions.
+
+    >>> marks_of(Program(torch.nn.Linear(2, 3), (torch.ones(4, 2),)), {"input": {0: (2, 64)}})[0][1]
+    {0: Dynamic(minimum=2, maximum=64, is_wish=False)}
+
+    Raises:
+        InputError: it names what is not there, or an example is too small to stand for other sizes.
+    """
+    if dynamic is None or dynamic is False:
+        return []
+    if dynamic is True:
+        wish = Dynamic(is_wish=True)
+        found = [*tensors(program.args), *tensors(dict(program.kwargs))]
+        return [(tensor, {dim: wish for dim, size in enumerate(tensor.shape) if size > 1}) for tensor in found]
+    marks: Marks = []
+    for value, spec, place in _top(program, dynamic):
+        _collect(value, spec, place, marks)
+    return marks
+
+
+@contextmanager
+def marked(marks: Marks) -> Iterator[None]:
+    """Have dynamo take the dimensions as symbols in what it captures inside; the tensors forget it after."""
+    with dynamic_dims([tensor for tensor, _ in marks], [dims for _, dims in marks]):
+        yield
+
+
+def _top(program: Program, dynamic: Any) -> Iterator[tuple[Any, Any, str]]:
+    """The program's inputs that a specification speaks of."""
+    if isinstance(dynamic, Sequence) and not isinstance(dynamic, str):
+        dynamic = dict(enumerate(dynamic))
+    if not isinstance(dynamic, Mapping):
+        raise InputError(f"dynamic={dynamic!r} is a {type(dynamic).__name__}; expected True, a mapping by input, or a sequence")
+    names = _positions(program)
+    for key, spec in dynamic.items():
+        if key in program.kwargs:
+            yield program.kwargs[key], spec, f"input {key!r}"
+            continue
+        index = names.get(key, key)
+        if type(index) is not int or not 0 <= index < len(program.args):
+            raise unknown_name("input", str(key), [*names, *program.kwargs], "dynamic= names inputs by position or by name")
+        yield program.args[index], spec, f"input {key!r}"
+
+
+def _positions(program: Program) -> dict[str, int]:
+    target = program.target
+    function = target.forward if isinstance(target, torch.nn.Module) else target
+    names = list(inspect.signature(function).parameters)[: len(program.args)]
+    return {name: index for index, name in enumerate(names)}
+
+
+def _collect(value: Any, spec: Any, place: str, marks: Marks) -> None:
+    if spec is None:
+        return
+    if isinstance(value, torch.Tensor):
+        dims = _dims(value, spec, place)
+        if dims:
+            marks.append((value, dims))
+        return
+    items = dict(spec) if isinstance(spec, Mapping) else dict(enumerate(spec)) if isinstance(spec, (list, tuple)) else None
+    if items is None or not isinstance(value, (list, tuple, Mapping)):
+        raise InputError(f"dynamic= says {spec!r:.80} of {place}, which is a {type(value).__name__}; expected a tensor there")
+    for key, inner in items.items():
+        try:
+            found = value[key]
+        except (LookupError, TypeError) as cause:
+            raise InputError(f"dynamic= names {key!r} in {place}, which has none ({type(cause).__name__})") from cause
+        _collect(found, inner, f"{place}[{key!r}]", marks)
+
+
+def _dims(tensor: torch.Tensor, spec: Any, place: str) -> dict[int, Dynamic]:
+    if isinstance(spec, (set, frozenset)):
+        spec = dict.fromkeys(spec, True)
+    elif isinstance(spec, (list, tuple)) and len(spec) == tensor.dim():
+        spec = dict(enumerate(spec))
+    if not isinstance(spec, Mapping):
+        raise InputError(f"dynamic= says {spec!r:.80} of {place}, a tensor; expected its dimensions, such as {{0: 'batch'}}")
+    found = {}
+    for dim, asked in spec.items():
+        if type(dim) is not int or not -tensor.dim() <= dim < tensor.dim():
+            raise InputError(f"dynamic= names dimension {dim!r} of {place}, which has {tensor.dim()}")
+        known = _dimension(asked, place)
+        if known is not None:
+            found[dim % tensor.dim()] = known
+            _check_example(tensor.shape[dim], known, f"dimension {dim} of {place}")
+    return found
+
+
+def _dimension(asked: Any, place: str) -> Dynamic | None:
+    """What is asked of one dimension; None if it is static."""
+    if asked is None or asked is False or type(asked) is int:
+        return None
+    if asked is True or isinstance(asked, str):
+        return Dynamic()
+    if isinstance(asked, tuple) and len(asked) == 2:
+        return Dynamic(*asked)
+    kind = str(getattr(getattr(asked, "type", None), "name", ""))  # Dim.AUTO, Dim.DYNAMIC, Dim.STATIC of torch.export
+    if kind:
+        return None if kind == "STATIC" else Dynamic(asked.min, asked.max, is_wish=kind == "AUTO")
+    if hasattr(asked, "min") and hasattr(asked, "max"):  # torch.export.Dim("batch", min=2, max=64)
+        return Dynamic(asked.min or None, asked.max if asked.max < torch.iinfo(torch.int64).max else None)
+    raise InputError(f"dynamic= says {asked!r:.80} of {place}; expected a name, (min, max), True or a torch.export.Dim")
+
+
+def _check_example(size: int, wanted: Dynamic, place: str) -> None:
+    if not wanted.is_wish and size < 2:
+        raise InputError(f"{place} has size {size} in the example, and is to be dynamic; give an example of 2 or more")
+    if not (wanted.minimum or 0) <= size <= (size if wanted.maximum is None else wanted.maximum):
+        raise InputError(f"{place} has size {size} in the example, outside of {wanted.minimum} to {wanted.maximum}")
