@@ -187,14 +187,6 @@ def test_what_an_artifact_cannot_hold_is_refused_when_it_is_made(
         precompile(target, (x,), compiler="eager")
 
 
-def test_a_marked_dimension_is_refused_by_name(models: types.ModuleType) -> None:
-    (x,), _ = models.inputs("modes")
-    x = x.clone()
-    torch._dynamo.mark_dynamic(x, 0)
-    with pytest.raises(UnsupportedError, match="plain tensors of static shape"):
-        precompile(models.modes(), (x,), compiler="eager")
-
-
 def test_compilers_that_an_artifact_cannot_hold_are_refused(models: types.ModuleType) -> None:
     with pytest.raises(InputError, match="no compiler 'inducter' for an artifact; expected one of inductor"):
         precompile(models.modes(), *models.inputs("modes"), compiler="inducter")
