@@ -192,8 +192,31 @@ def test_a_compiler_that_fixes_a_marked_dimension_is_refused() -> None:
         size = next(value for value in example_inputs if isinstance(value, torch.SymInt))
         return graph if size == 6 else None
 
-    x = torch.randn(6, 4)
-    torch._dynamo.mark_dynamic(x, 0)
-    gm, _, guards, _ = Precompile.dynamo(lambda x: x + 1, x)
-    with pytest.raises(UnsupportedError, match="the compiler fixed a dimension that was marked as dynamic"):
+    gm, _, guards, _ = Precompile.dynamo(lambda x: x + 1, torch.randn(6, 4), dynamic={0: {0: "rows"}})
+    with pytest.raises(UnsupportedError, match=r"args\[0\]\.size\(0\) was marked as dynamic, and the program needs it to be 6"):
         Precompile.aot_autograd(gm, guards, compiler=fixing)
+
+
+@pytest.mark.parametrize("compiler", [as_it_is, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.once])])
+def test_what_a_compiler_assumes_of_sizes_is_checked_at_every_call(compiler: Any) -> None:
+    def head(x: torch.Tensor) -> torch.Tensor:
+        return (x * x)[:, :2].sum(0)
+
+    gm, _, guards, _ = Precompile.dynamo(head, torch.randn(4, 6, requires_grad=True), dynamic=[{0: "rows", 1: (2, 16)}])
+    compiled, _ = Precompile.aot_autograd(gm, guards, compiler=compiler)
+    for rows, columns in ((4, 6), (9, 3), (2, 16)):
+        x, y = (torch.arange(rows * columns).view(rows, columns).float().requires_grad_() for _ in range(2))
+        compiled((x,)).sum().backward()
+        head(y).sum().backward()
+        assert torch.equal(x.grad, y.grad)
+    with pytest.raises(GuardError, match=r"expected .* != .*, found s\d+ = args\[0\]\.size\(1\) = 2|size\(\)\[1\]"):
+        compiled((torch.randn(4, 2, requires_grad=True),))
+
+
+def test_a_model_with_an_input_of_the_name_dynamic_gets_it() -> None:
+    def scaled(x: torch.Tensor, dynamic: float = 1.0) -> torch.Tensor:
+        return x * dynamic
+
+    gm, _, guards, inputs = Precompile.dynamo(scaled, torch.ones(3), dynamic=2.0)
+    compiled, _ = Precompile.aot_autograd(gm, guards, compiler=as_it_is)
+    assert compiled(inputs, dynamic=2.0).tolist() == [2.0, 2.0, 2.0]

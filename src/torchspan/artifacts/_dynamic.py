@@ -67,10 +67,20 @@ def _top(program: Program, dynamic: Any) -> Iterator[tuple[Any, Any, str]]:
 
 
 def _positions(program: Program) -> dict[str, int]:
-    target = program.target
-    function = target.forward if isinstance(target, torch.nn.Module) else target
-    names = list(inspect.signature(function).parameters)[: len(program.args)]
-    return {name: index for index, name in enumerate(names)}
+    return {name: index for index, name in enumerate(list(_parameters(program.target))[: len(program.args)])}
+
+
+def takes_keyword(target: Any, name: str) -> bool:
+    """Whether a module or function has an input of that name.
+
+    >>> takes_keyword(torch.nn.Linear(2, 2), "input"), takes_keyword(len, "dynamic")
+    (True, False)
+    """
+    return name in _parameters(target)
+
+
+def _parameters(target: Any) -> Mapping[str, Any]:
+    return inspect.signature(target.forward if isinstance(target, torch.nn.Module) else target).parameters
 
 
 def _collect(value: Any, spec: Any, place: str, marks: Marks) -> None:

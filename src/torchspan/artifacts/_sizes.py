@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchspan.artifacts._values import Path, decode_path, encode_path, parse_path, show_path
+from torchspan.artifacts._values import Path, decode_path, encode_path, follow, parse_path, show_path
 from torchspan.core.errors import IntegrityError, UnsupportedError
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "round": round}
@@ -178,3 +178,7 @@ class Sizes:
                 asked = [f"{name} = {places[name]} = {symbols[name]}" for name in sorted(condition.names)]
                 return f"expected {condition.text}, found {', '.join(asked)}"
         return None
+
+    def failed_for(self, values: Mapping[str, Any]) -> str | None:
+        """The same, of a call's ``target``, ``args`` and ``kwargs``."""
+        return self.failed({name: follow(path, values) for name, path in zip(self.names, self.paths)})

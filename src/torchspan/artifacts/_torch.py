@@ -26,12 +26,12 @@ from torchspan.core.memory import blank_storage
 
 def compile_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, compiler: Callable[..., Any] | None) -> Any:
     """A callable of the graph's inputs: forward and backward by AOTAutograd, each compiled by `compiler` (None: inductor)."""
-    before = _num_specializations(context)
-    with _compiling(context):
-        compiled = _compiled(module, inputs, compiler)
-    if _num_specializations(context) != before:  # the guards were made before; these would be in none
-        raise UnsupportedError("the compiler fixed a dimension that was marked as dynamic; leave that dimension unmarked")
-    return compiled
+    from torch._functorch import config
+
+    # a backward that were compiled at its first call could add conditions on sizes when it is too late
+    eager = {"force_non_lazy_backward_lowering": True} if _has_setting(config, "force_non_lazy_backward_lowering") else {}
+    with _compiling(context), config.patch(eager):
+        return _compiled(module, inputs, compiler)
 
 
 def _compiled(module: GraphModule, inputs: tuple[Any, ...], compiler: Callable[..., Any] | None) -> Any:
@@ -43,12 +43,6 @@ def _compiled(module: GraphModule, inputs: tuple[Any, ...], compiler: Callable[.
 
     boxed = _boxing(compiler)
     return aot_autograd(fw_compiler=boxed, bw_compiler=boxed)(copy_of(module), list(inputs))
-
-
-def _num_specializations(context: Any) -> int:
-    """How many conditions on dynamic shapes there are, also those that a compiler asked for after the guards were made."""
-    shapes = getattr(context.fake_mode, "shape_env", None)
-    return 0 if shapes is None else len(shapes.guards) + shapes.counter["ignored_backward_guard"]
 
 
 def _boxing(compiler: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,10 +14,12 @@ import torch
 from torch.fx import GraphModule
 
 from torchspan.artifacts import _torch
-from torchspan.artifacts._dynamic import Marks, marked, marks_of
+from torchspan.artifacts._dynamic import Marks, marked, marks_of, takes_keyword
 from torchspan.artifacts._export import Parts, compiler_name, export_entry, pipeline_of
 from torchspan.artifacts._manifest import FORMAT_DYNAMIC, model_entries, platform_entries, write_manifest
+from torchspan.artifacts._portable import portable_sizes
 from torchspan.artifacts._sign import sign
+from torchspan.artifacts._sizes import Sizes
 from torchspan.artifacts._store import write_artifact
 from torchspan.artifacts._weights import WEIGHTS, write_weights
 from torchspan.capture.dynamo import Guards, capture_dynamo
@@ -45,13 +47,15 @@ class Precompile:
 
     @staticmethod
     def dynamo(
-        model: Callable[..., Any], *example_inputs: Any, **example_kwargs: Any
+        model: Callable[..., Any], *example_inputs: Any, dynamic: Any = None, **example_kwargs: Any
     ) -> tuple[GraphModule, CodeType, Guards, tuple[Any, ...]]:
         """Trace a model into one FX graph, without running it.
 
         Args:
             model: a module or a function.
             example_inputs: its positional inputs; the graph is for their shapes, strides, dtypes and devices.
+            dynamic: the dimensions that differ from call to call, as for `torchspan.precompile`; a model that has an input of
+                this name gets it, and its dimensions are marked by ``torch._dynamo.mark_dynamic``.
             example_kwargs: its keyword inputs.
 
         Returns:
@@ -66,7 +70,11 @@ class Precompile:
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'placeholder', 'placeholder', 'call_function', 'output']
         """
-        return capture_dynamo(Program(model, example_inputs, example_kwargs))
+        if dynamic is not None and takes_keyword(model, "dynamic"):
+            dynamic, example_kwargs = None, {**example_kwargs, "dynamic": dynamic}
+        program = Program(model, example_inputs, example_kwargs)
+        with marked(marks_of(program, dynamic)):
+            return capture_dynamo(program)
 
     @staticmethod
     def aot_autograd(gm: GraphModule, guards: Guards, compiler: Compiler | None = None) -> tuple[Callable[..., Any], Guards]:
@@ -97,6 +105,9 @@ class Precompile:
         frame = guards.frame
         with torch.set_grad_enabled(frame.grad_mode):
             graph = _foreign(lambda: _torch.compile_graph(gm, frame.inputs, frame.context, compiler), guards.program.name)
+        sizes = Sizes(portable_sizes(guards))  # what compilers assumed of dynamic sizes, after the guards were made
+        if sizes.names:
+            guards.require(sizes.failed_for)
         return _Checked(guards, guards.bind(graph)), guards
 
 

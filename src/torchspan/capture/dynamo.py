@@ -73,6 +73,7 @@ class Guards:
         self.program = program
         self.frame = frame
         self.frames = (frame,) if other is None else (frame, other)
+        self._required: list[Callable[[Mapping[str, Any]], str | None]] = []
 
     @property
     def managers(self) -> dict[bool, Any]:
@@ -99,9 +100,13 @@ class Guards:
             return f"grad mode is {torch.is_grad_enabled()}, the program was captured with {self.frame.grad_mode}"
         values = {"target": self.program.target, "args": args, "kwargs": dict(kwargs or {})}
         if manager.check(values):
-            return None
+            return next(filter(None, (failed(values) for failed in self._required)), None)
         parts = manager.check_verbose(values).verbose_code_parts
         return re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
+
+    def require(self, failed: Callable[[Mapping[str, Any]], str | None]) -> None:
+        """Add a condition: a function of ``target``, ``args`` and ``kwargs`` that says what does not hold, or None."""
+        self._required.append(failed)
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """Raise GuardError, which names the condition, unless the graph may be used for these inputs, now."""
