@@ -416,9 +416,11 @@ def _of_value(source: str, value: Any) -> Iterator[dict[str, Any]]:
         return
     if isinstance(value, (list, tuple, dict)):
         yield _guard(source, "type", [name_of(type(value)), None])
-        is_dict = isinstance(value, dict)
-        yield _guard(source, "keys" if is_dict else "length", encode(list(value)) if is_dict else len(value))
-        for key, item in value.items() if is_dict else enumerate(value):
+        if isinstance(value, dict):
+            yield _guard(source, "keys", encode(list(value)))
+        else:
+            yield _guard(source, "length", len(value))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _of_value(f"{source}[{key!r}]", item)
         return
     try:
