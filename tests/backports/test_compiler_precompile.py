@@ -312,7 +312,7 @@ print("FINE", "no compiler" if not compilers else "compilers")
 """
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.once])])
 def test_a_program_runs_unmodified_and_its_artifact_compiles_nothing_in_a_fresh_process(
     run_python: Callable[..., subprocess.CompletedProcess[str]], backend: str
 ) -> None:
