@@ -226,9 +226,9 @@ def test_passes_change_the_graphs_before_they_are_compiled_and_are_in_the_manife
     fast(x).sum().backward()
     assert fast(x).tolist() == [0.5, 0.5, 0.5] and x.grad.tolist() == [0.5, 0.5, 0.5]
     assert artifact.entries["passes"] == [f"{__name__}:{halve.__qualname__}"]
-    assert [decision.subject for decision in report.decisions if decision.topic == "passes"] == ["forward", "backward"]
+    assert [decision.subject for decision in report.decisions if decision.topic == "pass"] == ["forward", "backward"]
     artifact.add(Double(), (torch.ones(5, requires_grad=True),))
-    assert sum(decision.count for decision in report.decisions if decision.topic == "passes") == 4
+    assert sum(decision.count for decision in report.decisions if decision.topic == "pass") == 4
 
 
 def test_passes_that_an_artifact_cannot_take_are_refused() -> None:

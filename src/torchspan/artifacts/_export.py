@@ -18,7 +18,7 @@ from torchspan.artifacts._runtime import KEPT
 from torchspan.artifacts._sizes import encode_size, is_size
 from torchspan.artifacts._torch import Lowered
 from torchspan.artifacts._values import name_of, parse_path
-from torchspan.capture.dynamo import Guards
+from torchspan.capture.dynamo import Guards, spoken
 from torchspan.core.errors import InputError, PassError, UnsupportedError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.regions import cut_regions, list_regions
@@ -96,7 +96,15 @@ def export_entry(
         changed = graph if graph is None else _passed(graph, name, pipeline, report)
         plan[name] = None if changed is None else _write_graph(prefix, name, changed, compiler, shapes, parts, constants)
     guarded["sizes"] = portable_sizes(guards)
-    parts.is_dynamic = bool(guarded["sizes"])
+    if guarded["sizes"]:
+        parts.is_dynamic = True
+        where = ", ".join(spoken(source) for source in shapes.sources.values())
+        report.decide(
+            "precompile",
+            guards.program.name,
+            "dynamic sizes",
+            f"{where}; {len(guarded['sizes']['conditions'])} conditions on them",
+        )
     if constants:
         parts.program["constants"] = f"{prefix}/constants.safetensors"
         parts.payloads[parts.program["constants"]] = _write_tensors(constants)
@@ -270,7 +278,7 @@ def _passed(module: GraphModule, name: str, pipeline: Pipeline, report: Report) 
     before = Graph(module, inputs, outputs)
     after = pipeline.run(before, PassContext(report))
     told = f"{len(before.module.graph.nodes)} nodes before, {len(after.module.graph.nodes)} after"
-    report.decide("passes", name, str(pipeline), told)
+    report.decide("pass", name, str(pipeline), told)
     return after.module
 
 
