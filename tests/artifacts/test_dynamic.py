@@ -186,6 +186,7 @@ def test_an_expression_of_a_file_is_arithmetic_or_refused(text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_fresh_process_serves_new_sizes_without_a_compiler(
     run_with_models: Callable[..., Any], models: types.ModuleType, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_fresh_process_trains_with_native_libraries_without_a_compiler(
     assert "FINE 2" in done.stdout
 
 
+@pytest.mark.once
 def test_an_artifact_that_is_made_in_a_plain_process_loads_in_an_active_one_and_back(
     run_with_models: Callable, make: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ CHILDREN = """\
     """
 
 
+@pytest.mark.once
 def test_what_children_do_is_on_the_page_of_their_parent(run_python, tmp_path: Path) -> None:
     write(tmp_path, CHILDREN)
     run_python(None, *RUN, "--report", "out.json", "program.py")
@@ -208,6 +209,7 @@ def test_nothing_to_port_is_said(run_python, tmp_path: Path) -> None:
     assert "no line asks for a device" in done.stderr
 
 
+@pytest.mark.once
 def test_a_program_that_is_ported_by_its_page_runs_without_torchspan(run_python, tmp_path: Path) -> None:
     """Only what the page says it has no line for is done by hand: the events, and the assertion that there is a GPU."""
     text = (Path(__file__).parents[1] / "devices" / "programs" / "train_cuda.py").read_text()

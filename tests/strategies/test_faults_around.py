@@ -234,6 +234,7 @@ PARENT = """
 """
 
 
+@pytest.mark.once
 def test_no_process_outlives_a_program_that_is_killed_and_a_deleted_script_compiles(run_python: Callable[..., Any]) -> None:
     done = run_python(PARENT, expect=-signal.SIGKILL)
     outcomes, pids = done.stdout.splitlines()

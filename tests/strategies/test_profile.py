@@ -75,6 +75,7 @@ def test_a_backend_that_hangs_is_ended_and_its_stack_is_there(nothing_left: Any,
     nothing_left()
 
 
+@pytest.mark.once
 def test_a_tool_that_hangs_is_named(tmp_path: Path) -> None:
     from torch._inductor import config
 
