@@ -24,7 +24,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `ours` over `theirs`, both in `unit`, medians of runs taken in turn; `goal` is a bound on the ratio."""
+    """One comparison: `ours` over `theirs`, both in `unit`, medians of runs taken in turn; `goal` is a bound on the ratio.
+
+    `spread` is the lowest and the highest ratio among the runs.
+    """
 
     name: str
     ours: float
@@ -32,6 +35,7 @@ class Row:
     unit: str = "s"
     goal: float | None = None
     note: str = ""
+    spread: tuple[float, float] | None = None
 
     @property
     def ratio(self) -> float:
@@ -44,7 +48,11 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=type(value), default=value)
     return parser.parse_args()
 
 
@@ -62,36 +70,49 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def fresh_process(code: str, env: dict[str, str] | None = None) -> float:
-    """What `code`, run in a fresh Python process, prints as its last line, as a number.
+    """What `code`, run in a fresh Python process, prints as its last line, as a number."""
+    return float(_last_line(["-c", code], env))
+
+
+def fresh_script(script: Path, args: list[str], env: dict[str, str] | None = None) -> Any:
+    """What `script`, run in a fresh Python process, prints as its last line, read as JSON."""
+    return json.loads(_last_line([str(script), *args], env))
+
+
+def _last_line(command: list[str], env: dict[str, str] | None) -> str:
+    """The last line that Python, in a fresh process, prints.
 
     Bytecode is kept from one process to the next, as it is for installed packages.
     """
     unset = ("TORCHSPAN", "PYTHONDONTWRITEBYTECODE")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(unset)}
     environ |= {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir(), "torchspan-bytecode"))} | (env or {})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environ, check=False)
     if done.returncode:
         sys.exit(f"the measured program failed:\n{done.stderr}")
-    return float(done.stdout.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1]
 
 
-def write(name: str, rows: list[Row], out: Path | None) -> None:
-    """Draw the rows, and write them to `out` with what they were measured on."""
+def write(name: str, rows: list[Row], out: Path | None, **more: Any) -> None:
+    """Draw the rows, and write them to `out` with what they were measured on, and whatever `more` there is to say."""
     table = Table(title=name, box=None, title_justify="left")
-    for column in ("comparison", "torchspan", "other side", "ratio", "goal", "note"):
+    for column in ("comparison", "torchspan", "other side", "ratio", "spread", "goal", "note"):
         table.add_column(column)
     for row in rows:
         goal = "-" if row.goal is None else f"≤ {row.goal:g}"
-        table.add_row(
-            row.name, f"{row.ours:.4g} {row.unit}", f"{row.theirs:.4g} {row.unit}", f"{row.ratio:.3f}", goal, row.note
-        )
+        spread = "-" if row.spread is None else "{:.3f} to {:.3f}".format(*row.spread)
+        ours, theirs = f"{row.ours:.4g} {row.unit}", f"{row.theirs:.4g} {row.unit}"
+        table.add_row(row.name, ours, theirs, f"{row.ratio:.3f}", spread, goal, row.note)
     Console().print(table)
     if out is not None:
-        out.write_text(json.dumps({"benchmark": name, **machine(), "rows": [_plain(row) for row in rows]}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"benchmark": name, **machine(), **more, "rows": [_plain(row) for row in rows]}, indent=1) + "\n"
+        )
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return asdict(row) | {"ratio": row.ratio}
+    plain = asdict(row) | {"ratio": row.ratio}
+    return plain if row.spread is not None else {name: value for name, value in plain.items() if name != "spread"}
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,21 @@
-"""Load and first call of an artifact over a cold and a warm torch.compile, and over eager's first call, in fresh processes.
+"""Load and first step of an artifact over those of torch's own ways, in fresh processes; later steps over torch.compile's.
 
-A small transformer, inference and training. Every time is wall time from the end of `import torch` to the first result (in
-training: the first gradients), so imports that a way needs (dynamo, inductor) count for it.
+A small transformer and Transformers' Llama with random weights, inference and training, each contender in a process of its own
+(`_artifact_contenders.py`).
+
+What is timed as "load + first step": from after ``import torch`` and the construction of model and input (with
+``import transformers``), to the first result, in training to the first gradients of all parameters. What a way imports
+(torchspan, dynamo, inductor), reads, opens, traces or compiles meanwhile counts for it. Bytecode and the system's file cache
+are warm for all: each contender has run once before. A round runs every contender once, the quick ones three times in between.
+
+- cold: ``torch.compile`` with no caches; warm: with its caches on the disk, as an equal process left them.
+- AOTInductor: the package by ``torch._inductor.aoti_load_package``, and by the C++ loader below it. It has the weights inside
+  and checks no guards.
+- the peer: ``torch.compiler.precompile`` where this torch has it, in the cache folder that its capture left, and in an empty
+  one. In training it captures the backward too, so that its step is one call.
+
+Later steps: the artifact's and torch.compile's in turn in one process, on one model, with one thread and with all. The ratio is
+that of a process's medians; the row gives the median process.
 """
 
 from __future__ import annotations
@@ -10,116 +24,151 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import _harness as harness
-
-MODEL = """
-import os, sys, time
 import torch
-from torch import nn
-import torch.nn.functional as F
 
-class Block(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, 4, dim // 4).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, dim))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-class Transformer(nn.Module):
-    def __init__(self, num_blocks=2, dim=64, vocabulary=256):
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(num_blocks))
-        self.head = nn.Linear(dim, vocabulary)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-torch.manual_seed(0)
-model = Transformer()
-tokens = torch.randint(0, 256, (2, 32))
-training = os.environ["MODE"] == "training"
-torch.set_grad_enabled(training)
-
-def first_step(function):
-    result = function(tokens)
-    if training:
-        result.float().mean().backward()
-
-def steady(function):
-    times = []
-    for _ in range(60):
-        start = time.perf_counter()
-        first_step(function)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
-"""
-
-MAKE = "from torchspan.artifacts import precompile\nprecompile(model, (tokens,)).save(os.environ['ARTIFACT'])\nprint(0)"
-LOAD = "from torchspan.artifacts import load\nfunction = load(os.environ['ARTIFACT'], model)"
-COMPILE = "function = torch.compile(model, dynamic=False)"
-EAGER = "function = model"
+SCRIPT = Path(__file__).with_name("_artifact_contenders.py")
+QUICK = ("artifact", "eager", "aoti_raw")  # well under a second each: run three times a round
+MADE = ("artifact", "warm", "aoti", "peer")  # have something to write first
+GOALS = {
+    "cold": ("cold torch.compile", 1 / 20),
+    "warm": ("torch.compile with warm caches", 1 / 5),
+    "eager": ("eager's first step", 2.0),
+    "aoti": ("AOTInductor's load and first call", 1.0),
+    "aoti_raw": ("AOTInductor's by its C++ loader", None),
+    "peer": ("torch.compiler.precompile's", 0.5),
+    "peer_cold": ("torch.compiler.precompile's, no caches", None),
+}
+MODELS = {
+    "transformer": "2 blocks of width 64, 2 × 32 tokens",
+    "llama": "Transformers' LlamaForCausalLM, 2 layers of width 256, 2 × 64 tokens; its parts called from one forward",
+}
 
 
-def timed(prepare: str) -> str:
-    """A program that prints the seconds of `prepare` and of the first step."""
-    return f"{MODEL}\nstart = time.perf_counter()\n{prepare}\nfirst_step(function)\nprint(time.perf_counter() - start)"
+@dataclass
+class Case:
+    """One model in one mode, with what its contenders left in `folder`."""
+
+    model: str
+    mode: str
+    folder: Path
+    times: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def contenders(self) -> list[str]:
+        """Who takes part."""
+        names = ["artifact", "eager", "cold", "warm"]
+        names += ["aoti", "aoti_raw"] if self.mode == "inference" else []
+        return names + (["peer", "peer_cold"] if find_spec("torch.compiler.precompile") else [])
+
+    def make(self) -> None:
+        """Write what the contenders load, and run each once for the bytecode and the file cache."""
+        for name in self.contenders:
+            if name in MADE:
+                self._run("make", name)
+            if name not in ("cold", "peer_cold"):
+                self._run("first", name)
+
+    def round(self) -> None:
+        """Run every contender once, the quick ones three times in between."""
+        found: dict[str, list[float]] = {name: [] for name in self.contenders}
+        slow = [name for name in self.contenders if name not in QUICK]
+        for turn in range(3):
+            for name in [name for name in self.contenders if name in QUICK] + slow[turn::3]:
+                found[name].append(self._run("first", name)["total"])
+        for name, times in found.items():
+            self.times.setdefault(name, []).append(times)
+
+    def rows(self) -> list[harness.Row]:
+        """The artifact over every other contender."""
+        return [self._row(name) for name in self.contenders if name != "artifact"]
+
+    def seconds(self) -> dict[str, Any]:
+        """Lowest, median and highest seconds of each contender."""
+        flat = {name: sorted(time for times in rounds for time in times) for name, rounds in self.times.items()}
+        return {name: [times[0], statistics.median(times), times[-1]] for name, times in flat.items()}
+
+    def refusal(self) -> str:
+        """Why the artifact cannot hold the whole of Transformers' model, if it cannot."""
+        return str(self._run("refusal", "artifact")["refusal"])
+
+    def _row(self, name: str) -> harness.Row:
+        said, goal = GOALS[name]
+        found = self.seconds()
+        ratios = [
+            statistics.median(ours) / statistics.median(theirs)
+            for ours, theirs in zip(self.times["artifact"], self.times[name], strict=True)
+        ]
+        title = f"{self.model}, {self.mode}: load + first step over {said}"
+        return harness.Row(title, found["artifact"][1], found[name][1], goal=goal, spread=(min(ratios), max(ratios)))
+
+    def _run(self, task: str, name: str) -> Any:
+        contender = name.removesuffix("_cold") if name != "cold" else "cold"
+        caches = self.folder / name.removesuffix("_raw")
+        if name.endswith("cold"):
+            shutil.rmtree(caches, ignore_errors=True)
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(caches)} | ({"PATH": ""} if name == "artifact" and task == "first" else {})
+        return harness.fresh_script(SCRIPT, [task, contender, self.model, self.mode, str(self.folder)], env)
+
+    def steady(self, num_processes: int, num_pairs: int) -> list[harness.Row]:
+        """A later step of the artifact over torch.compile's, with one thread and with all."""
+        return [self._steady_row(threads, num_processes, num_pairs) for threads in dict.fromkeys((1, torch.get_num_threads()))]
+
+    def _steady_row(self, threads: int, num_processes: int, num_pairs: int) -> harness.Row:
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"steady{threads}"), "OMP_NUM_THREADS": str(threads)}
+        args = ["steady", "artifact", self.model, self.mode, str(self.folder)]
+        found = [harness.fresh_script(SCRIPT, [*args, str(num_pairs)], env)["seconds"] for _ in range(num_processes)]
+        ratios = sorted(ours / theirs for ours, theirs in found)
+        ours, theirs = sorted(found, key=lambda pair: pair[0] / pair[1])[len(found) // 2]
+        said = "1 thread" if threads == 1 else f"{threads} threads"
+        title = f"{self.model}, {self.mode}: a later step over torch.compile's, {said}"
+        return harness.Row(title, ours, theirs, goal=1.02, spread=(ratios[0], ratios[-1]))
 
 
-def settled(prepare: str) -> str:
-    """A program that prints the median seconds of a step, once it has run some."""
-    return f"{MODEL}\n{prepare}\nsteady(function)\nprint(steady(function))"
-
-
-def measure(mode: str, repeats: int, folder: Path) -> list[harness.Row]:
-    """The rows of one mode; every side of one comparison is measured in turn."""
-    caches = folder / mode
-    env = {"MODE": mode, "ARTIFACT": str(folder / f"{mode}.tspan"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "warm")}
-    harness.fresh_process(f"{MODEL}\n{MAKE}", env)
-    harness.fresh_process(timed(COMPILE), env)  # fills the caches
-
-    def cold() -> float:
-        shutil.rmtree(caches / "cold", ignore_errors=True)
-        return harness.fresh_process(timed(COMPILE), env | {"TORCHINDUCTOR_CACHE_DIR": str(caches / "cold")})
-
-    def load() -> float:
-        return harness.fresh_process(timed(LOAD), env | {"PATH": ""})
-
-    sides = [
-        (load(), cold(), harness.fresh_process(timed(COMPILE), env), harness.fresh_process(timed(EAGER), env))
-        for _ in range(repeats)
-    ]
-    loaded, from_cold, from_warm, eager = (statistics.median(side) for side in zip(*sides, strict=True))
-    ours, theirs = harness.in_turn(
-        lambda: harness.fresh_process(settled(LOAD), env), lambda: harness.fresh_process(settled(COMPILE), env), repeats
-    )
-    return [
-        harness.Row(f"{mode}: load + first step over cold torch.compile", loaded, from_cold, goal=1 / 20),
-        harness.Row(f"{mode}: load + first step over warm torch.compile", loaded, from_warm, goal=1 / 5),
-        harness.Row(f"{mode}: load + first step over eager's first step", loaded, eager, goal=2),
-        harness.Row(f"{mode}: a later step over torch.compile's", ours, theirs, goal=1.02),
-    ]
+def measure(case: Case, options: Any) -> tuple[list[harness.Row], Mapping[str, Any]]:
+    """The rows of one case, and the seconds behind them."""
+    case.make()
+    for _ in range(options.rounds):
+        case.round()
+    return case.rows() + case.steady(options.processes, options.pairs), case.seconds()
 
 
 def main() -> None:
     """Measure and write."""
-    options = harness.arguments(__doc__, repeats=3)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row for mode in ("inference", "training") for row in measure(mode, options.repeats, Path(folder))]
-    harness.write("artifact_load", rows, options.out)
+    options = harness.arguments(
+        __doc__, rounds=3, processes=3, pairs=400, models="transformer,llama", modes="inference,training", quick=False
+    )
+    if options.quick:
+        options.rounds, options.processes, options.pairs = 1, 1, 40
+    rows: list[harness.Row] = []
+    seconds: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="torchspan-") as root:
+        for model in options.models.split(","):
+            for mode in options.modes.split(","):
+                case = Case(model, mode, Path(root, f"{model}-{mode}"))
+                case.folder.mkdir()
+                more, seconds[f"{model}, {mode}"] = measure(case, options)
+                rows += more
+                if model == "llama":
+                    refused[mode] = case.refusal()
+    said = {
+        "transformers": version("transformers"),
+        "models": MODELS,
+        "llama_as_a_whole_is_refused": refused,
+        "rounds": options.rounds,
+        "load_average_before": before,
+        "seconds_lowest_median_highest": seconds,
+    }
+    harness.write("artifact_load", rows, options.out, **said)
 
 
 if __name__ == "__main__":
