@@ -15,6 +15,7 @@ from torch import nn
 from torchspan.artifacts import diff
 from torchspan.backports._base import get_backport, is_lacking
 from torchspan.core.errors import GuardError, UnsupportedError
+from torchspan.core.report import current_report
 from torchspan.environment.scope import Environment
 
 pytestmark = [
@@ -132,6 +133,17 @@ def test_gradients_go_to_parameters_that_took_part_and_not_to_frozen_ones(made: 
     assert second.weight.grad is not None
     assert first.bias.grad is None
     assert second.bias.grad is None
+
+
+def test_a_capture_holds_the_casts_that_it_was_made_with(made: Made) -> None:
+    linear, x = nn.Linear(3, 2), torch.ones(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = linear(x)
+        result, fast = made(infer, linear, x)
+        inside = fast(linear, x)
+    for found in (result, inside, fast(linear, x)):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected.detach())
 
 
 def test_containers_come_and_go_as_they_are(made: Made) -> None:
@@ -374,7 +386,7 @@ def test_random_numbers_are_those_of_eager(made: Made) -> None:
 def test_what_is_not_carried_is_unsupported_and_says_what_to_do(made: Made) -> None:
     x = torch.ones(4, 3)
     torch._dynamo.decorators.mark_unbacked(x, 0)
-    with pytest.raises(UnsupportedError, match=r"mark_unbacked.*since 2\.14\.0\. Capture once for each size"):
+    with pytest.raises(UnsupportedError, match=r"mark_unbacked.*since 2\.15\.0\. Capture once for each size"):
         made(infer, nn.Linear(3, 2), x)
     with pytest.raises(UnsupportedError, match="plain, dense tensors"):
         made(infer, nn.Linear(3, 2), torch.eye(3).to_sparse())
@@ -385,4 +397,8 @@ def test_its_file_is_an_artifact_that_can_be_looked_into(made: Made) -> None:
     x = torch.ones(4, 3)
     made(infer, nn.Linear(3, 2), x)
     made(infer, nn.Linear(3, 2), x)
+    environment_report = current_report()
+    assert environment_report is not None
+    outcomes = [attempt.outcome for attempt in environment_report.attempts]
+    assert outcomes == ["compiled", "loaded"] * 2
     assert diff(made.folder / "new/1.py", made.folder / "new/2.py") == {"entries": {}, "payloads": {}}

@@ -102,10 +102,21 @@ def test_a_device_of_another_package_is_no_finding(scanned: Scanned) -> None:
 
 
 def test_the_same_name_in_a_file_is_one_line(scanned: Scanned) -> None:
-    found = scanned(program="import torch\n" + "torch.compiler.precompile\n" * 3)
+    found = scanned(program="import torch\n" + "torch.compiler.keep_portable_guards_unsafe\n" * 3)
     assert len(found.uncovered) == 3
     (text,) = found.texts("uncovered")
     assert text.startswith("program.py:2: ") and text.endswith(" — not covered; also on lines 3, 4")
+
+
+def test_names_of_a_module_that_a_backport_provides_are_covered(scanned: Scanned) -> None:
+    found = scanned(program="from torch.compiler.precompile import capture\nimport torch\ntorch.compiler.precompile.load\n")
+    assert found.exit_code == 0 and found.runs[0] == "2.8"
+    assert {finding.backport for finding in found.findings} == {"compiler_precompile"}
+
+
+def test_of_what_is_written_anew_it_says_how(scanned: Scanned) -> None:
+    (finding,) = scanned(program="import torch\ntorch.compiler.load_compiled_function\n").uncovered
+    assert "needs torch ≥ 2.9 — not covered: write torchspan.load(path, model)" in finding.says
 
 
 def test_what_torchspan_alone_has_is_covered(scanned: Scanned) -> None:
@@ -185,24 +196,24 @@ def test_the_command_prints_lines_or_json_and_ends_with_1_where_something_is_unc
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("program.py").write_text("import torch\ntorch.compiler.precompile\n")
+    Path("program.py").write_text("import torch\ntorch.compiler.keep_portable_guards_unsafe\n")
     assert main(["scan", "program.py"]) == 1
     drawn = capsys.readouterr().out
-    assert "  program.py:2: torch.compiler.precompile needs torch ≥ 2.14 — not covered\n" in drawn
-    assert drawn.endswith("1 file, 2 lines: needs torch ≥ 2.14\n")
+    assert "  program.py:2: torch.compiler.keep_portable_guards_unsafe needs torch ≥ 2.11 — not covered\n" in drawn
+    assert drawn.endswith("1 file, 2 lines: needs torch ≥ 2.11\n")
     assert main(["scan", "program.py", "--json"]) == 1
     values = json.loads(capsys.readouterr().out)
     assert values["findings"][0] | {"says": ""} == {
         "path": "program.py",
         "line": 2,
-        "name": "torch.compiler.precompile",
-        "has": ["2.14", "2.15"],
+        "name": "torch.compiler.keep_portable_guards_unsafe",
+        "has": ["2.11", "2.12", "2.13", "2.14", "2.15"],
         "standing": "uncovered",
         "says": "",
         "backport": "",
         "guard": "",
     }
-    assert values["needs"] == ["2.14", "2.15"]
+    assert values["needs"] == ["2.11", "2.12", "2.13", "2.14", "2.15"]
 
 
 def test_a_scan_imports_no_torch(run_python: Callable[..., object], tmp_path: Path) -> None:

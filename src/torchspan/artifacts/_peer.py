@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -34,9 +35,9 @@ from torchspan.artifacts.load import load_entries
 from torchspan.artifacts.precompile import Artifact
 from torchspan.capture.call import CapturedCall, capture_call, module_source
 from torchspan.capture.dynamo import Frame, Guards
-from torchspan.core.errors import GuardError, InputError, TorchspanError, UnsupportedError
+from torchspan.core.errors import GuardError, InputError, IntegrityError, TorchspanError, UnsupportedError
 from torchspan.core.program import Program
-from torchspan.core.report import Report, current_report
+from torchspan.core.report import Attempt, Report, current_report
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("torchspan")
 
 _KIND = "torch.compiler.precompile"
+_PLAIN = {"local", "attr", "item"}
 _BACKENDS = ("inductor", "eager")
 _SPENT = "this capture is over: its block has been left; call capture() again for another"
 
@@ -202,10 +204,10 @@ def load(artifact_path: str | os.PathLike[str], cache_path: str | os.PathLike[st
     """A callable of what the captured function took, from the two files that `capture` wrote.
 
     Raises:
-        PrecompileError: a file is missing, is no artifact, or the two are not of one capture.
-        IntegrityError, ManifestMismatchError: the artifact is not as it was written, or was made for another machine or torch.
+        PrecompileError: a file is missing or is not as it was written, the two are not of one capture, or they were made for
+            another torch or machine.
     """
-    path = Path(artifact_path)
+    path, started = Path(artifact_path), time.perf_counter()
     _check_pair(path, Path(cache_path))
     with _told_as_ours(), Store(path) as store:
         found = store.manifest
@@ -215,7 +217,16 @@ def load(artifact_path: str | os.PathLike[str], cache_path: str | os.PathLike[st
         if differ:
             said = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
             raise PrecompileError(f"{path} does not fit here: {said}; capture it again")
-        return _runnable(found, store.payloads(), str(path))
+        runnable = _runnable(found, store.payloads(), str(path))
+    _record(values_of(found), "loaded", started)
+    return runnable
+
+
+def _record(entries: Mapping[str, Any], outcome: Literal["loaded", "compiled"], started: float) -> None:
+    report = current_report()
+    if report is not None:
+        seconds = time.perf_counter() - started
+        report.attempt(Attempt("artifact", str(entries["model"]), str(entries["compiler"]), outcome, seconds))
 
 
 # capturing
@@ -258,9 +269,10 @@ class _OneCall(Capture):
             )
         if self._artifact is not None:
             raise PrecompileError("one call has been captured already, and a capture is of one; start another with capture()")
-        self._called = True
+        self._called, started = True, time.perf_counter()
         with _told_as_ours():
             artifact = _compile_call(self._function, args, self._compiler, self._decompositions)
+            _record(artifact.entries, "compiled", started)
             result = _runnable(read_manifest(artifact.manifest()), artifact.payloads, str(self._path))(*args)
         self._artifact = artifact
         return result
@@ -295,7 +307,8 @@ def _compile_call(
     call = capture_call(function, args, decompositions)
     guards = Guards(program, _frame(call), None)
     try:
-        parts = export_entry("entry0", call.module, guards, compiler, report)
+        with torch._C._DisableAutocast():  # what it casts is in the captured operators
+            parts = export_entry("entry0", call.module, guards, compiler, report)
     except TorchspanError:
         raise
     except Exception as cause:
@@ -462,7 +475,7 @@ class _Runnable(PrecompiledRunnable):
             result, gradients = self._entry.call(None, args, {})
         except Failed as cause:
             raise CallMismatchError(f"{self._origin} is not for this call: {cause}; capture such a call") from None
-        for path, gradient in zip(self._gradients, gradients):
+        for path, gradient in zip(self._gradients, gradients, strict=True):
             _accumulate(follow(path, {"args": args}), gradient)
         return result
 
@@ -477,7 +490,21 @@ def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def _runnable(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], origin: str) -> PrecompiledRunnable:
     (entry,) = load_entries(manifest, payloads, nn.Module())
-    return _Runnable(entry, values_of(manifest)["gradients"], origin)
+    gradients = values_of(manifest)["gradients"]
+    try:
+        _, given = json.loads(payloads[manifest["programs"][0]["plan"]])["result"]["tuple"]
+        is_right = len(given["list"]) == len(gradients) and all(_is_parameter(path) for path in gradients)
+    except (TypeError, KeyError, ValueError):
+        is_right = False
+    if not is_right:
+        raise IntegrityError(f"{origin} holds gradients that are of no parameters; capture it again")
+    return _Runnable(entry, gradients, origin)
+
+
+def _is_parameter(path: Any) -> bool:
+    """Whether a path leads to a parameter of a module among the arguments, by nothing but names."""
+    steps = decode_path(path)
+    return steps[0] == ("local", "args") and steps[-2] == ("attr", "_parameters") and {kind for kind, _ in steps} <= _PLAIN
 
 
 # the two files

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from torchspan.backports._base import Backport, Change
@@ -47,9 +48,19 @@ def _say(name: str, told: set[str | None]) -> None:
     if site in told:
         return
     told.add(site)
-    file, _, line = (site or "?:0").rpartition(":")
     message = f"{name} is the older way to compile ahead of time; write {_INSTEAD[name]} ({_PAGE} says what differs)"
-    warnings.warn_explicit(message, DeprecationWarning, file, int(line))
+    file, _, line = (site or "?:0").rpartition(":")
+    # the module's name is what Python's filters go by: what the main program does is shown, unless they say otherwise
+    warnings.warn_explicit(message, DeprecationWarning, file, int(line), module=_module_at(site))
+
+
+def _module_at(site: str | None) -> str | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if f"{frame.f_code.co_filename}:{frame.f_lineno}" == site:
+            return str(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+    return None
 
 
 def _lacks(_: ModuleType | None) -> bool:

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from torchspan.backports._base import Backport
-from torchspan.environment.patch import MissingModule, Patch
+from torchspan.backports._base import Backport, is_lacking
+from torchspan.environment.patch import MissingModule, MissingName, Patch
 
 _MODULE = "torch.compiler.precompile"
 _NAMES = ("Capture", "MakeFxTracer", "PrecompileError", "PrecompileSummary", "PrecompiledRunnable", "capture", "load")
@@ -19,14 +19,18 @@ def _named(name: str) -> object:
 
 
 class _Submodule(Backport):
-    """Names of ``torch.compiler``, one of which is a module."""
+    """Names of ``torch.compiler``, one of which is a module with names of its own."""
 
     def patches(self) -> Iterable[Patch]:
         yield from super().patches()
         yield MissingModule(self.name, _MODULE, _module, self.reason)
+        for name in _NAMES:
+            yield MissingName(self.name, _MODULE, name, partial(_named, name), self.reason)
 
 
 def _module() -> Mapping[str, object]:
+    if not is_lacking(BACKPORT):
+        raise ModuleNotFoundError(f"No module named {_MODULE!r}: torch 2.14 has a function of that name, which is left alone")
     exported = [name for name in _NAMES if name != "PrecompileError"]
     return {**{name: _named(name) for name in _NAMES}, "__all__": exported}
 
@@ -40,13 +44,13 @@ BACKPORT = _Submodule(
     name="compiler_precompile",
     summary="capture one call of a function ahead of time and load it elsewhere: torch.compiler.precompile",
     target="torch.compiler",
-    since="2.14.0",
+    since="2.15.0",
     upstream="https://github.com/pytorch/pytorch/blob/v2.15.0/torch/compiler/precompile.py",
     differs=(
         "the files are a torchspan artifact and its digest: no Python source is executed, nothing is unpickled; every call is "
         "held to guards (also the mode of modules, values of constants, code of classes, strides), and a mismatch is a "
-        "PrecompileError; random numbers are eager's; a CPU's dense tensors of static shape only: mark_unbacked is an "
-        "UnsupportedError"
+        "PrecompileError; random numbers are drawn as eager draws them; a CPU's dense tensors of static shape only: "
+        "mark_unbacked is an UnsupportedError"
     ),
     names=_names,
 )

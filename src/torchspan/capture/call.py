@@ -181,7 +181,11 @@ def _leaves(args: tuple[Any, ...]) -> list[tuple[str, Any]]:
     from torch.utils._pytree import GetAttrKey, tree_flatten_with_path
 
     found = []
-    for path, leaf in tree_flatten_with_path(args)[0]:
+    try:
+        flat = tree_flatten_with_path(args)[0]
+    except ValueError as cause:  # a container that is registered without names of its parts
+        raise UnsupportedError(f"an argument holds a container that cannot be taken apart by name: {cause}") from cause
+    for path, leaf in flat:
         if len(path) > 1 or not isinstance(leaf, nn.Module):
             steps = (
                 f".{key.name}" if isinstance(key, GetAttrKey) else f"[{getattr(key, 'key', getattr(key, 'idx', None))!r}]"
@@ -198,7 +202,7 @@ def _refuse_marks(source: str, tensor: Tensor) -> None:
         )
     if getattr(tensor, "_dynamo_unbacked_indices", None) or getattr(tensor, "_dynamo_strict_unbacked_indices", None):
         raise UnsupportedError(
-            f"{source} has dimensions marked with mark_unbacked, which is not carried here; torch has it since 2.14.0. "
+            f"{source} has dimensions marked with mark_unbacked, which is not carried here; torch has it since 2.15.0. "
             "Capture once for each size, or use torchspan.precompile with mark_dynamic"
         )
 

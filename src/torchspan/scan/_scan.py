@@ -29,6 +29,12 @@ _PASSES_ON = {
     _CHECKPOINT: "",
 }
 
+# what is written anew rather than provided
+_NEWER = {
+    "torch.compiler.load_compiled_function": "torchspan.load(path, model)",
+    "torch._dynamo.aot_compile": "torchspan.precompile(model, args).save(path)",
+}
+
 Standing = Literal["covered", "uncovered", "guarded", "unknown"]
 
 
@@ -357,6 +363,8 @@ def _says(names: Names, mask: int) -> str:
 
 
 def _says_uncovered(names: Names, uncovered: int, judged: _Judged) -> str:
+    if judged.name in _NEWER:
+        return f" — not covered: write {_NEWER[judged.name]}, for any torch (docs/precompile_migration.md)"
     if judged.backport is None:
         return " — not covered"
     if judged.backport.impossible:
