@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from torchspan.artifacts import diff
+from torchspan.artifacts._manifest import values_of, write_manifest
+from torchspan.artifacts._store import Store, write_artifact
 from torchspan.backports._base import get_backport, is_lacking
 from torchspan.core.errors import GuardError, UnsupportedError
 from torchspan.core.report import current_report
@@ -390,6 +392,20 @@ def test_what_is_not_carried_is_unsupported_and_says_what_to_do(made: Made) -> N
         made(infer, nn.Linear(3, 2), x)
     with pytest.raises(UnsupportedError, match="plain, dense tensors"):
         made(infer, nn.Linear(3, 2), torch.eye(3).to_sparse())
+
+
+@ours
+@pytest.mark.parametrize("path", [[["local", "args"], ["item", 0], ["attr", "_parameters"]], [["local", "args"]], "weight"])
+def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(made: Made, path: Any) -> None:
+    made(lambda model, x: model(x).sum().backward(), nn.Linear(3, 2), torch.ones(4, 3))
+    file, pair = made.folder / "new/1.py", made.folder / "1.cache"
+    with Store(file) as store:
+        manifest, payloads = store.manifest, store.payloads()
+    entries = {**values_of(manifest), "gradients": [path] * 2}
+    write_artifact(file, write_manifest(entries, payloads, manifest["programs"]), payloads)
+    pair.write_text("{}")  # says nothing of the first file
+    with pytest.raises(torch.compiler.PrecompileError, match=r"gradients that are of no parameters|cannot be followed"):
+        torch.compiler.precompile.load(file, pair)
 
 
 @ours

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("torchspan")
 
 _KIND = "torch.compiler.precompile"
-_PLAIN = {"local", "attr", "item"}
 _BACKENDS = ("inductor", "eager")
 _SPENT = "this capture is over: its block has been left; call capture() again for another"
 
@@ -489,22 +488,24 @@ def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 def _runnable(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], origin: str) -> PrecompiledRunnable:
-    (entry,) = load_entries(manifest, payloads, nn.Module())
-    gradients = values_of(manifest)["gradients"]
+    entries = load_entries(manifest, payloads, nn.Module())
     try:
+        gradients = values_of(manifest)["gradients"]
         _, given = json.loads(payloads[manifest["programs"][0]["plan"]])["result"]["tuple"]
-        is_right = len(given["list"]) == len(gradients) and all(_is_parameter(path) for path in gradients)
-    except (TypeError, KeyError, ValueError):
+        is_right = len(given["list"]) == len(gradients) and all(map(_is_parameter, gradients)) and len(entries) == 1
+    except (TypeError, LookupError, ValueError):
         is_right = False
     if not is_right:
         raise IntegrityError(f"{origin} holds gradients that are of no parameters; capture it again")
-    return _Runnable(entry, gradients, origin)
+    return _Runnable(entries[0], gradients, origin)
 
 
 def _is_parameter(path: Any) -> bool:
     """Whether a path leads to a parameter of a module among the arguments, by nothing but names."""
     steps = decode_path(path)
-    return steps[0] == ("local", "args") and steps[-2] == ("attr", "_parameters") and {kind for kind, _ in steps} <= _PLAIN
+    attributes = [key for kind, key in steps if kind == "attr"]
+    is_by_name = {kind for kind, _ in steps[1:]} == {"attr", "item"} and {*attributes} <= {"_modules", "_parameters"}
+    return steps[0] == ("local", "args") and is_by_name and steps[-2] == ("attr", "_parameters")
 
 
 # the two files
