@@ -390,6 +390,12 @@ class Checker:
         self._sizes = Sizes(sizes or {})
         for index, path in enumerate(self._sizes.paths, start=len(inputs)):
             self._place(path).inputs.append(index)
+        self._steps: list[_Step] = []
+        _flatten(self._root, 0, self._steps)
+        numbered = [(number, place) for number, (_, _, _, place) in enumerate(self._steps, start=1)]
+        wanted = {index: number for number, place in numbered for index in place.inputs}
+        self._wanted = [wanted[index] for index in range(len(wanted))]
+        self._named = [(name, number) for number, place in numbered for name in place.names]
 
     def _place(self, path: Path) -> _Place:
         place = self._root
@@ -402,7 +408,7 @@ class Checker:
 
     def check(self, target: Any) -> None:
         """Raise Failed unless the guards that stand on `target` and on modules hold."""
-        _walk(self._root, {"target": target}, [], {})
+        _walk(self._steps, {"target": target})
 
     def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, int]]:
         """The graph's inputs, in order, and the symbols of sizes that are dynamic.
@@ -411,9 +417,9 @@ class Checker:
             Failed: a guard does not hold; says which, what was expected and what was found.
         """
         self._check_state()
-        gathered: list[Any] = [None] * (self._num_inputs + len(self._sizes.names))
-        named: dict[str, Any] = {}
-        _walk(self._root, {"target": target, "args": args, "kwargs": kwargs}, gathered, named)
+        found = _walk(self._steps, {"target": target, "args": args, "kwargs": kwargs})
+        gathered = [found[number] for number in self._wanted]
+        named = {name: found[number] for name, number in self._named}
         for group in self._same:
             if any(named[name] is not named[group[0]] for name in group[1:]):
                 raise Failed(f"{' and '.join(group)} are one object no more")
@@ -450,18 +456,27 @@ def _memory_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _walk(place: _Place, value: Any, inputs: list[Any], named: dict[str, Any]) -> None:
-    for check in place.checks:
-        said = check(value)
-        if said is not None:
-            raise Failed(f"{show_path(place.path)} {said}")
-    for index in place.inputs:
-        inputs[index] = value
-    for name in place.names:
-        named[name] = value
+_Step = tuple[int, Callable[[Any], Any], tuple[Check, ...], _Place]
+
+
+def _flatten(place: _Place, number: int, steps: list[_Step]) -> None:
+    """Append what leads to each place behind the `number`-th one: one loop over all is quicker than calls of calls."""
     for step, behind in place.behind.values():
+        steps.append((number, step, tuple(behind.checks), behind))
+        _flatten(behind, len(steps), steps)
+
+
+def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:
+    """The objects at all places, by number, `root` first; raises Failed at the first check that does not hold."""
+    found = [root]
+    for above, step, checks, place in steps:
         try:
-            found = step(value)
+            value = step(found[above])
         except (AttributeError, LookupError, TypeError) as cause:
-            raise Failed(f"{show_path(behind.path)} is not there ({type(cause).__name__}: {cause})") from None
-        _walk(behind, found, inputs, named)
+            raise Failed(f"{show_path(place.path)} is not there ({type(cause).__name__}: {cause})") from None
+        found.append(value)
+        for check in checks:
+            said = check(value)
+            if said is not None:
+                raise Failed(f"{show_path(place.path)} {said}")
+    return found

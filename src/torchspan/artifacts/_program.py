@@ -65,7 +65,7 @@ def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str,
     if node.op == "call_module" and node.target in libraries:
         library, symbols = libraries[str(node.target)]
         tensors = [_write(value, numbers) for value in node.all_input_nodes if not is_size(value.meta.get("val"))]
-        return {"library": library, "args": [*tensors, *({"size": name} for name in symbols)], "kwargs": {}}
+        return {"library": library, "args": [*({"size": name} for name in symbols), *tensors], "kwargs": {}}
     if node.op == "call_function" and node.target is operator.getitem:
         return {"item": node.args[1], "args": arguments["args"][:1], "kwargs": {}}
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -173,8 +173,8 @@ def _function(
 
 
 def _call_sized(library: Library, num_sizes: int, *inputs: Any) -> list[torch.Tensor]:
-    """Call a library that takes the sizes it needs, which are the last inputs, from empty tensors."""
-    return library([*inputs[:-num_sizes], *(torch.empty((size, 0)) for size in inputs[-num_sizes:])])
+    """Call a library that takes the sizes it needs, which are the first inputs, from empty tensors."""
+    return library([*(torch.empty((size, 0)) for size in inputs[:num_sizes]), *inputs[num_sizes:]])
 
 
 def find_operator(name: str) -> Any:

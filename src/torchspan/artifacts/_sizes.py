@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.fx import Graph, Node
 
 from torchspan.artifacts._values import Path, decode_path, encode_path, follow, parse_path, show_path
 from torchspan.core.errors import IntegrityError, UnsupportedError
@@ -61,7 +64,46 @@ class Expression:
         """What it comes to."""
         return eval(self.code, _SCOPE, symbols)  # of what has passed `_is_allowed`
 
+    def node(self, graph: Graph, numbers: Mapping[str, Node]) -> Any:
+        """The same as nodes of a graph, of those that stand for its symbols."""
+        return _node(ast.parse(self.text, mode="eval").body, graph, numbers)
 
+
+def _node(part: ast.expr, graph: Graph, numbers: Mapping[str, Node]) -> Any:
+    def build(inner: ast.expr) -> Any:
+        return _node(inner, graph, numbers)
+
+    if isinstance(part, ast.Constant):
+        return part.value
+    if isinstance(part, ast.Name):
+        return numbers[part.id]
+    if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub):
+        return graph.call_function(operator.neg, (build(part.operand),))
+    if isinstance(part, ast.BinOp):
+        return graph.call_function(_OPERATORS[type(part.op)], (build(part.left), build(part.right)))
+    if isinstance(part, ast.Call) and ast.unparse(part.func) in _SYMBOLIC:
+        return graph.call_function(_SYMBOLIC[ast.unparse(part.func)], tuple(map(build, part.args)))
+    raise UnsupportedError(f"an artifact's library cannot compute {ast.unparse(part)} of sizes; leave those static")
+
+
+_OPERATORS: Mapping[type[ast.operator], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_SYMBOLIC: Mapping[str, Callable[..., Any]] = {
+    "max": torch.sym_max,
+    "min": torch.sym_min,
+    "float": torch.sym_float,
+    "int": torch.sym_int,
+    "math.floor": math.floor,
+    "math.ceil": math.ceil,
+    "math.sqrt": torch.sym_sqrt,
+}
 _SCOPE: dict[str, Any] = {
     "__builtins__": {},
     **_FUNCTIONS,
@@ -103,7 +145,25 @@ def encode_size(value: Any) -> Any:
     unbacked = [str(symbol) for symbol in value.node.expr.free_symbols if str(symbol).startswith(("u", "zuf"))]
     if unbacked:
         raise UnsupportedError(f"an artifact cannot hold a size that depends on data ({', '.join(unbacked)})")
-    return {"size": str(PythonPrinter().doprint(value.node.expr))}
+    return {"size": _checked(PythonPrinter().doprint(value.node.expr))}
+
+
+def _checked(text: str) -> str:
+    """torch's expression in the terms of `Expression`.
+
+    >>> _checked("torch.sym_float(s0) * torch._sym_sqrt(2)")
+    'float(s0) * math.sqrt(2)'
+
+    Raises:
+        UnsupportedError: it has others.
+    """
+    text = re.sub(r"torch\.sym_(float|int|max|min)\b", r"\1", text)
+    text = re.sub(r"torch\._?sym_(sqrt|exp|log2|log)\b", r"math.\1", text)
+    try:
+        Expression.of(text)
+    except IntegrityError as cause:
+        raise UnsupportedError(f"an artifact cannot hold {text}, an expression over sizes; leave those static") from cause
+    return text
 
 
 def read_sizes(values: Sequence[Any]) -> Callable[[Mapping[str, int]], tuple[Any, ...]]:
@@ -138,12 +198,7 @@ def write_conditions(texts: Sequence[str], symbols: Mapping[str, str], scope: Ma
         writer.variables[parse_path(source, scope)] = name
     conditions = []
     for text in dict.fromkeys(texts):
-        condition = ast.unparse(writer.visit(ast.parse(text, mode="eval")))
-        try:
-            Expression.of(condition)
-        except IntegrityError as cause:
-            raise UnsupportedError(f"an artifact cannot check {text}, a condition on sizes; leave those static") from cause
-        conditions.append(condition)
+        conditions.append(_checked(ast.unparse(writer.visit(ast.parse(text, mode="eval")))))
     return {"variables": {name: encode_path(path) for path, name in writer.variables.items()}, "conditions": conditions}
 
 

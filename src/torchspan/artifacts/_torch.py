@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from torchspan.artifacts._sizes import is_size
+from torchspan.artifacts._sizes import Expression, encode_size, is_size
 from torchspan.capture._torch import source_name
 from torchspan.capture.dynamo import spoken
 from torchspan.core.errors import UnsupportedError
@@ -197,7 +197,7 @@ class Shapes:
         for name, symbol in self.symbols.items():
             if name in self.firm and env.replace(symbol.node._expr).is_number:
                 raise UnsupportedError(
-                    f"{spoken(self.sources[name])} was marked as dynamic, and the program needs it to be "
+                    f"{spoken(self.sources[name])} was marked as dynamic, and the program or its compiler needs it to be "
                     f"{env.replace(symbol.node._expr)}; leave that dimension unmarked"
                 )
         return list(env.produce_guards([entry.fake for entry in tracked], [entry.source for entry in tracked]))
@@ -259,8 +259,8 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
 def compile_library(module: GraphModule, options: Mapping[str, Any], shapes: Shapes) -> tuple[bytes, bytes | None, list[str]]:
     """A shared library that computes a graph, the description of operators that it calls by name, if any, and symbols.
 
-    Everything that the graph takes is an input; nothing of the values of weights goes into it. It takes its tensors in order,
-    then for each of the symbols that it needs an empty tensor of that size.
+    Everything that the graph takes is an input; nothing of the values of weights goes into it. It takes for each of the symbols
+    that it needs an empty tensor of that size, then its tensors in order.
     """
     import torch._inductor
     from torch._inductor import config
@@ -274,8 +274,8 @@ def compile_library(module: GraphModule, options: Mapping[str, Any], shapes: Sha
         wanted = str(Path(folder) / "library.so")
         made = torch._inductor.aot_compile(copy_of(module), inputs, options={**known, "aot_inductor.output_path": wanted})
         library = Path(str(made))
-        described = library.with_suffix(".json")
-        return library.read_bytes(), described.read_bytes() if described.exists() else None, needed
+        described = next(Path(folder).glob("*.wrapper.json"), None)  # beside the code, and named as that is
+        return library.read_bytes(), None if described is None else described.read_bytes(), needed
 
 
 def _with_sizes_from_tensors(module: GraphModule, shapes: Shapes) -> tuple[GraphModule, list[str]]:
@@ -284,23 +284,17 @@ def _with_sizes_from_tensors(module: GraphModule, shapes: Shapes) -> tuple[Graph
     needed = sorted(set().union(*(_symbols_in(node.meta["val"]) for node in placeholders)))
     if not needed:
         return module, []
-    from torch.fx import Graph, Proxy
-    from torch.fx.proxy import GraphAppendingTracer
-    from torch.utils._sympy.interp import sympy_interp
-    from torch.utils._sympy.reference import PythonReferenceAnalysis
-
-    graph = Graph()
+    graph = torch.fx.Graph()
+    taken = [graph.placeholder(f"size_{name}") for name in needed]  # first: sizes of later inputs may be made of them
     new = {node: graph.node_copy(node) for node in placeholders if not is_size(node.meta["val"])}
-    taken = [graph.placeholder(f"size_{name}") for name in needed]
-    numbers: dict[Any, Any] = {}
+    numbers: dict[str, Node] = {}
     for name, place in zip(needed, taken):
         with shapes.context.fake_mode:
             place.meta["val"] = torch.empty(shapes.symbols[name], 0)
-        size = graph.call_function(torch.ops.aten.sym_size.int, (place, 0))
-        numbers[shapes.symbols[name].node._expr] = Proxy(size, tracer=GraphAppendingTracer(graph))
+        numbers[name] = graph.call_function(torch.ops.aten.sym_size.int, (place, 0))
     for node in placeholders:
         if is_size(node.meta["val"]):
-            new[node] = sympy_interp(PythonReferenceAnalysis, numbers, node.meta["val"].node.expr).node
+            new[node] = Expression.of(encode_size(node.meta["val"])["size"]).node(graph, numbers)
     for node in module.graph.nodes:
         if node.op != "placeholder":
             new[node] = graph.node_copy(node, new.__getitem__)

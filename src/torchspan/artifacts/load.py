@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -75,13 +77,26 @@ def load(
         check_manifest(store.manifest, model)
         payloads = store.payloads()
         manifest = store.manifest
-    entries = load_entries(manifest, payloads, model)
+    with _collector_paused():
+        entries = load_entries(manifest, payloads, model)
     if weights:
         read_weights(payloads, model)
     seconds = time.perf_counter() - started
     name = str(values_of(manifest)["model"])
     report.attempt(Attempt("artifact", name, str(values_of(manifest)["compiler"]), "loaded", seconds))
     return Compiled(Dispatcher(model, entries, str(path)), report)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: all that is made here stays, and one full collection, of torch, takes longer than a whole load."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], model: Callable[..., Any]) -> list[Entry]:
