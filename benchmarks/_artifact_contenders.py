@@ -8,6 +8,7 @@ prints is JSON.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -213,13 +214,19 @@ def step(function: Step, tokens: Tensor) -> Any:
 
 def first(prepare: Callable[[nn.Module, Path], Step], model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, float]:
     """Seconds of loading, and of the first step after it."""
-    start = time.perf_counter()
+    before, start = cpu_seconds(), time.perf_counter()
     function = prepare(model, folder)
     loaded = time.perf_counter()
     result = step(function, tokens)
-    done = time.perf_counter()
+    done, after = time.perf_counter(), cpu_seconds()
     check(model, tokens, result)
-    return {"load": loaded - start, "step": done - loaded, "total": done - start}
+    return {"load": loaded - start, "step": done - loaded, "total": done - start, "cpu": after - before}
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and of those that it has waited for, such as compilers."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def check(model: nn.Module, tokens: Tensor, result: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import types
 from collections.abc import Callable
@@ -72,6 +73,20 @@ def test_an_artifact_that_is_made_in_a_plain_process_loads_in_an_active_one_and_
     run_with_models(code, str(within), env={"TORCHSPAN": "1"})
     assert "FINE 1" in run_with_models(FRESH, f"cnn={within}").stdout
     assert "FINE 1" in run_with_models(FRESH, f"cnn={make('cnn')}", env={"TORCHSPAN": "1"}).stdout
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("is_on", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(
+    is_on: bool, models: types.ModuleType, make: Callable[..., Path]
+) -> None:
+    path = make("tied")
+    (gc.enable if is_on else gc.disable)()
+    try:
+        load(path, models.Tied())
+        assert gc.isenabled() is is_on
+    finally:
+        gc.enable()
 
 
 def test_gradients_reach_the_weights_of_the_model_that_is_given(models: types.ModuleType, make: Callable[..., Path]) -> None:
