@@ -39,7 +39,7 @@ class Pass:
     name: ClassVar[str]
     summary: ClassVar[str]
     compiles: ClassVar[bool] = False
-    """Whether it calls `PassContext.compile_region`: then one rank goes first."""
+    """Whether it calls `PassContext.compile_region`: what it gives may not be called before all passes have run."""
 
     def require(self, graph: Graph) -> None:
         """Raise PassError if this pass cannot work on `graph`."""

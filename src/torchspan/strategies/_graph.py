@@ -14,15 +14,18 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from torchspan.core.errors import InputError
+from torchspan.artifacts._manifest import digest_of, platform_entries
+from torchspan.core.errors import InputError, IntegrityError
 from torchspan.core.report import Report, current_report
-from torchspan.strategies import _ambient, _torch, _transport
+from torchspan.strategies import _ambient, _ledger, _torch, _transport
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
+from torchspan.strategies._entries import Entries, pack, unpack
 from torchspan.strategies._region import known_isas_here, prepare_to_load
 from torchspan.strategies._supervisor import Ending, Job, run_bounded
 from torchspan.strategies._worker import check_compiler
 
 _loaded: dict[str, Callable[..., Any]] = {}
+_entries: dict[str, Entries] = {}  # where it comes from
 _lock = threading.Lock()
 
 
@@ -83,30 +86,87 @@ def compile_graph(
     report = report or Report(parent=current_report())
     budget = budget or DEFAULT_BUDGET
     try:
-        task = GraphTask(describe(graph), tuple(_input(one) for one in example_inputs), dict(options or {}), _ambient.capture())
+        task = _task(graph, example_inputs, options)
         payload = _transport.dumps(task, keep_values=True)
     except InputError as cause:
         report.attempt(Ending("failed", 0.0, cause=str(cause), where="sending the graph").attempt(strategy, region, "inductor"))
         return graph
-    alike = replace(task, ambient=replace(task.ambient, configs={}))  # these are not known before inductor is imported here
-    digest = hashlib.sha256(_transport.dumps(alike, keep_values=True)).hexdigest()
+    digest = _digest(task)
     with _lock:
         if digest in _loaded:
             report.decide("compile", region, "shared", "an equal graph was compiled before")
             return _loaded[digest]
     ending = run_bounded(Job("torchspan.strategies._graph:compile_in_child", payload), budget)
     if ending.result is not None:
-        prepare_to_load(pickle.loads(ending.result))
-        ending, compiled = _load(task, ending)
+        entries: Entries = pickle.loads(ending.result)
+        ending, compiled = _load(task, ending, entries)
         if compiled is not None:
             with _lock:
-                _loaded[digest] = compiled
+                _loaded[digest], _entries[digest] = compiled, entries
     report.attempt(ending.attempt(strategy, region, "inductor"))
     return _loaded.get(digest, graph)
 
 
-def _load(task: GraphTask, ending: Ending) -> tuple[Ending, Callable[..., Any] | None]:
+def _task(graph: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None) -> GraphTask:
+    return GraphTask(describe(graph), tuple(_input(one) for one in example_inputs), dict(options or {}), _ambient.capture())
+
+
+def _digest(task: GraphTask) -> str:
+    alike = replace(task, ambient=replace(task.ambient, configs={}))  # these are not known before inductor is imported here
+    return hashlib.sha256(_transport.dumps(alike, keep_values=True)).hexdigest()
+
+
+# handing a compiled graph to another process
+
+
+def digest_of_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> str:
+    """A text that is equal where the compiled code of one graph serves another: on machines and Pythons of one kind.
+
+    Raises:
+        InputError: the graph cannot be compiled in a child.
+    """
+    return digest_of([_digest(_task(graph, example_inputs, None)), platform_entries()])
+
+
+def pack_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> bytes | None:
+    """What another process loads the code of a graph from that was compiled here; None if that is not there (any more)."""
+    try:
+        entries = _entries.get(_digest(_task(graph, example_inputs, None)))
+        return None if entries is None else pack(entries, _torch.cache_folder())
+    except (InputError, IntegrityError, OSError):
+        return None  # it was removed from the cache meanwhile: who asked compiles it
+
+
+def load_packed_graph(
+    graph: GraphModule, example_inputs: Sequence[Any], packed: bytes, *, report: Report | None = None, region: str = "graph"
+) -> Callable[..., Any] | None:
+    """The code of `graph` from what :func:`pack_graph` gave elsewhere; None, with a failed Attempt, if it does not serve here.
+
+    Nothing is compiled.
+    """
+    report = report or Report(parent=current_report())
     started = time.monotonic()
+    task = _task(graph, example_inputs, None)
+    prepare_to_load({})
+    try:
+        entries = unpack(packed, _torch.cache_folder())
+    except (IntegrityError, OSError) as cause:
+        ending, compiled = Ending("failed", 0.0, cause=str(cause), where="unpacking"), None
+    else:
+        ending, compiled = _load(task, Ending("loaded", 0.0), entries)
+    report.attempt(replace(ending, seconds=time.monotonic() - started).attempt("regional", region, "inductor"))
+    if compiled is not None:
+        with _lock:
+            _loaded[_digest(task)], _entries[_digest(task)] = compiled, entries
+    return compiled
+
+
+# loading, and what the child does
+
+
+def _load(task: GraphTask, ending: Ending, entries: Entries) -> tuple[Ending, Callable[..., Any] | None]:
+    started = time.monotonic()
+    prepare_to_load(entries.isas)
     try:
         with _torch.known_isas(known_isas_here()), _torch.only_loading():
             return ending, _compile(task)
@@ -119,17 +179,19 @@ def _load(task: GraphTask, ending: Ending) -> tuple[Ending, Callable[..., Any] |
 
 
 def compile_in_child(payload: bytes) -> bytes:
-    """Compile a pickled GraphTask so that its result lies in torch's caches; gives what was found of this machine, pickled."""
+    """Compile a pickled GraphTask so that its result lies in torch's caches; gives what lies there, pickled Entries."""
     task: GraphTask = _transport.loads(payload)
     _ambient.restore(task.ambient)
     check_compiler()
     isas: dict[str, bool] = {}
-    with _torch.caching(), _torch.known_isas(isas):
-        _compile(task)
+    with _ledger.watching(_torch.cache_folder()) as note:
+        with _torch.caching(), _torch.known_isas(isas):
+            _compile(task)
+        kept = note()
     counted = _torch.counters()
     if not counted["saved"] + counted["hits"]:
         raise InputError("torch's caches did not take the graph, so it cannot be handed over")
-    return pickle.dumps(isas)
+    return pickle.dumps(Entries(kept.files, isas))
 
 
 def _compile(task: GraphTask) -> Callable[..., Any]:

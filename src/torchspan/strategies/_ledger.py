@@ -113,7 +113,7 @@ def watching(folder: Path) -> Iterator[Callable[[], Kept]]:
         _watches.remove(watch)
         files = watch.files()
         try:
-            _write(folder, files)
+            write(folder, files)
             return Kept(files, tuple(watch.dropped), evict(folder, limit_bytes()))
         except OSError as cause:
             return Kept(files, tuple(watch.dropped), not_noted=f"{type(cause).__name__}: {cause}")
@@ -203,7 +203,8 @@ def _noted(folder: Path) -> dict[str, set[str]]:
     return known
 
 
-def _write(folder: Path, files: Mapping[str, str]) -> None:
+def write(folder: Path, files: Mapping[str, str]) -> None:
+    """Note the entries of one compile in a ledger of their own."""
     if not files:
         return
     (folder / _FOLDER).mkdir(parents=True, exist_ok=True)

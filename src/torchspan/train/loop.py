@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -29,6 +29,9 @@ from torchspan.passes._pipeline import Pipeline
 from torchspan.train.config import Compile, TrainConfig, parse_config
 from torchspan.train.data import VOCAB_SIZE, ByteTokens, part_of
 from torchspan.train.job import Job, Loss, build_program, check_same_collectives, joined
+
+if TYPE_CHECKING:
+    from torchspan.train._handing_over import HandingOver
 
 log = logging.getLogger("torchspan.train")
 
@@ -149,22 +152,18 @@ def _eager(program: Loss) -> Step:
 
 
 def _transformed(graph: Graph, settings: Compile, pipeline: Pipeline, job: Job, report: Report) -> Graph:
-    """The graph after the pipeline; where a pass compiles, rank 0 goes first and the others find its code in the caches."""
+    """The graph after the pipeline; where a pass compiles, rank 0 does, and hands the compiled code to the others."""
     counts = Counts()
     instruments: list[Instrument] = [Timing(report), counts]
     if settings.dump is not None and job.rank == 0:
         instruments.append(Dump(settings.dump))
-    context = PassContext(report, bounded(settings, report))
-    takes_turns = job.mesh is not None and any(one.compiles for one in pipeline.passes)
-    if takes_turns:
-        report.decide(
-            "compile", "ranks", "rank 0 first", "its code is in the caches when the other ranks compile the same regions"
-        )
-        if job.rank != 0:
-            job.wait()
-    graph = pipeline.run(graph, context, instruments)
-    if takes_turns and job.rank == 0:
-        job.wait()
+    handing_over = None
+    if job.mesh is not None and any(one.compiles for one in pipeline.passes):
+        handing_over = _handing_over(settings, job, report)
+    compile_region = handing_over.compile_region if handing_over else bounded(settings, report)
+    graph = pipeline.run(graph, PassContext(report, compile_region), instruments)
+    if handing_over is not None:
+        handing_over.settle()
     for name, before, after in counts.rows:
         report.decide("pass", f"{name}: graph", _difference(before, after), "counted before and after")
     return graph
@@ -178,6 +177,13 @@ def _difference(before: dict[str, int], after: dict[str, int]) -> str:
     """
     names = [name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0)]
     return ", ".join(f"{name} {before.get(name, 0)} → {after.get(name, 0)}" for name in names) or "nothing changed"
+
+
+def _handing_over(settings: Compile, job: Job, report: Report) -> HandingOver:
+    from torchspan.strategies._budget import Budget
+    from torchspan.train._handing_over import HandingOver
+
+    return HandingOver(job, Budget(settings.budget_seconds, settings.budget_memory), report)
 
 
 def bounded(settings: Compile, report: Report) -> CompileRegion:
