@@ -296,6 +296,7 @@ def _write_graph(
 ) -> dict[str, Any]:
     """One graph as JSON, its compiled parts as libraries among the payloads."""
     key = {"inductor": _WHOLE, "regional_inductor": _REGIONAL, "eager": None}[compiler]
+    graph = _with_sizes_given(graph)
     cut = graph if key is None else cut_regions(_marked(graph) if key == _WHOLE else graph, key)
     libraries: dict[str, tuple[str, list[str]]] = {}
     for region in list_regions(cut):
@@ -310,6 +311,25 @@ def _write_graph(
     written, held = write_program(cut, libraries)
     constants.update({f"{name}/{attribute}": tensor.detach().contiguous() for attribute, tensor in held.items()})
     return written
+
+
+def _with_sizes_given(graph: GraphModule) -> GraphModule:
+    """A copy in which numbers that are computed of dynamic sizes are inputs: no region has to end where one is computed."""
+    computed = [node for node in graph.graph.nodes if node.op == "call_function" and is_size(node.meta.get("val"))]
+    if not computed:
+        return graph
+    copied = torch.fx.Graph()
+    new: dict[Node, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            new[node] = copied.node_copy(node)
+    for node in computed:
+        new[node] = copied.placeholder(node.name)
+        new[node].meta = dict(node.meta)
+    for node in graph.graph.nodes:
+        if node not in new:
+            new[node] = copied.node_copy(node, new.__getitem__)
+    return GraphModule(graph, copied)
 
 
 def _marked(graph: GraphModule) -> GraphModule:
