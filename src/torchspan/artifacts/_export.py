@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchspan.artifacts._runtime import KEPT
 from torchspan.artifacts._sizes import encode_size, is_size
 from torchspan.artifacts._torch import Lowered
 from torchspan.artifacts._values import name_of, parse_path
+from torchspan.artifacts._verify import Parts, check_numbers
 from torchspan.capture.dynamo import Guards, spoken
 from torchspan.core.errors import InputError, PassError, UnsupportedError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
@@ -57,15 +58,6 @@ def compiler_name(compiler: str | Callable[..., Any] | None) -> str:
     )
 
 
-@dataclass
-class Parts:
-    """What one entry consists of: its line in the manifest, and its payloads by name."""
-
-    program: dict[str, Any]
-    payloads: dict[str, bytes] = field(default_factory=dict)
-    is_dynamic: bool = False
-
-
 def export_entry(
     prefix: str,
     module: GraphModule,
@@ -73,11 +65,13 @@ def export_entry(
     compiler: str,
     report: Report,
     pipeline: Pipeline = _NO_PASSES,
+    verify: bool = True,
 ) -> Parts:
     """Lower a capture to operators, run the passes, compile what `compiler` compiles, and write everything down.
 
     Raises:
         UnsupportedError: the program needs what an artifact cannot hold; names it.
+        CompileError: what was compiled gives other numbers than the operators, if that is to be verified.
     """
     frame = guards.frame
     _refuse_inputs(module, frame.inputs)
@@ -89,12 +83,18 @@ def export_entry(
     with torch.set_grad_enabled(frame.grad_mode):
         lowered = _torch.lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
     plan = {**_plan(lowered), "result": result}
-    graphs = {"forward": lowered.forward, "backward": lowered.backward}
+    graphs: dict[str, GraphModule | None] = {"forward": lowered.forward, "backward": lowered.backward}
     parts = Parts({"plan": f"{prefix}/plan.json", "guards": f"{prefix}/guards.json", "libraries": [], "constants": None})
     constants: dict[str, torch.Tensor] = {}
     for name, graph in graphs.items():
-        changed = graph if graph is None else _passed(graph, name, pipeline, report)
+        graphs[name] = changed = graph if graph is None else _passed(graph, name, pipeline, report)
         plan[name] = None if changed is None else _write_graph(prefix, name, changed, compiler, shapes, parts, constants)
+    if constants:
+        parts.program["constants"] = f"{prefix}/constants.safetensors"
+        parts.payloads[parts.program["constants"]] = _write_tensors(constants)
+    if verify and parts.program["libraries"]:
+        symbols = {name: size.node.hint for name, size in shapes.symbols.items()}
+        check_numbers(graphs, plan, parts, frame.inputs, symbols, guards.program.name)
     guarded["sizes"] = portable_sizes(guards)
     if guarded["sizes"]:
         parts.is_dynamic = True
@@ -105,9 +105,6 @@ def export_entry(
             "dynamic sizes",
             f"{where}; {len(guarded['sizes']['conditions'])} conditions on them",
         )
-    if constants:
-        parts.program["constants"] = f"{prefix}/constants.safetensors"
-        parts.payloads[parts.program["constants"]] = _write_tensors(constants)
     parts.payloads[parts.program["plan"]] = json.dumps(plan).encode()
     parts.payloads[parts.program["guards"]] = json.dumps(guarded).encode()
     num_libraries = len(parts.program["libraries"])

@@ -146,6 +146,9 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
                 expected = _of_any_size(expected, tensors[guard.source])
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
             found.setdefault(json.dumps([entry["at"], check, expected]), entry)
+        for source, value in frame.restored:  # nothing is done about these: they must be what they are put back to
+            entry = {"at": encode_path(parse_path(source, frame.scope)), "check": "constant", "expected": encode(value)}
+            found.setdefault(json.dumps([entry["at"], "restored"]), {**entry, "kind": "RESTORED"})
         _cover_traced(frame, guards.program, seen, found)
     ambient = ambient_state()
     _refuse_modes(ambient)

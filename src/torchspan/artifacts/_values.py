@@ -7,6 +7,7 @@ import builtins
 import enum
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -190,10 +191,22 @@ def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping
         inner = _steps(args[0], source, scope)
         return inner if step == "dict" else (*inner, (step, None))
     if function in ("dict.__getitem__", "list.__getitem__", "tuple.__getitem__") and len(args) == 2:
-        return (*_steps(args[0], source, scope), ("item", _constant(args[1], source)))
+        within = _steps(args[0], source, scope)
+        return (*within, ("item", _key(args[1], within, source)))
     if function == "object.__getattribute__" and len(args) == 2:
         return (*_steps(args[0], source, scope), ("attr", _constant(args[1], source)))
     raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
+
+
+_NUMBERED_KEY = re.compile(r"list\(dict\.keys\(.*\)\)\[(\d+)\]")
+
+
+def _key(node: ast.expr, within: Path, source: str) -> Any:
+    """A key as the source has it, or, of a dict in a module, the one that its number stands for: numbers differ by process."""
+    numbered = _NUMBERED_KEY.fullmatch(ast.unparse(node))
+    if numbered is None or within[0][0] != "module":
+        return _constant(node, source)
+    return list(follow(within, {}))[int(numbered[1])]
 
 
 def _constant(node: ast.expr, source: str) -> Any:

@@ -113,15 +113,7 @@ def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], mod
 def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folder: Path, model: Callable[..., Any]) -> Entry:
     plan = json.loads(payloads[program["plan"]])
     guards = json.loads(payloads[program["guards"]])
-    libraries = {name: _open_library(payloads, name, folder) for name in program["libraries"]}
-    constants = _read_tensors(payloads[program["constants"]]) if program["constants"] else {}
-    forward = Runner(
-        plan["forward"], libraries, {name.partition("/")[2]: t for name, t in constants.items() if name[:8] == "forward/"}
-    )
-    backward = None
-    if plan["backward"] is not None:
-        kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name[:9] == "backward/"}
-        backward = Runner(plan["backward"], libraries, kept)
+    forward, backward = open_runners(plan, program, payloads, folder)
     _check_once(guards, model)
     checker = Checker(
         guards["always"], guards["same"], guards["ambient"], guards["inputs"], plan["mutated"], guards.get("sizes")
@@ -130,6 +122,20 @@ def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folde
         return Entry(plan, checker, forward, backward)
     except LookupError as cause:
         raise ManifestMismatchError(f"the artifact does not fit here: {cause}") from cause
+
+
+def open_runners(
+    plan: Mapping[str, Any], program: Mapping[str, Any], payloads: Mapping[str, bytes], folder: Path
+) -> tuple[Runner, Runner | None]:
+    """What runs the forward, and the backward if there is one; libraries are written into `folder` on the way."""
+    libraries = {name: _open_library(payloads, name, folder) for name in program["libraries"]}
+    constants = _read_tensors(payloads[program["constants"]]) if program["constants"] else {}
+
+    def runner(part: str) -> Runner:
+        kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name.startswith(f"{part}/")}
+        return Runner(plan[part], libraries, kept)
+
+    return runner("forward"), None if plan["backward"] is None else runner("backward")
 
 
 def _check_once(guards: Mapping[str, Any], model: Callable[..., Any]) -> None:

@@ -15,12 +15,13 @@ from torch.fx import GraphModule
 
 from torchspan.artifacts import _torch
 from torchspan.artifacts._dynamic import Marks, marked, marks_of, takes_keyword
-from torchspan.artifacts._export import Parts, compiler_name, export_entry, pipeline_of
+from torchspan.artifacts._export import compiler_name, export_entry, pipeline_of
 from torchspan.artifacts._manifest import FORMAT_DYNAMIC, model_entries, platform_entries, write_manifest
 from torchspan.artifacts._portable import portable_sizes
 from torchspan.artifacts._sign import sign
 from torchspan.artifacts._sizes import Sizes
 from torchspan.artifacts._store import write_artifact
+from torchspan.artifacts._verify import Parts
 from torchspan.artifacts._weights import WEIGHTS, write_weights
 from torchspan.capture.dynamo import Guards, capture_dynamo
 from torchspan.core.errors import CompileError, InputError, TorchspanError
@@ -151,6 +152,7 @@ class Artifact:
     payloads: dict[str, bytes] = field(repr=False, default_factory=dict)
     report: Report = field(repr=False, compare=False, default_factory=Report)
     pipeline: Pipeline = field(repr=False, compare=False, default_factory=Pipeline)
+    verify: bool = field(repr=False, compare=False, default=True)
 
     def add(
         self,
@@ -192,7 +194,7 @@ class Artifact:
             module, _, guards, _ = capture_dynamo(program)
         captured = time.perf_counter()
         parts: Parts = _foreign(
-            lambda: export_entry(prefix, module, guards, compiler, self.report, self.pipeline), program.name
+            lambda: export_entry(prefix, module, guards, compiler, self.report, self.pipeline, self.verify), program.name
         )
         self.programs.append(parts.program)
         self.payloads.update(parts.payloads)
@@ -234,6 +236,7 @@ def precompile(
     passes: str | Sequence[Pass | Callable[[GraphModule], GraphModule | None]] = (),
     dynamic: Any = None,
     weights: bool = False,
+    verify: bool = True,
     report: Report | None = None,
 ) -> Artifact:
     """Compile `model` for inputs like `args` into an Artifact, forward and backward; weights stay outside unless asked for.
@@ -255,6 +258,8 @@ def precompile(
             native, the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is
             native).
         weights: have the model's parameters and buffers inside too, as safetensors; `torchspan.load` gives them on request.
+        verify: run what was compiled, forward and backward, beside its operators on the example inputs: a compiler that gets a
+            number wrong (those of torch 2.8 and 2.13 do, rarely) is a CompileError.
         report: where decisions and the attempt are recorded; a new Report by default.
 
     Returns:
@@ -266,7 +271,7 @@ def precompile(
             be dynamic, …).
         InputError: `dynamic` or `passes` name what is not there.
         PassError: a pass failed, or gave back a graph that is not valid.
-        CompileError: the compiler failed.
+        CompileError: the compiler failed, or what it made gives other numbers than the operators.
 
     >>> artifact = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
     >>> sorted(artifact.payloads)
@@ -277,7 +282,8 @@ def precompile(
     entries = {**_entries(program, compiler_name(compiler)), "passes": [str(one) for one in pipeline.passes]}
     if entries["passes"]:
         entries["rebuild"] += f" --passes '{pipeline}'"
-    artifact = Artifact(entries, report=report or Report(parent=current_report()), pipeline=pipeline)
+    report = report or Report(parent=current_report())
+    artifact = Artifact(entries, report=report, pipeline=pipeline, verify=verify)
     artifact._add(program, dynamic)
     if weights:
         artifact.payloads[WEIGHTS] = write_weights(program.target)

@@ -161,26 +161,50 @@ def _forget_cleanup(code: Any) -> None:
     CleanupManager.instance.refs.pop(id(code), None)
 
 
-def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...]]:
-    """Inside a dynamo backend: the tracing context, the code traced so far, and the Python objects that will be changed."""
+def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    """Inside a dynamo backend: the tracing context, the code traced so far, and the Python objects that will be changed.
+
+    Last are the attributes that are set and put back in the end, with the constants that they have then and had before.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import TracingContext
 
     context = TracingContext.get()
     effects = InstructionTranslator.current_tx().output.side_effects
-    changed = [describe for item in effects.id_to_variable.values() if (describe := _outside_change(effects, item))]
+    changed, restored = list[str](), list[tuple[str, Any]]()
+    for item in effects.id_to_variable.values():
+        if not _is_changed_outside(effects, item):
+            continue
+        name, put_back = source_name(item.source), _put_back(effects, item)
+        if put_back is None:
+            changed.append(name)
+        else:
+            restored += [(f"{name}.{attribute}", value) for attribute, value in put_back.items()]
     if effects.tensor_hooks:
         changed.append("a hook on a tensor")
-    return context, tuple(context.traced_code), tuple(changed)
+    return context, tuple(context.traced_code), tuple(changed), tuple(restored)
 
 
-def _outside_change(effects: Any, item: Any) -> str | None:
-    """What of a variable that the program was given, if anything, is changed by running it; None for what it made itself."""
+def _is_changed_outside(effects: Any, item: Any) -> bool:
+    """Whether running the program changes a variable that it was given; not one that it made itself."""
     from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
     if item.source is None or isinstance(item.mutation_type, (AttributeMutationNew, ValueMutationNew)):
+        return False
+    return bool(effects.is_modified(item))
+
+
+def _put_back(effects: Any, item: Any) -> dict[str, Any] | None:
+    """The constants that all attributes that were set on an object have in the end, if those are what they were before."""
+    stored, value = effects.store_attr_mutations.get(item), getattr(item, "value", None)
+    if not stored:
         return None
-    return source_name(item.source) if effects.is_modified(item) else None
+    found = {}
+    for name, end in stored.items():
+        if not end.is_python_constant() or not hasattr(value, name) or end.as_python_constant() is not getattr(value, name):
+            return None
+        found[name] = end.as_python_constant()
+    return found
 
 
 def source_name(source: Any) -> str:

@@ -40,7 +40,8 @@ class Frame:
     """What dynamo made of one call, in one grad mode.
 
     `module` takes `inputs`, which stand at `sources`; `bytecode` runs in `scope`, where it calls the graph by `graph_name`;
-    `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the inlined code.
+    `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the inlined code;
+    `restored` are attributes that it sets and puts back, with the constants that they have before and after.
     """
 
     module: GraphModule
@@ -55,6 +56,7 @@ class Frame:
     changes: tuple[str, ...]
     traced: tuple[CodeType, ...]
     grad_mode: bool
+    restored: tuple[tuple[str, Any], ...] = ()
 
 
 class Guards:
@@ -181,9 +183,9 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         sources = [node.meta["grapharg"].source for node in module.graph.nodes if node.op == "placeholder"]
-        context, traced, changes = _torch.tracing_state()
+        context, traced, changes, restored = _torch.tracing_state()
         seen.update(module=module, inputs=tuple(inputs), sources=tuple(map(_torch.source_name, sources)))
-        seen.update(context=context, traced=traced, changes=changes)
+        seen.update(context=context, traced=traced, changes=changes, restored=restored)
         return module.forward
 
     def keep_guards(entries: Any) -> list[bool]:

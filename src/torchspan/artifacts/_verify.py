@@ -1,0 +1,87 @@
+"""Whether what a compiler made of an entry's graphs gives the numbers of their operators, on the example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchspan.artifacts._sizes import is_size
+from torchspan.artifacts.load import open_runners
+from torchspan.core.errors import CompileError
+from torchspan.core.numerics import difference
+
+
+@dataclass
+class Parts:
+    """What one entry consists of: its line in the manifest, and its payloads by name."""
+
+    program: dict[str, Any]
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    is_dynamic: bool = False
+
+
+def check_numbers(
+    graphs: Mapping[str, GraphModule | None],
+    plan: Mapping[str, Any],
+    parts: Parts,
+    inputs: Sequence[Any],
+    symbols: Mapping[str, int],
+    name: str,
+) -> None:
+    """Run the forward and the backward compiled and operator by operator, and raise CompileError where they differ.
+
+    The tangents of the backward are drawn; nothing of random numbers is left changed.
+    """
+    given = [value.node.hint if is_size(value) else value.detach() for value in inputs]
+    dtypes = tuple({value.dtype for value in given if isinstance(value, torch.Tensor)})
+    with TemporaryDirectory(prefix="torchspan-") as folder, torch.random.fork_rng(devices=()), torch.no_grad():
+        forward, backward = open_runners(plan, parts.program, parts.payloads, Path(folder))
+        saved = _compare(graphs["forward"], forward, given, symbols, dtypes, f"the forward of {name}")
+        if graphs["backward"] is not None:
+            arguments = _arguments(graphs["backward"], saved, symbols)
+            _compare(graphs["backward"], backward, arguments, symbols, dtypes, f"the backward of {name}")
+
+
+def _compare(
+    graph: Any, runner: Any, inputs: Sequence[Any], symbols: Mapping[str, int], dtypes: tuple[torch.dtype, ...], what: str
+) -> dict[str, Any]:
+    """What the operators give, by the name of its node."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    state = torch.get_rng_state()
+    found = runner(tensors, symbols)
+    torch.set_rng_state(state)
+    expected = list(graph(*inputs))
+    differs = difference(found, expected, *dtypes, name="output")
+    if differs is not None:
+        raise CompileError(
+            f"{what}, compiled, gives other numbers than its operators on the example inputs: {differs}. Compile it with "
+            "compiler='eager', or with verify=False if it is the example that has no stable numbers"
+        )
+    nodes = next(node for node in reversed(graph.graph.nodes) if node.op == "output").args[0]
+    return {node.name: value for node, value in zip(nodes, expected) if isinstance(node, torch.fx.Node)}
+
+
+def _arguments(graph: GraphModule, saved: Mapping[str, Any], symbols: Mapping[str, int]) -> list[Any]:
+    """What a backward takes: what was saved, sizes, and drawn gradients for the rest."""
+    arguments = []
+    for node in graph.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta["val"]
+        if node.name in saved:
+            arguments.append(saved[node.name])
+        elif is_size(value):
+            arguments.append(value.node.hint)
+        else:
+            shape, stride = (
+                [size.node.hint if is_size(size) else size for size in sizes] for sizes in (value.shape, value.stride())
+            )
+            like = torch.empty_strided(shape, stride, dtype=value.dtype)
+            arguments.append(like.copy_(torch.randn(shape, dtype=value.dtype)))
+    return arguments
