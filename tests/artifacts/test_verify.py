@@ -29,10 +29,13 @@ class Five(nn.Module):
 @pytest.mark.slow
 def test_a_compiler_that_gets_a_number_wrong_makes_no_artifact(tmp_path: Any) -> None:
     x = torch.randn(6, 4, requires_grad=True)
+    refused = ""
     try:
         artifact = precompile(Five(), (x,))
-    except CompileError as refused:
-        assert re.search(r"the backward of Five, compiled, gives other numbers .*compiler='eager'", str(refused))
+    except CompileError as cause:
+        refused = str(cause)
+    if refused:
+        assert re.search(r"the backward of Five, compiled, gives other numbers .*compiler='eager'", refused)
         return
     fast = load(artifact.save(tmp_path / "five.tspan"), Five())
     gradients = []
