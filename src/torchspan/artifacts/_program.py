@@ -107,6 +107,7 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     free: tuple[int, ...]
+    plain: tuple[int, ...] | None  # the steps that it takes, if it takes nothing else
 
 
 class Runner:
@@ -138,7 +139,9 @@ class Runner:
             free = tuple(
                 index for index, user in last.items() if user == number and index not in kept and index >= self._num_inputs
             )
-            self._steps.append(_Step(_function(step, libraries, constants), tuple(args), kwargs, free))
+            is_plain = not kwargs and all(isinstance(value, _Reference) for value in args)
+            plain = tuple(value.index for value in args) if is_plain else None
+            self._steps.append(_Step(_function(step, libraries, constants), tuple(args), kwargs, free, plain))
 
     @property
     def num_outputs(self) -> int:
@@ -150,8 +153,11 @@ class Runner:
         values = list(inputs)
         assert len(values) == self._num_inputs, f"{len(values)} inputs for a program of {self._num_inputs}"
         for step in self._steps:
-            kwargs = {name: _fill(value, values, symbols) for name, value in step.kwargs.items()}
-            values.append(step.run(*_fill(step.args, values, symbols), **kwargs))
+            if step.plain is not None:
+                values.append(step.run(*[values[index] for index in step.plain]))
+            else:
+                kwargs = {name: _fill(value, values, symbols) for name, value in step.kwargs.items()}
+                values.append(step.run(*_fill(step.args, values, symbols), **kwargs))
             for index in step.free:
                 values[index] = None
         return [_fill(value, values, symbols) for value in self._outputs]
