@@ -49,7 +49,8 @@ def test_a_compiler_that_gets_a_number_wrong_makes_no_artifact(tmp_path: Any) ->
 def test_numbers_that_differ_are_named_and_equal_ones_pass() -> None:
     def parts(factor: float) -> tuple[dict[str, Any], dict[str, Any]]:
         graphs = {"forward": make_fx(lambda x: (x * factor, x.sum()))(torch.ones(3)), "backward": None}
-        return graphs, {"forward": write_program(graphs["forward"], {})[0], "backward": None}
+        counts = {"mutated": [], "outputs": [{}, {}], "num_bases": 0}
+        return graphs, {"forward": write_program(graphs["forward"], {})[0], "backward": None, **counts}
 
     graphs, plan = parts(2.0)
     _, other = parts(2.1)
@@ -57,6 +58,14 @@ def test_numbers_that_differ_are_named_and_equal_ones_pass() -> None:
     check_numbers(graphs, plan, empty, [torch.arange(1.0, 4.0)], {}, "Double")
     with pytest.raises(CompileError, match=r"the forward of Double, compiled, .*output\[0\]: 3 of 3 elements differ"):
         check_numbers(graphs, other, empty, [torch.arange(1.0, 4.0)], {}, "Double")
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_other_number() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))  # the norm takes away what the bias adds
+    assert precompile(model, (torch.randn(4, 3, 16, 16),)).programs
 
 
 @pytest.mark.slow

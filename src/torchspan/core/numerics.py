@@ -107,6 +107,47 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for _, item in parts(value) for tensor in tensors(item)]
 
 
+def as_real(value: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers; any other as it is.
+
+    >>> as_real(torch.ones(2, dtype=torch.complex64)).shape
+    torch.Size([2, 2])
+    """
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
+def but_rounding(
+    actual: list[torch.Tensor | None], expected: list[torch.Tensor | None], *through: torch.dtype
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Both gradients, with zeros for those that are zero but for rounding, as that of a bias before a batch norm is.
+
+    Rounding is what is beyond the precision of the largest gradient, in both.
+
+    >>> noise, other = torch.tensor([1e-5]), torch.tensor([-2e-5])
+    >>> but_rounding([torch.ones(1), noise], [torch.ones(1), other])
+    ([tensor([1.]), tensor([0.])], [tensor([1.]), tensor([0.])])
+    """
+    known = [one for one in expected if one is not None and one.layout is torch.strided and one.numel()]
+    limit = max((tolerance(one.dtype, *through).relative * _rms(one) for one in known), default=0.0)
+    is_noise = [_is_below(a, limit) and _is_below(b, limit) for a, b in zip(actual, expected, strict=True)]
+    return _zeroed(actual, is_noise), _zeroed(expected, is_noise)
+
+
+def _zeroed(values: list[torch.Tensor | None], which: list[bool]) -> list[torch.Tensor | None]:
+    return [
+        torch.zeros_like(value) if is_zero and value is not None else value
+        for value, is_zero in zip(values, which, strict=True)
+    ]
+
+
+def _is_below(value: torch.Tensor | None, limit: float) -> bool:
+    return value is not None and value.layout is torch.strided and value.numel() > 0 and _rms(value) <= limit
+
+
+def _rms(value: torch.Tensor) -> float:
+    return float(as_real(value.detach()).double().square().mean().sqrt())
+
+
 def _tensor_difference(actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
     if not isinstance(actual, torch.Tensor):
         yield f"{name}: {type(actual).__name__} instead of a tensor"

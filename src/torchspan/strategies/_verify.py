@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torchspan.core.errors import CompileError, GuardError
-from torchspan.core.numerics import difference, tensors, tolerance
+from torchspan.core.numerics import as_real, but_rounding, difference, tensors
 from torchspan.strategies._ambient import autocast_state
 from torchspan.strategies._signature import tensors_of
 
@@ -128,7 +128,7 @@ def _run(function: Call, call: Copied) -> tuple[Any, list[torch.Tensor | None]]:
     if not (wanted and sources):
         return outputs, []
     # one scalar, not outputs with cotangents: for those torch imports sympy, which takes seconds of a step
-    total = torch.stack([_real(one * _cotangent(one)).sum().double().cpu() for one in wanted]).sum()
+    total = torch.stack([as_real(one * _cotangent(one)).sum().double().cpu() for one in wanted]).sum()
     return outputs, list(torch.autograd.grad(total, _unique(sources), allow_unused=True))
 
 
@@ -146,38 +146,6 @@ def _without_saving_hooks() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def but_rounding(
-    actual: list[torch.Tensor | None], expected: list[torch.Tensor | None], *through: torch.dtype
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Both gradients, with zeros for those that are zero but for rounding, as that of a bias before a batch norm is.
-
-    Rounding is what is beyond the precision of the largest gradient, in both.
-
-    >>> noise, other = torch.tensor([1e-5]), torch.tensor([-2e-5])
-    >>> but_rounding([torch.ones(1), noise], [torch.ones(1), other])
-    ([tensor([1.]), tensor([0.])], [tensor([1.]), tensor([0.])])
-    """
-    known = [one for one in expected if one is not None and one.layout is torch.strided and one.numel()]
-    limit = max((tolerance(one.dtype, *through).relative * _rms(one) for one in known), default=0.0)
-    is_noise = [_is_below(a, limit) and _is_below(b, limit) for a, b in zip(actual, expected, strict=True)]
-    return _zeroed(actual, is_noise), _zeroed(expected, is_noise)
-
-
-def _zeroed(values: list[torch.Tensor | None], which: list[bool]) -> list[torch.Tensor | None]:
-    return [
-        torch.zeros_like(value) if is_zero and value is not None else value
-        for value, is_zero in zip(values, which, strict=True)
-    ]
-
-
-def _is_below(value: torch.Tensor | None, limit: float) -> bool:
-    return value is not None and value.layout is torch.strided and value.numel() > 0 and _rms(value) <= limit
-
-
-def _rms(value: torch.Tensor) -> float:
-    return float(_real(value.detach()).double().square().mean().sqrt())
-
-
 def _unique(values: list[torch.Tensor]) -> list[torch.Tensor]:
     return list({id(value): value for value in values}.values())
 
@@ -187,10 +155,6 @@ def _cotangent(output: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(output.shape, generator=generator, dtype=torch.float32) + 0.5
     return real.to(device=output.device, dtype=output.dtype)
-
-
-def _real(value: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _buffers(call: Copied) -> dict[str, torch.Tensor]:
