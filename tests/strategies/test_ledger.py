@@ -115,7 +115,7 @@ def test_an_entry_that_is_damaged_after_the_compile_is_never_loaded(cache: Path,
 def test_over_the_limit_the_entries_that_were_used_longest_ago_go(tmp_path: Path) -> None:
     def leave(name: str, *others: str) -> None:
         (tmp_path / name).write_bytes(bytes(1000))
-        _ledger._write(tmp_path, {one: _ledger.digest(tmp_path / one) for one in (name, *others)})
+        _ledger.write(tmp_path, {one: _ledger.digest(tmp_path / one) for one in (name, *others)})
         for count, ledger in enumerate(_ledger._ledgers(tmp_path)):
             os.utime(ledger, (count, count))
 
