@@ -15,13 +15,13 @@ from torchspan.artifacts import _torch
 from torchspan.artifacts._portable import portable_guards, portable_sizes, result_of
 from torchspan.artifacts._program import write_program
 from torchspan.artifacts._runtime import KEPT
-from torchspan.artifacts._sizes import encode_size, is_size
+from torchspan.artifacts._sizes import encode_size, example_of, is_size
 from torchspan.artifacts._torch import Lowered
 from torchspan.artifacts._values import name_of, parse_path
 from torchspan.artifacts._verify import Parts, check_numbers
 from torchspan.capture.dynamo import Guards, spoken
 from torchspan.core.errors import InputError, PassError, UnsupportedError
-from torchspan.core.graph import Graph, InputSpec, OutputSpec
+from torchspan.core.graph import Graph, InputSpec, OutputSpec, output_node
 from torchspan.core.regions import cut_regions, list_regions
 from torchspan.core.report import Report
 from torchspan.passes._base import Pass, PassContext, editable
@@ -93,7 +93,7 @@ def export_entry(
         parts.program["constants"] = f"{prefix}/constants.safetensors"
         parts.payloads[parts.program["constants"]] = _write_tensors(constants)
     if verify and parts.program["libraries"]:
-        symbols = {name: size.node.hint for name, size in shapes.symbols.items()}
+        symbols = {name: example_of(size) for name, size in shapes.symbols.items()}
         check_numbers(graphs, plan, parts, frame.inputs, symbols, guards.program.name)
     guarded["sizes"] = portable_sizes(guards)
     if guarded["sizes"]:
@@ -157,8 +157,7 @@ def _numbers(values: Any) -> list[Any]:
 
 
 def _output_nodes(module: GraphModule) -> list[Any]:
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
-    return list(output.args[0])
+    return list(output_node(module.graph).args[0])
 
 
 def _base_of(kind: str, base: int | None, placeholders: list[Node], results: list[Any], num_outputs: int) -> Node:

@@ -15,11 +15,12 @@ import torch
 
 from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
-from torchspan.artifacts._sizes import is_size, write_conditions
+from torchspan.artifacts._sizes import example_of, is_size, write_conditions
 from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
 from torchspan.capture.dynamo import Frame, Guard, Guards
 from torchspan.core.errors import UnsupportedError
+from torchspan.core.graph import output_node
 from torchspan.core.program import Program
 
 # What dynamo keeps as guards on torch's state is held by `ambient_state`, those on shapes by `portable_sizes`.
@@ -292,11 +293,11 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
             f"an artifact cannot hold {guards.program.name}: its forward changes {', '.join(frame.changes)}; "
             "return the new value instead"
         )
-    output = next(node for node in reversed(frame.module.graph.nodes) if node.op == "output")
+    output = output_node(frame.module.graph)
     marks = tuple(torch.empty(0) for _ in output.args[0])
     result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
     known: dict[int, Any] = {id(mark): {"output": index} for index, mark in enumerate(marks)}
-    sizes = {size.node.hint for size in shapes_of(frame.context).symbols.values()}  # int(size) would fix it
+    sizes = {example_of(size) for size in shapes_of(frame.context).symbols.values()}
     values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
     for source in frame.sources:
         path = parse_path(source, frame.scope)

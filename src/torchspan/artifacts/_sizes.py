@@ -132,6 +132,11 @@ def is_size(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def example_of(value: Any) -> Any:
+    """What a number is for the example inputs, if it was computed of dynamic sizes; asking it by ``int`` would fix it."""
+    return value.node.hint if is_size(value) else value
+
+
 def encode_size(value: Any) -> Any:
     """A number that may be symbolic, as JSON.
 

@@ -19,6 +19,7 @@ from torchspan.artifacts._sizes import Expression, encode_size, is_size
 from torchspan.capture._torch import source_name
 from torchspan.capture.dynamo import spoken
 from torchspan.core.errors import UnsupportedError
+from torchspan.core.graph import output_node
 from torchspan.core.memory import blank_storage
 
 # compiling in this process, by AOTAutograd
@@ -169,7 +170,7 @@ def _value(node: Any) -> Any:
 
 
 def _keep_outputs(module: GraphModule, is_kept: Callable[[int, Any], bool]) -> None:
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    output = output_node(module.graph)
     output.args = (tuple(value for index, value in enumerate(output.args[0]) if is_kept(index, value)),)
     module.recompile()
 
@@ -211,7 +212,11 @@ def shapes_of(context: Any) -> Shapes:
     tensors: dict[str, Any] = {}
     firm: set[str] = set()
     for entry in tracked:
-        found = [size for size in (*entry.fake.shape, *entry.fake.stride()) if is_size(size)] if _is_tensor(entry.fake) else []
+        found = (
+            [size for size in (*entry.fake.shape, *entry.fake.stride()) if is_size(size)]
+            if isinstance(entry.fake, torch.Tensor)
+            else []
+        )
         if found:
             tensors[source_name(entry.source)] = entry.fake
             said = entry.symbolic_context.constraint_sizes
@@ -226,10 +231,6 @@ def shapes_of(context: Any) -> Shapes:
     known = {str(symbol): source_name(found[0]) for symbol, found in getattr(env, "var_to_sources", {}).items() if found}
     sources = {name: known[name] for name in symbols if re.search(r"\.(size|stride)\(\)\[", known[name])}
     return Shapes({name: symbols[name] for name in sources}, frozenset(firm), sources, tensors, context)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> None:

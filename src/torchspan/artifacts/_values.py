@@ -252,7 +252,7 @@ def show_path(path: Path) -> str:
             text += f".{key}"
         elif kind == "item":
             text += f"[{key!r}]"
-        elif kind in ("size", "stride"):
+        elif kind in _OF_A_TENSOR:
             text += f".{kind}({key})"
         else:
             text = f"{kind}({text})"

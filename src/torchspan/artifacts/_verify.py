@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchspan.artifacts._sizes import is_size
+from torchspan.artifacts._sizes import example_of, is_size
 from torchspan.artifacts.load import open_runners
 from torchspan.core.errors import CompileError
+from torchspan.core.graph import output_node
 from torchspan.core.numerics import but_rounding, difference
 
 
@@ -38,7 +39,7 @@ def check_numbers(
 
     The tangents of the backward are drawn; nothing of random numbers is left changed.
     """
-    given = [value.node.hint if is_size(value) else value.detach() for value in inputs]
+    given = [example_of(value) if is_size(value) else value.detach() for value in inputs]
     dtypes = tuple({value.dtype for value in given if isinstance(value, torch.Tensor)})
     forward_graph, backward_graph = graphs["forward"], graphs["backward"]
     with TemporaryDirectory(prefix="torchspan-") as folder, torch.random.fork_rng(devices=()), torch.no_grad():
@@ -77,7 +78,7 @@ def _refuse(differs: str | None, what: str) -> None:
 
 def _named(graph: Any, values: Sequence[Any]) -> dict[str, Any]:
     """What a graph gave, by the name of the node that computed it."""
-    nodes = next(node for node in reversed(graph.graph.nodes) if node.op == "output").args[0]
+    nodes = output_node(graph.graph).args[0]
     return {node.name: value for node, value in zip(nodes, values) if isinstance(node, torch.fx.Node)}
 
 
@@ -91,11 +92,9 @@ def _arguments(graph: GraphModule, saved: Mapping[str, Any]) -> list[Any]:
         if node.name in saved:
             arguments.append(saved[node.name])
         elif is_size(value):
-            arguments.append(value.node.hint)
+            arguments.append(example_of(value))
         else:
-            shape, stride = (
-                [size.node.hint if is_size(size) else size for size in sizes] for sizes in (value.shape, value.stride())
-            )
+            shape, stride = (list(map(example_of, sizes)) for sizes in (value.shape, value.stride()))
             like = torch.empty_strided(shape, stride, dtype=value.dtype)
             arguments.append(like.copy_(torch.randn(shape, dtype=value.dtype)))
     return arguments

@@ -15,7 +15,7 @@ from torchspan.capture._clean import clean
 from torchspan.capture._origins import stamped_with_module_paths
 from torchspan.capture._state import check_loss, check_program, slots
 from torchspan.core.errors import CaptureError, UnsupportedError
-from torchspan.core.graph import Graph, InputSpec, OutputSpec
+from torchspan.core.graph import Graph, InputSpec, OutputSpec, output_node
 from torchspan.core.program import Program
 
 
@@ -138,14 +138,14 @@ def _output_spec(descriptor: Any, names: dict[str, str]) -> OutputSpec:
 
 
 def _outputs(graph: FxGraph) -> tuple[list[Any], list[Any]]:
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    output = output_node(graph)
     return list(output.meta["desc"]), list(output.args[0])
 
 
 def _drop_meshes(graph: FxGraph) -> None:
     """Take meshes, and gradients that are None, out of the signature: a Graph takes and gives tensors."""
     descriptors, values = _outputs(graph)
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    output = output_node(graph)
     kept = [(d, value) for d, value in zip(descriptors, values) if not _is_mesh(d) and value is not None]
     output.args = ([value for _, value in kept],)
     output.meta["desc"] = [descriptor for descriptor, _ in kept]

@@ -8,12 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from torchspan.core.errors import GraphError
 
 InputKind = Literal["parameter", "buffer", "input", "tangent"]
 OutputKind = Literal["output", "loss", "gradient", "saved", "mutation"]
+
+
+def output_node(graph: FxGraph) -> Any:
+    """The node that returns a graph's results."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,7 @@ class Graph:
 
     def output_values(self) -> list[Any]:
         """What the output node returns, flat, in order."""
-        output = next(node for node in reversed(self.module.graph.nodes) if node.op == "output")
-        value = output.args[0]
+        value = output_node(self.module.graph).args[0]
         return list(value) if isinstance(value, (tuple, list)) else [value]
 
     def count_targets(self) -> Counter[str]:

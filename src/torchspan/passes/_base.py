@@ -11,7 +11,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from torchspan.core.errors import PassError
-from torchspan.core.graph import Graph
+from torchspan.core.graph import Graph, output_node
 from torchspan.core.registry import Registry
 from torchspan.core.report import Report
 
@@ -61,7 +61,7 @@ def editable(graph: Graph) -> GraphModule:
     copy, nodes = FxGraph(), dict[Node, Node]()
     result = copy.graph_copy(graph.module.graph, nodes)
     output = copy.output(result)
-    output.meta = dict(next(n for n in reversed(graph.module.graph.nodes) if n.op == "output").meta)
+    output.meta = dict(output_node(graph.module.graph).meta)
     copy.set_codegen(graph.module.graph._codegen)
     module = GraphModule(graph.module, copy, class_name=type(graph.module).__name__)
     module.meta = dict(graph.module.meta)

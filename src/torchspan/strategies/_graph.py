@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from torchspan.artifacts._manifest import digest_of, platform_entries
 from torchspan.core.errors import InputError, IntegrityError
+from torchspan.core.graph import output_node
 from torchspan.core.report import Report, current_report
 from torchspan.strategies import _ambient, _ledger, _torch, _transport
 from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
@@ -211,7 +212,7 @@ def _compile(task: GraphTask) -> Callable[..., Any]:
 
 def _returns_one(module: GraphModule) -> bool:
     """Whether the graph returns one tensor and no tuple; inductor wants a tuple, so it is given one."""
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    output = output_node(module.graph)
     if isinstance(output.args[0], (tuple, list)):
         return False
     output.args = ((output.args[0],),)
