@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torchspan.api import register_backport as register_backport
     from torchspan.api import register_shim as register_shim
     from torchspan.artifacts import Precompile as Precompile
-    from torchspan.artifacts.load import load as load
-    from torchspan.artifacts.precompile import precompile as precompile
+    from torchspan.artifacts._load import load as load
+    from torchspan.artifacts._make import precompile as precompile
     from torchspan.backports._base import Backport as Backport
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report

@@ -22,7 +22,7 @@ KEPT = ("non_alias", "unsafe_view_alias", "custom_function_view")
 class Entry:
     """One compiled form of a program: for one set of shapes and settings, which its `checker` holds.
 
-    `plan` is what `torchspan.artifacts.precompile` writes: which inputs are changed, how outputs are made, what backward takes.
+    `plan` is what `torchspan.artifacts._make` writes: which inputs are changed, how outputs are made, what backward takes.
     """
 
     def __init__(self, plan: Mapping[str, Any], checker: Checker, forward: Runner, backward: Runner | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torchspan.artifacts.load import Dispatcher, load
+from torchspan.artifacts._load import Dispatcher, load
 from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
 from torchspan.strategies import _torch

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchspan.artifacts.precompile import precompile
+from torchspan.artifacts._make import precompile
 from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
