@@ -31,7 +31,7 @@ _PUBLIC = {
     "verify": "_inspect",
 }
 
-__all__ = list(_PUBLIC)  # noqa: PLE0605
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,12 +27,12 @@ from torch import nn
 
 from torchspan.artifacts._code import digest_class
 from torchspan.artifacts._guards import Failed, describe_tensor
+from torchspan.artifacts._load import load_entries
+from torchspan.artifacts._make import Artifact
 from torchspan.artifacts._manifest import mismatches, model_entries, platform_entries, read_manifest, values_of
 from torchspan.artifacts._runtime import Entry
 from torchspan.artifacts._store import Store
 from torchspan.artifacts._values import decode_path, encode, encode_path, follow, name_of, parse_path
-from torchspan.artifacts._load import load_entries
-from torchspan.artifacts._make import Artifact
 from torchspan.capture.call import CapturedCall, capture_call, module_source
 from torchspan.capture.dynamo import Frame, Guards
 from torchspan.core.errors import GuardError, InputError, IntegrityError, TorchspanError, UnsupportedError

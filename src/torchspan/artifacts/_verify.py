@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchspan.artifacts._sizes import example_of, is_size
 from torchspan.artifacts._load import open_runners
+from torchspan.artifacts._sizes import example_of, is_size
 from torchspan.core.errors import CompileError
 from torchspan.core.graph import output_node
 from torchspan.core.numerics import but_rounding, difference
