@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -344,15 +343,17 @@ def _mode_stack() -> list[str]:
 # the walk
 
 
-@dataclass(slots=True)
 class _Place:
     """One object on the way: what is checked of it, as which input it is wanted, and what lies behind it."""
 
-    path: Path
-    checks: list[Check] = field(default_factory=list)
-    inputs: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    behind: dict[Any, tuple[Callable[[Any], Any], _Place]] = field(default_factory=dict)
+    __slots__ = ("behind", "checks", "inputs", "number", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checks: list[Check] = []
+        self.inputs: list[int] = []
+        self.number = 0
+        self.behind: dict[Any, tuple[Callable[[Any], Any], _Place]] = {}
 
 
 class Checker:
@@ -377,32 +378,32 @@ class Checker:
         self._fine: set[tuple[Any, ...]] = set()
         self._unshared = tuple(unshared)
         self._num_inputs = len(inputs)
-        self._same: list[list[str]] = [[str(decode_path(path)) for path in group] for group in same]
-        for group in same:
-            for path in map(decode_path, group):
-                self._place(path).names.append(str(path))
+        groups = [[self._place(steps) for steps in group] for group in same]
         for guard in guards:
             if guard.get("check") not in CHECKS:
                 raise IntegrityError(f"an artifact holds a guard of the unknown kind {guard.get('check')!r}")
-            self._place(decode_path(guard["at"])).checks.append(CHECKS[guard["check"]](guard["expected"]))
+            self._place(guard["at"]).checks.append(CHECKS[guard["check"]](guard["expected"]))
         for index, steps in enumerate(inputs):
-            self._place(decode_path(steps)).inputs.append(index)
+            self._place(steps).inputs.append(index)
         self._sizes = Sizes(sizes or {})
-        for index, path in enumerate(self._sizes.paths, start=len(inputs)):
-            self._place(path).inputs.append(index)
+        for index, steps in enumerate((sizes or {}).get("variables", {}).values(), start=len(inputs)):
+            self._place(steps).inputs.append(index)
         self._steps: list[_Step] = []
-        _flatten(self._root, 0, self._steps)
-        numbered = [(number, place) for number, (_, _, _, place) in enumerate(self._steps, start=1)]
-        wanted = {index: number for number, place in numbered for index in place.inputs}
+        _flatten(self._root, self._steps)
+        wanted = {index: place.number for _, _, _, place in self._steps for index in place.inputs}
         self._wanted = [wanted[index] for index in range(len(wanted))]
-        self._named = [(name, number) for number, place in numbered for name in place.names]
+        self._same = [(group[0], place) for group in groups for place in group[1:]]
 
-    def _place(self, path: Path) -> _Place:
+    def _place(self, steps: Sequence[Sequence[Any]]) -> _Place:
+        """The place that encoded `steps` lead to; what many lead through is decoded once."""
+        if not steps:
+            raise IntegrityError("an artifact holds an empty path")
         place = self._root
-        for index, (kind, key) in enumerate(path):
-            name = (kind, repr(key))
+        for kind, key in steps:
+            name = (kind, key) if type(key) is str else (kind, repr(key), None)
             if name not in place.behind:
-                place.behind[name] = (STEPS[kind](key), _Place(path[: index + 1]))
+                path = (*place.path, *decode_path([[kind, key]]))
+                place.behind[name] = (STEPS[kind](path[-1][1]), _Place(path))
             place = place.behind[name][1]
         return place
 
@@ -419,10 +420,9 @@ class Checker:
         self._check_state()
         found = _walk(self._steps, {"target": target, "args": args, "kwargs": kwargs})
         gathered = [found[number] for number in self._wanted]
-        named = {name: found[number] for name, number in self._named}
-        for group in self._same:
-            if any(named[name] is not named[group[0]] for name in group[1:]):
-                raise Failed(f"{' and '.join(group)} are one object no more")
+        for one, other in self._same:
+            if found[one.number] is not found[other.number]:
+                raise Failed(f"{show_path(one.path)} and {show_path(other.path)} are one object no more")
         inputs, symbols = gathered[: self._num_inputs], dict(zip(self._sizes.names, gathered[self._num_inputs :]))
         self._refuse_aliases(inputs)
         failed = self._sizes.failed(symbols)
@@ -459,11 +459,12 @@ def _memory_of(tensor: torch.Tensor) -> int:
 _Step = tuple[int, Callable[[Any], Any], tuple[Check, ...], _Place]
 
 
-def _flatten(place: _Place, number: int, steps: list[_Step]) -> None:
-    """Append what leads to each place behind the `number`-th one: one loop over all is quicker than calls of calls."""
+def _flatten(place: _Place, steps: list[_Step]) -> None:
+    """Append what leads to each place behind this one, and number them: one loop over all is quicker than calls of calls."""
     for step, behind in place.behind.values():
-        steps.append((number, step, tuple(behind.checks), behind))
-        _flatten(behind, len(steps), steps)
+        steps.append((place.number, step, tuple(behind.checks), behind))
+        behind.number = len(steps)
+        _flatten(behind, steps)
 
 
 def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:

@@ -19,9 +19,7 @@ from torchspan.artifacts._guards import Checker, Failed
 from torchspan.artifacts._manifest import check_manifest, values_of
 from torchspan.artifacts._program import Library, Runner
 from torchspan.artifacts._runtime import Entry
-from torchspan.artifacts._sign import check as check_signature
 from torchspan.artifacts._store import Store
-from torchspan.artifacts._weights import read_weights
 from torchspan.core.compiled import Compiled
 from torchspan.core.errors import ArtifactError, GuardError, IntegrityError, ManifestMismatchError, TorchspanError
 from torchspan.core.report import Attempt, Report, current_report
@@ -73,6 +71,8 @@ def load(
     started = time.perf_counter()
     with Store(Path(path)) as store:
         if trusted_keys is not None:
+            from torchspan.artifacts._sign import check as check_signature
+
             check_signature(store.manifest_bytes, store.signature, trusted_keys)
         check_manifest(store.manifest, model)
         payloads = store.payloads()
@@ -80,6 +80,8 @@ def load(
     with _collector_paused():
         entries = load_entries(manifest, payloads, model)
     if weights:
+        from torchspan.artifacts._weights import read_weights
+
         read_weights(payloads, model)
     seconds = time.perf_counter() - started
     name = str(values_of(manifest)["model"])

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torchspan.artifacts import _torch
 from torchspan.artifacts._dynamic import Marks, marked, marks_of, takes_keyword
 from torchspan.artifacts._export import compiler_name, export_entry, pipeline_of
-from torchspan.artifacts._manifest import FORMAT_DYNAMIC, model_entries, platform_entries, write_manifest
+from torchspan.artifacts._manifest import FORMAT_DYNAMIC, making_entries, model_entries, write_manifest
 from torchspan.artifacts._portable import portable_sizes
 from torchspan.artifacts._sign import sign
 from torchspan.artifacts._sizes import Sizes
@@ -294,7 +294,7 @@ def _entries(program: Program, compiler: str) -> dict[str, Any]:
     from torchspan import __version__
 
     return {
-        **platform_entries(),
+        **making_entries(),
         **model_entries(program.target),
         "torchspan": __version__,
         "compiler": compiler,

@@ -15,7 +15,6 @@ import torch
 from torchspan.artifacts._code import digest_class, digest_function
 from torchspan.artifacts._values import name_of
 from torchspan.core.errors import IntegrityError, ManifestMismatchError
-from torchspan.environment.facts import installed_version
 
 FORMAT = 1
 FORMAT_DYNAMIC = 2  # as 1, and sizes that are expressions: who knows only 1 must refuse it
@@ -41,11 +40,17 @@ def platform_entries() -> dict[str, Any]:
     return {
         "format": FORMAT,
         "torch": torch.__version__,
-        "triton": installed_version("triton"),
         "python": f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}",
         "platform": f"{platform.system().lower()}-{platform.machine()}",
         "isa": {"capability": torch.backends.cpu.get_cpu_capability(), "flags": _cpu_flags()},
     }
+
+
+def making_entries() -> dict[str, Any]:
+    """`platform_entries`, and what is written down for who reads it only: libraries for a CPU hold nothing of triton's."""
+    from torchspan.environment.facts import installed_version
+
+    return {**platform_entries(), "triton": installed_version("triton")}
 
 
 def _cpu_flags() -> list[str]:
@@ -138,8 +143,6 @@ def _differs(name: str, expected: Any, found: Any) -> bool:
         return expected["capability"] != found["capability"] or not set(expected["flags"]) <= set(found["flags"])
     if name == "format":
         return expected not in (FORMAT, FORMAT_DYNAMIC)
-    if name == "triton":
-        return False  # written down for who reads it; libraries for a CPU hold nothing of triton's
     return bool(expected != found)
 
 

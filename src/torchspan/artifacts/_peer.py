@@ -29,7 +29,7 @@ from torchspan.artifacts._code import digest_class
 from torchspan.artifacts._guards import Failed, describe_tensor
 from torchspan.artifacts._load import load_entries
 from torchspan.artifacts._make import Artifact
-from torchspan.artifacts._manifest import mismatches, model_entries, platform_entries, read_manifest, values_of
+from torchspan.artifacts._manifest import making_entries, mismatches, model_entries, platform_entries, read_manifest, values_of
 from torchspan.artifacts._runtime import Entry
 from torchspan.artifacts._store import Store
 from torchspan.artifacts._values import decode_path, encode, encode_path, follow, name_of, parse_path
@@ -355,7 +355,7 @@ def _entries(program: Program, call: CapturedCall, compiler: str) -> dict[str, A
 
     described = model_entries(program.target)
     return {
-        **platform_entries(),
+        **making_entries(),
         "kind": _KIND,
         "model": program.name,
         "code": described["code"],

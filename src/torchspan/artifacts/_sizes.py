@@ -11,7 +11,6 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CodeType, SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,6 @@ _NODES = (
 _MAX_POWER = 16
 
 
-@dataclass(frozen=True)
 class Expression:
     """One expression over symbols, as checked code.
 
@@ -43,9 +41,10 @@ class Expression:
     torchspan.core.errors.IntegrityError: an artifact holds the expression "__import__('os')", which is not one over sizes
     """
 
-    text: str
-    code: CodeType
-    names: frozenset[str]
+    __slots__ = ("code", "names", "text")
+
+    def __init__(self, text: str, code: CodeType, names: frozenset[str]) -> None:
+        self.text, self.code, self.names = text, code, names
 
     @classmethod
     def of(cls, text: str) -> Expression:

@@ -198,12 +198,12 @@ def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping
     raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
 
 
-_NUMBERED_KEY = re.compile(r"list\(dict\.keys\(.*\)\)\[(\d+)\]")
+_NUMBERED_KEY = r"list\(dict\.keys\(.*\)\)\[(\d+)\]"
 
 
 def _key(node: ast.expr, within: Path, source: str) -> Any:
     """A key as the source has it, or, of a dict in a module, the one that its number stands for: numbers differ by process."""
-    numbered = _NUMBERED_KEY.fullmatch(ast.unparse(node))
+    numbered = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
     if numbered is None or within[0][0] != "module":
         return _constant(node, source)
     return list(follow(within, {}))[int(numbered[1])]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torchspan.core.report import Report
 
 
-@dataclass(frozen=True)
 class Compiled:
     """A callable and the Report of how it came about.
 
@@ -17,8 +15,9 @@ class Compiled:
     3
     """
 
-    function: Callable[..., Any]
-    report: Report
+    def __init__(self, function: Callable[..., Any], report: Report) -> None:
+        self.function = function
+        self.report = report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
