@@ -34,7 +34,8 @@ COMPILERS = ("inductor", "regional_inductor", "eager")
 
 # fallback_random: random numbers are those of eager, for the same seed. dynamic_threads: a library asks how many threads there
 # are when it runs; with a number compiled in, it would write past its buffers on a machine with more.
-_OPTIONS = {"fallback_random": True, "cpp.dynamic_threads": True}
+# Line tables, for debuggers, are three quarters of a library, which each load reads, checks and maps.
+_OPTIONS = {"fallback_random": True, "cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
 
 
 def compiler_name(compiler: str | Callable[..., Any] | None) -> str:
