@@ -106,6 +106,10 @@ def read_manifest(data: bytes) -> dict[str, Any]:
         body = {name: manifest[name] for name in ("entries", "payloads", "programs")}
         stated = manifest["digest"]
         entries = {name: (entry["value"], entry["digest"]) for name, entry in body["entries"].items()}
+        for payload in body["payloads"]:
+            payload["name"], payload["size"], payload["sha256"]
+        if "isa" in entries:
+            entries["isa"][0]["capability"], set(entries["isa"][0]["flags"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise IntegrityError(
             f"the artifact's manifest cannot be read ({type(cause).__name__}: {cause}); make the artifact again"

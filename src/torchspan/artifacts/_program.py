@@ -193,10 +193,12 @@ def find_operator(name: str) -> Any:
     """
     parts = name.split(".")
     if len(parts) != 3 or parts[0] not in _NAMESPACES or ".".join(parts[:2]) in _FORBIDDEN:
-        raise UnsupportedError(f"an artifact may not name the operator {name}: it is of none of {', '.join(_NAMESPACES)}")
+        why = "reads files" if ".".join(parts[:2]) in _FORBIDDEN else f"is of none of {', '.join(_NAMESPACES)}"
+        raise UnsupportedError(f"an artifact may not name the operator {name:.80}: it {why}")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     found = getattr(packet, parts[2], None)
-    if found is None:
+    if not isinstance(found, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(found.name()):
+        # also: what only TorchScript has, such as aten::set_grad_enabled, is no computation
         raise UnsupportedError(f"this torch has no operator {name}; rebuild the artifact with this torch")
     return found
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torchspan.artifacts._guards import Checker
 from torchspan.artifacts._program import Runner
 from torchspan.artifacts._sizes import read_sizes
-from torchspan.artifacts._values import Path, decode, decode_path, find_name, follow
+from torchspan.artifacts._values import decode, decode_path, find_name, following
 from torchspan.core.errors import IntegrityError
 
 Symbols = Mapping[str, int]
@@ -163,21 +163,35 @@ def _builder(structure: Any) -> Builder:
         index = int(structure["output"])
         return lambda outputs, values: outputs[index]
     if "path" in structure:
-        path: Path = decode_path(structure["path"])
-        return lambda outputs, values: follow(path, values)
+        follow = following(decode_path(structure["path"]))
+        return lambda outputs, values: follow(values)
     if "constant" in structure:
         constant = structure["constant"]
+        decode(constant)  # what cannot be made is refused now
         return lambda outputs, values: decode(constant)
     if "call" in structure:
         return _calling(find_name(structure["call"]), structure)
     return _container(structure)
 
 
+def is_record(kind: Any) -> bool:
+    """Whether `kind` is a dataclass or a named tuple.
+
+    >>> from torchspan.core.program import Program
+    >>> is_record(torch.Size), is_record(Program)
+    (False, True)
+    """
+    if not isinstance(kind, type):
+        return False
+    is_named_tuple = issubclass(kind, tuple) and isinstance(getattr(kind, "_fields", None), tuple)
+    return is_named_tuple or isinstance(getattr(kind, "__dataclass_fields__", None), dict)
+
+
 def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Builder:
     args = [_builder(item) for item in structure["args"]]
     kwargs = [(str(name), _builder(item)) for name, item in structure["kwargs"]]
-    if not isinstance(function, type):
-        raise IntegrityError(f"an artifact's result is made by {structure['call']}, which is no class")
+    if not is_record(function):  # of any other class, such as subprocess.Popen, a call is not only a value
+        raise IntegrityError(f"an artifact's result is made by {structure['call']}, which is no dataclass and no named tuple")
     return lambda outputs, values: function(
         *(build(outputs, values) for build in args), **{name: build(outputs, values) for name, build in kwargs}
     )

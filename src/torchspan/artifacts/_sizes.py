@@ -29,6 +29,8 @@ _NODES = (
     *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
 )
 _MAX_POWER = 16
+_MAX_LENGTH = 65536
+_MAX_NUMBER = 2**64
 
 
 class Expression:
@@ -51,7 +53,7 @@ class Expression:
         """Read `text`, which may come from a file of anybody's."""
         try:
             tree = ast.parse(text, mode="eval")
-            is_right = all(map(_is_allowed, ast.walk(tree)))
+            is_right = len(text) <= _MAX_LENGTH and all(map(_is_allowed, ast.walk(tree)))
         except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
             is_right = False
         if not is_right:
@@ -110,16 +112,21 @@ _SCOPE: dict[str, Any] = {
 }
 
 
+def _is_small(node: ast.AST) -> bool:
+    """Whether a power, or a number of digits, is one that a computation of sizes has: others take hours, or all memory."""
+    return isinstance(node, (ast.Constant, ast.UnaryOp)) and abs(ast.literal_eval(node)) <= _MAX_POWER
+
+
 def _is_allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return type(node.value) in (int, float, bool)
+        return isinstance(node.value, (int, float)) and abs(node.value) <= _MAX_NUMBER
     if isinstance(node, ast.Attribute):
         return isinstance(node.value, ast.Name) and node.value.id == "math" and node.attr in (*_MATH, "pi", "inf")
     if isinstance(node, ast.Call):
         is_known = isinstance(node.func, ast.Attribute) or (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS)
-        return is_known and not node.keywords
+        return is_known and not node.keywords and (ast.unparse(node.func) != "round" or all(map(_is_small, node.args[1:])))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        return isinstance(node.right, (ast.Constant, ast.UnaryOp)) and abs(ast.literal_eval(node.right)) <= _MAX_POWER
+        return _is_small(node.right) and not any(isinstance(inner, ast.Pow) for inner in ast.walk(node.left))
     return isinstance(node, _NODES)
 
 

@@ -93,6 +93,12 @@ def _torch_constant(kind: type) -> Callable[[str], Any]:
     return find
 
 
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise LookupError(f"{name_of(kind)} is no enumeration that has {name!r:.80}")
+    return kind[name]
+
+
 _DECODERS: Mapping[str, Callable[[Any], Any]] = {
     **{name: _torch_constant(kind) for name, kind in _TORCH_KINDS.items()},
     "float": float,
@@ -106,7 +112,7 @@ _DECODERS: Mapping[str, Callable[[Any], Any]] = {
     "device": torch.device,
     "slice": lambda parts: slice(*decode(parts)),
     "range": lambda parts: range(*decode(parts)),
-    "enum": lambda names: getattr(find_name(names[0]), names[1]),
+    "enum": lambda names: _member(find_name(names[0]), names[1]),
     "type": lambda name: find_name(name),
     "ellipsis": lambda _: Ellipsis,
 }
@@ -263,8 +269,8 @@ STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
     "local": lambda name: operator.itemgetter(name),
     "module": lambda name: lambda _: loaded_module(name),
     "builtins": lambda _: lambda _values: vars(builtins),
-    "attr": lambda name: operator.attrgetter(name) if "." not in name else lambda value: getattr(value, name),
-    "item": lambda key: operator.itemgetter(key),
+    "attr": lambda name: _attribute_of(name),
+    "item": lambda key: _item_of(key),
     "type": lambda _: type,
     "list": lambda _: list,
     "keys": lambda _: lambda value: dict.keys(value),
@@ -273,13 +279,35 @@ STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
 }
 
 
+def _attribute_of(name: Any) -> Callable[[Any], Any]:
+    if type(name) is not str or "/" in name:  # ctypes.cdll opens a library for any attribute, and for any key
+        raise IntegrityError(f"an artifact holds a path through {name!r:.80}, which names no attribute")
+    return operator.attrgetter(name) if "." not in name else lambda value: getattr(value, name)
+
+
+def _item_of(key: Any) -> Callable[[Any], Any]:
+    if type(key) is str and "/" in key:
+        return lambda value: dict.__getitem__(value, key)
+    return operator.itemgetter(key)
+
+
 def follow(path: Path, values: Mapping[str, Any]) -> Any:
     """The object at `path`, from ``target``, ``args`` and ``kwargs`` by name.
 
     >>> follow(parse_path("L['args'][0][1]"), {"args": ((5, 6),)})
     6
     """
-    found: Any = values
-    for kind, key in path:
-        found = STEPS[kind](key)(found)
-    return found
+    return following(path)(values)
+
+
+def following(path: Path) -> Callable[[Mapping[str, Any]], Any]:
+    """The same as a function of the values, which is refused now if it cannot be followed."""
+    steps = [STEPS[kind](key) for kind, key in path]
+
+    def find(values: Mapping[str, Any]) -> Any:
+        found: Any = values
+        for step in steps:
+            found = step(found)
+        return found
+
+    return find
