@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter, contains, itemgetter
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -350,7 +352,7 @@ class _Place:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checks: list[Check] = []
+        self.checks: list[tuple[str, Any, Check]] = []  # its kind, what it expects, itself
         self.inputs: list[int] = []
         self.number = 0
         self.behind: dict[Any, tuple[Callable[[Any], Any], _Place]] = {}
@@ -375,22 +377,22 @@ class Checker:
     ) -> None:
         self._root = _Place(())
         self._ambient = dict(ambient)
-        self._fine: set[tuple[Any, ...]] = set()
+        self._quick: dict[tuple[Any, ...], _Quick] = {}
         self._unshared = tuple(unshared)
         self._num_inputs = len(inputs)
         groups = [[self._place(steps) for steps in group] for group in same]
         for guard in guards:
             if guard.get("check") not in CHECKS:
                 raise IntegrityError(f"an artifact holds a guard of the unknown kind {guard.get('check')!r}")
-            self._place(guard["at"]).checks.append(CHECKS[guard["check"]](guard["expected"]))
+            kind, expected = guard["check"], guard["expected"]
+            self._place(guard["at"]).checks.append((kind, expected, CHECKS[kind](expected)))
         for index, steps in enumerate(inputs):
             self._place(steps).inputs.append(index)
         self._sizes = Sizes(sizes or {})
         for index, steps in enumerate((sizes or {}).get("variables", {}).values(), start=len(inputs)):
             self._place(steps).inputs.append(index)
-        self._steps: list[_Step] = []
-        _flatten(self._root, self._steps)
-        wanted = {index: place.number for _, _, _, place in self._steps for index in place.inputs}
+        self._steps = _flatten(self._root)
+        wanted = {index: place.number for _, _, place in self._steps for index in place.inputs}
         self._wanted = [wanted[index] for index in range(len(wanted))]
         self._same = [(group[0], place) for group in groups for place in group[1:]]
 
@@ -417,8 +419,7 @@ class Checker:
         Raises:
             Failed: a guard does not hold; says which, what was expected and what was found.
         """
-        self._check_state()
-        found = _walk(self._steps, {"target": target, "args": args, "kwargs": kwargs})
+        found = self._find({"target": target, "args": args, "kwargs": kwargs})
         gathered = [found[number] for number in self._wanted]
         for one, other in self._same:
             if found[one.number] is not found[other.number]:
@@ -430,19 +431,28 @@ class Checker:
             raise Failed(failed)
         return inputs, symbols
 
-    def _check_state(self) -> None:
+    def _find(self, root: Mapping[str, Any]) -> list[Any]:
+        """The objects at all places, by number, all of whose guards hold, with torch as it has to be set."""
         key = _ambient_key()
-        if key in self._fine:
-            return
+        quick = self._quick.get(key)
+        found = None if quick is None else quick.find(root)
+        if found is not None:
+            return found
+        if quick is None:
+            self._check_state()
+        found = _walk(self._steps, root)
+        if _is_plain(key):
+            self._quick[key] = _Quick(self._steps, found)
+        return found
+
+    def _check_state(self) -> None:
         state = ambient_state()
         for name, expected in self._ambient.items():
             if state.get(name) != expected:
                 raise Failed(f"{name} is {state.get(name)}, expected {expected}")
-        if _is_plain(key):
-            self._fine.add(key)
 
     def _refuse_aliases(self, inputs: list[Any]) -> None:
-        if len({id(tensor) for tensor in inputs}) != len(inputs):
+        if len(set(map(id, inputs))) != len(inputs):
             raise Failed("two inputs are one tensor; they were two when the artifact was made")
         if not self._unshared:
             return
@@ -456,28 +466,107 @@ def _memory_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-_Step = tuple[int, Callable[[Any], Any], tuple[Check, ...], _Place]
+_Step = tuple[int, Callable[[Any], Any], _Place]
 
 
-def _flatten(place: _Place, steps: list[_Step]) -> None:
-    """Append what leads to each place behind this one, and number them: one loop over all is quicker than calls of calls."""
-    for step, behind in place.behind.values():
-        steps.append((place.number, step, tuple(behind.checks), behind))
-        behind.number = len(steps)
-        _flatten(behind, steps)
+def _flatten(root: _Place) -> list[_Step]:
+    """What leads to each place behind `root`, those behind one beside each other; numbers them in this order, from 1."""
+    steps: list[_Step] = []
+    places = [root]
+    for place in places:
+        for step, behind in place.behind.values():
+            steps.append((place.number, step, behind))
+            behind.number = len(steps)
+            places.append(behind)
+    return steps
 
 
 def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:
     """The objects at all places, by number, `root` first; raises Failed at the first check that does not hold."""
     found = [root]
-    for above, step, checks, place in steps:
+    for above, step, place in steps:
         try:
             value = step(found[above])
         except (AttributeError, LookupError, TypeError) as cause:
             raise Failed(f"{show_path(place.path)} is not there ({type(cause).__name__}: {cause})") from None
         found.append(value)
-        for check in checks:
+        for _, _, check in place.checks:
             said = check(value)
             if said is not None:
                 raise Failed(f"{show_path(place.path)} {said}")
     return found
+
+
+class _Quick:
+    """What `_walk` does, once all has held: checks of one kind are one comparison of many objects, most of it in C.
+
+    It holds for what is like what was `found`, which is narrower than the guards are: where it does not, `_walk` has the word.
+    """
+
+    def __init__(self, steps: Sequence[_Step], found: Sequence[Any]) -> None:
+        self._fetches = list(_fetches(steps))
+        of_kind: dict[str, dict[int, Any]] = {kind: {} for kind in CHECKS}
+        self._others: list[tuple[int, Check]] = []
+        for _, _, place in steps:
+            for kind, expected, check in place.checks:
+                if kind not in _AT_ONCE or (kind == "tensor" and not _is_static(expected)) or place.number in of_kind[kind]:
+                    self._others.append((place.number, check))
+                else:
+                    of_kind[kind][place.number] = expected
+        lengths, lacking, constants, tensors = (of_kind[kind] for kind in ("length", "own_attribute", "constant", "tensor"))
+        self._sized, self._lengths = _pick(lengths), list(lengths.values())
+        self._lack, self._lacking = _pick(lacking), list(lacking.values())
+        self._constant, self._constants = _pick(constants), tuple(map(decode, constants.values()))
+        self._typed = _pick([*of_kind["type"], *constants])
+        self._types = list(map(type, self._typed(found)))
+        self._forwards = [(kind, getattr(kind, "forward", None)) for kind in dict.fromkeys(self._types)]
+        self._given, guards = _pick(tensors), torch._C._dynamo.guards
+        self._fit = guards.TensorGuards(*self._given(found), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+    def find(self, root: Any) -> list[Any] | None:
+        """What `_walk` gives, or None where that has the word."""
+        found = [root]
+        try:
+            for above, fetch, is_many in self._fetches:
+                if is_many:
+                    found += fetch(found[above])
+                else:
+                    found.append(fetch(found[above]))
+            return found if self._holds(found) else None
+        except (AttributeError, LookupError, TypeError):
+            return None
+
+    def _holds(self, found: list[Any]) -> bool:
+        return (
+            list(map(len, self._sized(found))) == self._lengths
+            and list(map(type, self._typed(found))) == self._types
+            and self._constant(found) == self._constants
+            and not any(map(contains, map(vars, self._lack(found)), self._lacking))
+            and all(getattr(kind, "forward", None) is forward for kind, forward in self._forwards)
+            and self._fit(*self._given(found))
+            and all(check(found[at]) is None for at, check in self._others)
+        )
+
+
+_AT_ONCE = ("length", "type", "constant", "own_attribute", "tensor")
+
+
+def _is_static(expected: Mapping[str, Any]) -> bool:
+    return None not in (*expected["shape"], *expected["stride"]) and expected["layout"] == "torch.strided"
+
+
+def _pick(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the objects at `places` out of all that were found."""
+    numbers = tuple(places)
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda found: tuple(found[at] for at in numbers)
+
+
+def _fetches(steps: Sequence[_Step]) -> Iterator[tuple[int, Callable[[Any], Any], bool]]:
+    """The `steps`, those that take several attributes, or items, of one object as one; whether it is several."""
+    for (above, kind), group in groupby(steps, lambda step: (step[0], step[2].path[-1][0])):
+        alike = list(group)
+        keys = [place.path[-1][1] for _, _, place in alike]
+        if len(keys) > 1 and (kind == "item" or (kind == "attr" and not any("." in key for key in keys))):
+            yield above, (itemgetter if kind == "item" else attrgetter)(*keys), True
+        else:
+            yield from ((above, step, False) for _, step, _ in alike)
