@@ -7,9 +7,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torchspan.core.logs import is_logged_each, log_at
 
@@ -33,7 +34,8 @@ _FOREIGN = (
 )
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True)
+class Decision:
     """A choice with its reason.
 
     `topic` is the part of torchspan that chose (``backport``, ``device``, ``compile``, ``precompile``, ``pass``, …), `subject`
@@ -45,7 +47,7 @@ class Decision(NamedTuple):
     choice: str
     reason: str
     site: str | None = None
-    count: int = 1  # type: ignore[assignment]  # over tuple.count, which means nothing here
+    count: int = 1
     function: str | None = None
 
     @property
@@ -54,7 +56,8 @@ class Decision(NamedTuple):
         return self.reason.startswith(SIMULATED)
 
 
-class Attempt(NamedTuple):
+@dataclass(frozen=True)
+class Attempt:
     """One try at compiling one region. `seconds` of wall clock, `peak_bytes` of the compile's process tree."""
 
     strategy: str
@@ -125,9 +128,9 @@ class Report:
         counts: dict[Decision, int] = {}
         for entry in entries:
             if not isinstance(entry, Attempt):
-                decision = entry.decision if isinstance(entry, Tally) else entry._replace(count=1)
+                decision = entry.decision if isinstance(entry, Tally) else replace(entry, count=1)
                 counts[decision] = counts.get(decision, 0) + entry.count
-        return tuple(decision._replace(count=count) for decision, count in counts.items() if count)
+        return tuple(replace(decision, count=count) for decision, count in counts.items() if count)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -147,7 +150,7 @@ class Report:
         with self._lock:
             known = self._entries.get(key)
             if isinstance(known, Decision):
-                entry = known._replace(count=known.count + 1)
+                entry = replace(known, count=known.count + 1)
             else:
                 entry = Decision(topic, subject, choice, reason, site, function=_function_at(site))
             self._entries[key] = entry
@@ -201,10 +204,10 @@ class Report:
     def add(self, entry: Decision | Attempt) -> None:
         """Take an entry of another process over: its count is added to that of the same one here."""
         with self._lock:
-            key: object = entry._replace(count=0) if isinstance(entry, Decision) else object()
+            key: object = replace(entry, count=0) if isinstance(entry, Decision) else object()
             known = self._entries.get(key)
             if isinstance(entry, Decision) and isinstance(known, Decision):
-                entry = entry._replace(count=known.count + entry.count)
+                entry = replace(entry, count=known.count + entry.count)
             self._entries[key] = entry
 
     def watch(self, on_new: Callable[[Decision | Attempt], None]) -> None:
@@ -214,8 +217,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return {
-            "decisions": [d._asdict() for d in self.decisions],
-            "attempts": [a._asdict() for a in self.attempts],
+            "decisions": [asdict(d) for d in self.decisions],
+            "attempts": [asdict(a) for a in self.attempts],
             "figures": dict(self.figures),
         }
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,21 @@ class _Writer:
         self._pid = os.getpid()
         self._folder = os.getcwd()
         self._path = Path(folder) / f"{self._pid}-{uuid.uuid4().hex}.jsonl"
-        self._before = {decision._replace(count=1): decision.count for decision in before}
+        self._before = {replace(decision, count=1): decision.count for decision in before}
         self._is_done = False
         report.watch(self._write_entry)
 
     def _write_entry(self, entry: Decision | Attempt) -> None:
         if os.getpid() == self._pid and not self._is_done:
-            self._write({type(entry).__name__: entry._asdict()})
+            self._write({type(entry).__name__: asdict(entry)})
 
     def finish(self) -> None:
         """Write what was counted; once, and only in the process that this is of."""
         if os.getpid() != self._pid or self._is_done:
             return
         self._is_done = True
-        decisions = [decision._asdict() for decision in _since(self._before, self._report.decisions)]
-        attempts = [attempt._asdict() for attempt in self._report.attempts] if not self._before else []
+        decisions = [asdict(decision) for decision in _since(self._before, self._report.decisions)]
+        attempts = [asdict(attempt) for attempt in self._report.attempts] if not self._before else []
         if decisions or attempts:
             from torchspan.report._page import program_files
 
@@ -70,8 +70,8 @@ class _Writer:
 
 
 def _since(before: dict[Decision, int], decisions: Iterable[Decision]) -> list[Decision]:
-    counted = ((d, d.count - before.get(d._replace(count=1), 0)) for d in decisions)
-    return [decision._replace(count=count) for decision, count in counted if count > 0]
+    counted = ((d, d.count - before.get(replace(d, count=1), 0)) for d in decisions)
+    return [replace(decision, count=count) for decision, count in counted if count > 0]
 
 
 def make_folder() -> str:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -82,7 +83,7 @@ class Recording:
     def _placed(self, decision: Decision) -> Decision:
         """The Decision with the whole path of its file: of the same file, a child may know that, and its parent less."""
         path, colon, line = (decision.site or "").rpartition(":")
-        return decision._replace(site=f"{absolute(path, self._folder)}:{line}") if colon else decision
+        return replace(decision, site=f"{absolute(path, self._folder)}:{line}") if colon else decision
 
     def _run(self, num_processes: int) -> Run:
         rank, world_size = rank_of_world()

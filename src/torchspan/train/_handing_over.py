@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class HandingOver:
         """Compile a region; its failed attempts as JSON, a line, and what others load it from, if it was compiled."""
         report = Report(parent=self._report)
         self._compile(region, report)
-        failed = [attempt._asdict() for attempt in report.attempts] if region.function is region.module else []
+        failed = [asdict(attempt) for attempt in report.attempts] if region.function is region.module else []
         return json.dumps(failed).encode() + b"\n" + (pack_graph(region.module, region.inputs) or b"")
 
     def _take(self, region: _Region, packed: bytes) -> None:
