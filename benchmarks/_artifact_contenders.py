@@ -1,8 +1,7 @@
 """One contender of `artifact_load` in a process of its own: ``_artifact_contenders.py TASK CONTENDER MODEL MODE FOLDER``.
 
-TASK is ``make`` (what has to exist before), ``first`` (seconds until the first result), ``steady`` (seconds of later steps, the
-contender's and torch.compile's in turn) or ``refusal`` (why an artifact cannot hold the whole model). The last line of what it
-prints is JSON.
+TASK is ``make`` (what has to exist before), ``first`` (seconds until the first result) or ``steady`` (seconds of later steps,
+the contender's and torch.compile's in turn). The last line of what it prints is JSON.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ class Transformer(nn.Module):
 
 
 class Logits(nn.Module):
-    """Transformers' causal Llama, from tokens to logits: what it does without a key-value cache and without padding.
-
-    The parts are called here, and not the model as a whole, because an artifact may refuse that: `refusal` says why.
-    """
+    """Transformers' causal Llama, from tokens to logits, without a key-value cache."""
 
     def __init__(self, llama: nn.Module) -> None:
         super().__init__()
@@ -73,17 +69,17 @@ class Logits(nn.Module):
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Logits."""
-        base = self.llama.model
-        x_BLD = base.embed_tokens(tokens_BL)
-        positions = base.rotary_emb(x_BLD, position_ids=torch.arange(tokens_BL.shape[1])[None])
-        for layer in base.layers:
-            x_BLD = layer(x_BLD, position_embeddings=positions)
-        return self.llama.lm_head(base.norm(x_BLD))
+        return self.llama(tokens_BL, use_cache=False).logits
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
     """A transformer of 0.1 M parameters and 2 × 32 tokens."""
     return Transformer(), torch.randint(0, 256, (2, 32))
+
+
+def nanogpt() -> tuple[nn.Module, Tensor]:
+    """The same of the size that nanoGPT trains on Shakespeare: 6 blocks of width 384, 10 M parameters, and 4 × 128 tokens."""
+    return Transformer(num_blocks=6, width=384), torch.randint(0, 256, (4, 128))
 
 
 def llama() -> tuple[nn.Module, Tensor]:
@@ -102,21 +98,10 @@ def llama() -> tuple[nn.Module, Tensor]:
     return Logits(LlamaForCausalLM(config)), torch.randint(0, 1024, (2, 64))
 
 
-MODELS = {"transformer": transformer, "llama": llama}
+MODELS = {"transformer": transformer, "nanogpt": nanogpt, "llama": llama}
 
 
 # the contenders: what has to exist before (make), and how a step is had in a fresh process (prepare)
-
-
-def refusal(model: nn.Module, tokens: Tensor) -> str:
-    """Why an artifact cannot hold Transformers' model as a whole; nothing if it can."""
-    import torchspan
-
-    try:
-        torchspan.precompile(model, (tokens,), {"use_cache": False}, compiler="eager")
-    except torchspan.TorchspanError as cause:
-        return f"{type(cause).__name__}: {cause}"
-    return ""
 
 
 def make_artifact(model: nn.Module, tokens: Tensor, folder: Path) -> None:
@@ -261,8 +246,6 @@ def main() -> None:
     answer: dict[str, Any] = {}
     if task == "make":
         make(model, tokens, Path(folder))
-    elif task == "refusal":
-        answer = {"refusal": refusal(model.llama, tokens)}
     elif task == "first":
         answer = first(prepare, model, tokens, Path(folder))
     else:

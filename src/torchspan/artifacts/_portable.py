@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,6 +39,8 @@ _AMBIENT = {
 }
 # The artifact is held to one torch: what dynamo looks up in its own modules cannot differ, and they are not imported at load.
 _PINNED = ("torch._dynamo", "torch._functorch", "torch._higher_order_ops", "torch._inductor", "torch._guards")
+
+_SIZE = r"\.(size|stride)\(\)\[|\.storage_offset\(\)"  # a part of a tensor, on which a guard stands
 
 Portable = tuple[str, Any]
 
@@ -150,6 +154,10 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         for source, value in frame.restored:  # nothing is done about these: they must be what they are put back to
             entry = {"at": encode_path(parse_path(source, frame.scope)), "check": "constant", "expected": encode(value)}
             found.setdefault(json.dumps([entry["at"], "restored"]), {**entry, "kind": "RESTORED"})
+        for at, value in _returned(frame, guards.program):
+            if _is_constant(value):  # of other objects the result has themselves, whatever they hold by then
+                entry = {"at": encode_path(at), "check": "constant", "expected": encode(value)}
+                found.setdefault(json.dumps([entry["at"], "constant", entry["expected"]]), {**entry, "kind": "RETURNED"})
         _cover_traced(frame, guards.program, seen, found)
     ambient = ambient_state()
     _refuse_modes(ambient)
@@ -165,6 +173,21 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         "ambient": ambient,
         "inputs": [encode_path(path) for path in paths],
     }
+
+
+def _returned(frame: Frame, program: Program) -> list[tuple[Path, Any]]:
+    """The parts of the result that the program found and did not make: where, and what is there now."""
+    values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
+    paths = [parse_path(source, frame.scope) for source in frame.returned if not re.search(_SIZE, source)]
+    return [(path, follow(path, values)) for path in paths]
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value is the same as any equal one, and can be written down."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_constant, value))
+    kinds = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    return value is None or value is Ellipsis or isinstance(value, kinds)
 
 
 def _of_any_size(expected: Any, fake: Any) -> Any:
@@ -303,6 +326,9 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
         path = parse_path(source, frame.scope)
         found = follow(path, values)
         if isinstance(found, torch.Tensor):  # a size is a number, and equal numbers may be one object
+            known.setdefault(id(found), {"path": encode_path(path)})
+    for path, found in _returned(frame, guards.program):
+        if not _is_constant(found):
             known.setdefault(id(found), {"path": encode_path(path)})
     for name in ("args", "kwargs"):
         _remember(values[name], (("local", name),), known)

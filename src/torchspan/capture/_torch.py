@@ -161,16 +161,18 @@ def _forget_cleanup(code: Any) -> None:
     CleanupManager.instance.refs.pop(id(code), None)
 
 
-def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]:
+def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...], tuple[tuple[str, Any], ...], tuple[str, ...]]:
     """Inside a dynamo backend: the tracing context, the code traced so far, and the Python objects that will be changed.
 
-    Last are the attributes that are set and put back in the end, with the constants that they have then and had before.
+    Then the attributes that are set and put back in the end, with the constants that they have then and had before; last where
+    those parts of the result are found that the program did not make.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import TracingContext
 
     context = TracingContext.get()
-    effects = InstructionTranslator.current_tx().output.side_effects
+    translator = InstructionTranslator.current_tx()
+    effects = translator.output.side_effects
     changed, restored = list[str](), list[tuple[str, Any]]()
     for item in effects.id_to_variable.values():
         if not _is_changed_outside(effects, item):
@@ -182,14 +184,49 @@ def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...], tuple[tuple[
             restored += [(f"{name}.{attribute}", value) for attribute, value in put_back.items()]
     if effects.tensor_hooks:
         changed.append("a hook on a tensor")
-    return context, tuple(context.traced_code), tuple(changed), tuple(restored)
+    returned: dict[str, None] = {}
+    _find_sources(translator.stack[-1:], effects, returned, {})
+    return context, tuple(context.traced_code), tuple(changed), tuple(restored), tuple(returned)
+
+
+def _find_sources(value: Any, effects: Any, found: dict[str, None], seen: dict[int, Any]) -> None:
+    """Note where the parts of a traced value are found, from the outermost inwards; on those dynamo need not have guards.
+
+    Torch 2.13 and later put off a guard on a constant until its value is needed, and to return it that is never so.
+    """
+    from torch._dynamo.variables.base import VariableTracker
+
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    parts: list[Any] = []
+    if isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif not isinstance(value, VariableTracker):
+        parts = [value.vt] if hasattr(value, "vt") else []  # a key of a dict
+    elif value.source is not None and not _is_new(value):
+        found[source_name(value.source)] = None
+    elif hasattr(getattr(value, "_cache", None), "lazy_vars"):  # torch 2.15: computed of constants when it is called
+        parts = list(value._cache.lazy_vars)
+    else:
+        fields = [part for name, part in vars(value).items() if name not in value._nonvar_fields]
+        parts = [*fields, *effects.store_attr_mutations.get(value, {}).values()]
+    for part in parts:
+        _find_sources(part, effects, found, seen)
+
+
+def _is_new(item: Any) -> bool:
+    """Whether the program makes an object itself."""
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    return isinstance(item.mutation_type, (AttributeMutationNew, ValueMutationNew))
 
 
 def _is_changed_outside(effects: Any, item: Any) -> bool:
     """Whether running the program changes a variable that it was given; not one that it made itself."""
-    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
-
-    if item.source is None or isinstance(item.mutation_type, (AttributeMutationNew, ValueMutationNew)):
+    if item.source is None or _is_new(item):
         return False
     return bool(effects.is_modified(item))
 

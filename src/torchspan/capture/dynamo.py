@@ -41,7 +41,8 @@ class Frame:
 
     `module` takes `inputs`, which stand at `sources`; `bytecode` runs in `scope`, where it calls the graph by `graph_name`;
     `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the inlined code;
-    `restored` are attributes that it sets and puts back, with the constants that they have before and after.
+    `restored` are attributes that it sets and puts back, with the constants that they have before and after; `returned` is where
+    those parts of its result are found that it did not make.
     """
 
     module: GraphModule
@@ -57,6 +58,7 @@ class Frame:
     traced: tuple[CodeType, ...]
     grad_mode: bool
     restored: tuple[tuple[str, Any], ...] = ()
+    returned: tuple[str, ...] = ()
 
 
 class Guards:
@@ -183,9 +185,9 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         sources = [node.meta["grapharg"].source for node in module.graph.nodes if node.op == "placeholder"]
-        context, traced, changes, restored = _torch.tracing_state()
+        context, traced, changes, restored, returned = _torch.tracing_state()
         seen.update(module=module, inputs=tuple(inputs), sources=tuple(map(_torch.source_name, sources)))
-        seen.update(context=context, traced=traced, changes=changes, restored=restored)
+        seen.update(context=context, traced=traced, changes=changes, restored=restored, returned=returned)
         return module.forward
 
     def keep_guards(entries: Any) -> list[bool]:
