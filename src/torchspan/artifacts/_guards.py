@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, contains, itemgetter
 from pathlib import Path as FilePath
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -196,8 +197,8 @@ def identity_of(value: Any) -> list[str]:
     (['module', 'torch.nn.functional'], ['builtin_function_or_method', 'builtins:len'])
     """
     kind = type(value).__qualname__
-    if kind == "module":
-        return [kind, str(value.__name__)]
+    if isinstance(value, ModuleType):
+        return ["module", str(value.__name__)]
     return [kind, str(value) if kind in ("OpOverload", "OpOverloadPacket") else name_of(value)]
 
 

@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path as FilePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -38,7 +39,17 @@ _AMBIENT = {
     "SHAPE_ENV",
 }
 # The artifact is held to one torch: what dynamo looks up in its own modules cannot differ, and they are not imported at load.
-_PINNED = ("torch._dynamo", "torch._functorch", "torch._higher_order_ops", "torch._inductor", "torch._guards")
+_PINNED = (
+    "torch._dynamo",
+    "torch._functorch",
+    "torch._higher_order_ops",
+    "torch._inductor",
+    "torch._guards",
+    "torch.utils._pytree",  # a registry that imports add to, in their order
+)
+
+# Kinds of objects that exist once in every process, by a name: they are the same if that is.
+_NAMED = ("builtin_function_or_method", "OpOverload", "OpOverloadPacket", "method_descriptor", "_SpecialForm", "ufunc")
 
 _SIZE = r"\.(size|stride)\(\)\[|\.storage_offset\(\)"  # a part of a tensor, on which a guard stands
 
@@ -64,19 +75,19 @@ def _identity(guard: Guard, seen: Seen) -> Portable:
     if isinstance(value, type):
         digest_class(value, seen)
         return "named", identity_of(value)
-    if type(value).__qualname__ in (
-        "module",
-        "builtin_function_or_method",
-        "OpOverload",
-        "OpOverloadPacket",
-        "method_descriptor",
-    ):
+    if isinstance(value, ModuleType) or type(value).__qualname__ in _NAMED:
         return "named", identity_of(value)
     return _constant(guard)  # an enum or another constant; anything else is refused there
 
 
 def _key(guard: Guard) -> Any:
     return next((guard.arguments[name] for name in ("key", "item", "0") if name in guard.arguments), None)
+
+
+def _contains(guard: Guard) -> Portable:
+    if re.search(r"hooks\w*$", guard.source):  # keys are numbers that count the hooks of a process
+        return "length", len(guard.value)
+    return "contains", [encode(_key(guard)), _key(guard) in guard.value]
 
 
 _CONVERTERS: Mapping[str, Callable[[Guard, Seen], Portable]] = {
@@ -94,7 +105,7 @@ _CONVERTERS: Mapping[str, Callable[[Guard, Seen], Portable]] = {
     ),
     **dict.fromkeys(
         ("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"),
-        lambda guard, _: ("contains", [encode(_key(guard)), _key(guard) in guard.value]),
+        lambda guard, _: _contains(guard),
     ),
     **dict.fromkeys(
         ("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "FLOAT_IS_NAN", "COMPLEX_IS_NAN"),
@@ -129,10 +140,10 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     same: list[list[Any]] = []
     for frame in guards.frames:
         for guard in frame.guards:
-            if guard.kind in _AMBIENT:
+            if guard.kind in _AMBIENT or _is_of_a_namedtuple(guard.source, frame.scope):
                 continue
             at = parse_path(guard.source, frame.scope)
-            if at[0][0] == "module" and at[0][1].startswith(_PINNED):
+            if _dotted(at).startswith(_PINNED):
                 continue
             if guard.kind == "DUPLICATE_INPUT":
                 same.append([encode_path(at), encode_path(parse_path(guard.arguments["source_b"], frame.scope))])
@@ -178,7 +189,8 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
 def _returned(frame: Frame, program: Program) -> list[tuple[Path, Any]]:
     """The parts of the result that the program found and did not make: where, and what is there now."""
     values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
-    paths = [parse_path(source, frame.scope) for source in frame.returned if not re.search(_SIZE, source)]
+    found = [source for source in frame.returned if not (re.search(_SIZE, source) or _is_of_a_namedtuple(source, frame.scope))]
+    paths = [parse_path(source, frame.scope) for source in found]
     return [(path, follow(path, values)) for path in paths]
 
 
@@ -188,6 +200,19 @@ def _is_constant(value: Any) -> bool:
         return all(map(_is_constant, value))
     kinds = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
     return value is None or value is Ellipsis or isinstance(value, kinds)
+
+
+def _dotted(path: Path) -> str:
+    """The name of what a path leads to from a module, as far as it leads by attributes; empty if it begins elsewhere."""
+    if path[0][0] != "module":
+        return ""
+    return ".".join(str(key) for _, key in takewhile(lambda step: step[0] in ("module", "attr"), path))
+
+
+def _is_of_a_namedtuple(source: str, scope: Mapping[str, Any]) -> bool:
+    """Whether a source is among the globals of the code that ``namedtuple`` generates: the class is guarded on its own."""
+    found = re.match(r"G\['(___unnamed_scope_\w+)'\]", source)
+    return found is not None and str(scope[found[1]].get("__name__", "")).startswith("namedtuple_")
 
 
 def _of_any_size(expected: Any, fake: Any) -> Any:

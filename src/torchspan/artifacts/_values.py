@@ -179,6 +179,9 @@ def _steps(node: ast.expr, source: str, scope: Mapping[str, Any]) -> Path:
     if isinstance(node, ast.Attribute):
         return (*_steps(node.value, source, scope), ("attr", node.attr))
     if isinstance(node, ast.Subscript):
+        numbered = _numbered(node.slice)
+        if numbered is not None:
+            return (*_steps(node.value, source, scope), ("numbered", numbered))
         key = _constant(node.slice, source)
         if isinstance(node.value, ast.Name) and node.value.id in ("L", "G"):
             return (("local", key),) if node.value.id == "L" else (_global(key, source, scope),)
@@ -198,7 +201,9 @@ def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping
         return inner if step == "dict" else (*inner, (step, None))
     if function in ("dict.__getitem__", "list.__getitem__", "tuple.__getitem__") and len(args) == 2:
         within = _steps(args[0], source, scope)
-        return (*within, ("item", _key(args[1], within, source)))
+        return (*within, _item(function, args[1], within, source))
+    if function == "__import__" and len(args) == 1:
+        return (("module", _constant(args[0], source)),)
     if function == "object.__getattribute__" and len(args) == 2:
         return (*_steps(args[0], source, scope), ("attr", _constant(args[1], source)))
     raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
@@ -207,12 +212,19 @@ def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping
 _NUMBERED_KEY = r"list\(dict\.keys\(.*\)\)\[(\d+)\]"
 
 
-def _key(node: ast.expr, within: Path, source: str) -> Any:
-    """A key as the source has it, or, of a dict in a module, the one that its number stands for: numbers differ by process."""
-    numbered = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
-    if numbered is None or within[0][0] != "module":
-        return _constant(node, source)
-    return list(follow(within, {}))[int(numbered[1])]
+def _numbered(node: ast.expr) -> int | None:
+    """Which key of a dict is meant, where a source has a key by its number: such as a hook's, which is another elsewhere."""
+    found = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
+    return None if found is None else int(found[1])
+
+
+def _item(function: str, node: ast.expr, within: Path, source: str) -> tuple[str, Any]:
+    """The step to an item; of a dict in a module by its key, as numbers differ by process, and past what its class makes."""
+    numbered = _numbered(node)
+    if numbered is not None and within[0][0] != "module":
+        return ("numbered", numbered)
+    key = _constant(node, source) if numbered is None else list(dict.keys(follow(within, {})))[numbered]
+    return ("own_item" if function == "dict.__getitem__" else "item", key)
 
 
 def _constant(node: ast.expr, source: str) -> Any:
@@ -256,8 +268,10 @@ def show_path(path: Path) -> str:
             text = str(key)
         elif kind == "attr":
             text += f".{key}"
-        elif kind == "item":
+        elif kind in ("item", "own_item"):
             text += f"[{key!r}]"
+        elif kind == "numbered":
+            text += f"[key {key}]"
         elif kind in _OF_A_TENSOR:
             text += f".{kind}({key})"
         else:
@@ -271,6 +285,8 @@ STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
     "builtins": lambda _: lambda _values: vars(builtins),
     "attr": lambda name: _attribute_of(name),
     "item": lambda key: _item_of(key),
+    "own_item": lambda key: lambda value: dict.__getitem__(value, key),
+    "numbered": lambda number: lambda value: dict.__getitem__(value, list(dict.keys(value))[number]),
     "type": lambda _: type,
     "list": lambda _: list,
     "keys": lambda _: lambda value: dict.keys(value),
