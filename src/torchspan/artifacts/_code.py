@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import partial
+from operator import is_
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
+_MOST_KNOWN = 512
 _OWN_ROOT = str(Path(__file__).parents[1])
 
 
@@ -60,16 +62,36 @@ def digest_function(function: Any, seen: Seen | None = None) -> str:
 
 def digest_class(cls: type, seen: Seen | None = None) -> str | None:
     """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them."""
-    seen = seen or Seen()
     parts = []
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins", "abc", "collections", "typing"):
-            continue
-        for name, member in sorted(vars(base).items()):
-            is_code = callable(member) or isinstance(member, (staticmethod, classmethod, property, partial))
-            if is_code and not isinstance(member, type):
-                parts.append(f"{name} {digest_function(member, seen)}")
+        if base.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "collections", "typing"):
+            parts += _known_methods(base) if seen is None else _methods(base, seen)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def _methods(cls: type, seen: Seen) -> list[str]:
+    """The methods of one class with their digests."""
+    parts = []
+    for name, member in sorted(vars(cls).items()):
+        is_code = callable(member) or isinstance(member, (staticmethod, classmethod, property, partial))
+        if is_code and not isinstance(member, type):
+            parts.append(f"{name} {digest_function(member, seen)}")
+    return parts
+
+
+_KNOWN: dict[type, tuple[list[Any], list[str]]] = {}
+
+
+def _known_methods(cls: type) -> list[str]:
+    """The same, made once for as long as the class has the same attributes: the classes of a model have bases in common."""
+    members = list(vars(cls).values())
+    known, parts = _KNOWN.get(cls, ([], []))
+    if len(known) != len(members) or not all(map(is_, known, members)):
+        parts = _methods(cls, Seen())
+        if len(_KNOWN) >= _MOST_KNOWN:  # what is known stays alive
+            _KNOWN.clear()
+        _KNOWN[cls] = (members, parts)
+    return parts
 
 
 def _parts(value: Any, seen: Seen, visited: set[int]) -> Iterator[str]:
