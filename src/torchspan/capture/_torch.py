@@ -6,14 +6,17 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Note = Callable[[str, str, Any, Mapping[str, Any]], None]
+_TRACING = threading.RLock()
 
 
 def follow_backward(loss: Tensor) -> None:
@@ -73,10 +76,11 @@ def _with_kernel_and_composite() -> tuple[Any, ...]:
 # dynamo: one frame traced, without running it
 
 
-def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
+def trace_frame(frame: Any, backend: Any, keep_guards: Any, note: Note) -> Any:
     """What dynamo makes of a `frame`: its ``GuardedCode`` (bytecode and guard manager), or None where it found no tensor work.
 
-    Nothing of the frame is run. `backend` gets the graph and its example inputs, `keep_guards` every guard with its value.
+    Nothing of the frame is run. `backend` gets the graph and its example inputs, `keep_guards` every guard with its value, and
+    `note` what dynamo should guard on and does not: where, a kind of guard, the value, and what that kind takes besides.
     Shapes are static unless marked; module hooks are guarded on.
     """
     from torch._dynamo import config
@@ -96,7 +100,8 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
         "use_recursive_dict_tags_for_guards": False,
         "skip_no_tensor_aliasing_guards_on_parameters": False,
     }
-    with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}), _guard_errors_told_once():
+    known = {name: value for name, value in settings.items() if hasattr(config, name)}
+    with config.patch(known), _errors_told_once(), _reads_noted(note), _absences_guarded():
         done = convert_frame_assert(backend)(frame, None, Hooks(guard_filter_fn=keep_guards), {})
     guarded: Any = getattr(done, "guarded_code", done) or None
     if guarded is not None:
@@ -105,18 +110,93 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any) -> Any:
 
 
 @contextmanager
-def _guard_errors_told_once() -> Iterator[None]:
-    """dynamo logs an error of a guard with its stack, and raises it as well: the second is enough."""
-    logger, thread = logging.getLogger("torch._guards"), threading.get_ident()
+def _errors_told_once() -> Iterator[None]:
+    """dynamo logs an error of a guard or of a fake tensor with its stack, and raises it as well: the second is enough."""
+    loggers = [logging.getLogger(name) for name in ("torch._guards", "torch._subclasses.fake_tensor", "torch._dynamo.utils")]
+    thread = threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    logger.addFilter(is_of_others)
+    for logger in loggers:
+        logger.addFilter(is_of_others)
     try:
         yield
     finally:
-        logger.removeFilter(is_of_others)
+        for logger in loggers:
+            logger.removeFilter(is_of_others)
+
+
+@contextmanager
+def _reads_noted(note: Note) -> Iterator[None]:
+    """Note what dynamo leaves unguarded: a name that a module lacks, a key that a dict lacks; in 2.8, constants of classes."""
+    from torch._dynamo.variables import ConstDictVariable, PythonModuleVariable, UserDefinedClassVariable
+
+    def of_module(variable: Any, _: Any, name: str) -> None:
+        if not variable.is_torch and not hasattr(variable.value, name):
+            note(source_name(variable.source), "HASATTR", variable.value, {"attr": name})
+
+    def of_class(variable: Any, _: Any, name: str) -> None:
+        value = inspect.getattr_static(variable.value, name, None)
+        if type(value) in (bool, int, float, str) and not name.startswith("__"):
+            note(f"{source_name(variable.source)}.{name}", "CONSTANT_MATCH", value, {})
+
+    def of_dict(variable: Any, _: Any, key: Any) -> None:
+        if key.is_python_constant() and not any(_is_key(known, key) for known in variable.items):
+            note(source_name(variable.source), "DICT_NOT_CONTAINS", {}, {"key": key.as_python_constant()})
+
+    names = ("call_obj_hasattr", "var_getattr", "tp_getattro_impl")  # the last one since torch 2.15
+    watched: list[tuple[Any, str, Any]] = [(PythonModuleVariable, name, of_module) for name in names]
+    watched += [(UserDefinedClassVariable, name, of_class) for name in names[1:]]
+    watched += [(ConstDictVariable, "getitem_const_raise_exception_if_absent", of_dict)]
+    with _TRACING:  # dynamo's classes are those of all threads
+        before = [(kind, name, vars(kind)[name], told) for kind, name, told in watched if name in vars(kind)]
+        for kind, name, function, told in before:
+            setattr(kind, name, _telling(function, told))
+        try:
+            yield
+        finally:
+            for kind, name, function, _told in before:
+                setattr(kind, name, function)
+
+
+@contextmanager
+def _absences_guarded() -> Iterator[None]:
+    """In torch 2.8, a guard that an attribute is absent can be looked at: there a list of all guards gets each one's value."""
+    from torch._dynamo.guards import GuardBuilder
+
+    get: Any = GuardBuilder.get
+    if "name" not in inspect.signature(get).parameters:
+        yield
+        return
+
+    def get_if_there(builder: Any, name: str, *rest: Any) -> Any:
+        try:
+            return get(builder, name, *rest)
+        except AttributeError:
+            return None
+
+    with _TRACING:
+        GuardBuilder.get = get_if_there  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            GuardBuilder.get = get  # type: ignore[method-assign]
+
+
+def _telling(function: Any, told: Any) -> Any:
+    @wraps(function)
+    def call(variable: Any, *args: Any, **kwargs: Any) -> Any:
+        if variable.source is not None and len(args) > 1:
+            told(variable, *args[:2])
+        return function(variable, *args, **kwargs)
+
+    return call
+
+
+def _is_key(known: Any, key: Any) -> bool:
+    """Whether a key of a traced dict is that constant."""
+    return bool(known.vt.is_python_constant() and known.vt.as_python_constant() == key.as_python_constant())
 
 
 @dataclass(frozen=True)
@@ -199,6 +279,7 @@ def _find_sources(value: Any, effects: Any, found: dict[str, None], seen: dict[i
     if id(value) in seen:
         return
     seen[id(value)] = value
+    computed = getattr(getattr(value, "_cache", None), "lazy_vars", None)  # torch 2.15: of constants, when it is called
     parts: list[Any] = []
     if isinstance(value, (list, tuple)):
         parts = list(value)
@@ -208,8 +289,8 @@ def _find_sources(value: Any, effects: Any, found: dict[str, None], seen: dict[i
         parts = [value.vt] if hasattr(value, "vt") else []  # a key of a dict
     elif value.source is not None and not _is_new(value):
         found[source_name(value.source)] = None
-    elif hasattr(getattr(value, "_cache", None), "lazy_vars"):  # torch 2.15: computed of constants when it is called
-        parts = list(value._cache.lazy_vars)
+    elif computed is not None:
+        parts = list(computed)
     else:
         fields = [part for name, part in vars(value).items() if name not in value._nonvar_fields]
         parts = [*fields, *effects.store_attr_mutations.get(value, {}).values()]

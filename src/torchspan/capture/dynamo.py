@@ -41,8 +41,8 @@ class Frame:
 
     `module` takes `inputs`, which stand at `sources`; `bytecode` runs in `scope`, where it calls the graph by `graph_name`;
     `manager` is dynamo's guard manager. `changes` are the Python objects that the call changes, `traced` the inlined code;
-    `restored` are attributes that it sets and puts back, with the constants that they have before and after; `returned` is where
-    those parts of its result are found that it did not make.
+    `restored` are attributes that it sets and puts back, with the constants that they have before and after; `returned` is
+    where those parts of its result are found that it did not make.
     """
 
     module: GraphModule
@@ -194,6 +194,11 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
         seen["guards"] = tuple(map(_guard, entries))
         return [True] * len(entries)
 
+    noted: dict[Any, Guard] = {}
+
+    def note(source: str, kind: str, value: Any, arguments: Mapping[str, Any]) -> None:
+        noted[source, kind, str(arguments)] = Guard(source, kind, value, (), arguments)
+
     scope = {"__builtins__": builtins, "__name__": __name__}
     code = _call.__code__.replace()  # a code object of its own: dynamo keeps state by code
     values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
@@ -208,11 +213,12 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
     )
     with torch.set_grad_enabled(grad_mode):
         try:
-            guarded = _torch.trace_frame(frame, backend, keep_guards)
+            guarded = _torch.trace_frame(frame, backend, keep_guards, note)
         except _torch.dynamo_errors() as cause:
             raise _capture_error(program, cause) from cause
     if guarded is None or "module" not in seen:
         raise CaptureError(f"{program.name} does no work on tensors that could be captured; call it as it is")
+    seen["guards"] += tuple(noted.values())
     graph_name = next(name for name in scope if name.startswith("__compiled_fn"))
     return Frame(
         bytecode=guarded.code, manager=guarded.guard_manager, scope=scope, graph_name=graph_name, grad_mode=grad_mode, **seen

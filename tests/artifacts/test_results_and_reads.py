@@ -1,0 +1,96 @@
+"""What a program returns without having made it, and what it asks without reading it: both are as they are at the call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchspan.artifacts import load, precompile
+from torchspan.core.errors import GuardError
+
+SETTINGS = types.ModuleType("artifact_settings")
+
+
+class Wide:
+    power = 2
+
+
+class Returns(nn.Module):
+    """Returns its own attributes beside what it computes."""
+
+    factor = 3.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label, self.scale, self.seen, self.weight = "a", 2.0, {"steps": 1}, nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"out": x * self.weight, "label": self.label, "more": [self.scale + 1, self.seen], "weight": self.weight}
+
+
+class Asks(nn.Module):
+    """Asks for what may be absent."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * Wide.power
+        if hasattr(SETTINGS, "offset") or hasattr(self, "extra"):
+            x = x + 1
+        return x * float(os.environ.get("ARTIFACT_TEST_SCALE", "2"))
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "artifact_settings", SETTINGS)
+
+
+def test_what_a_program_returns_and_did_not_make_is_as_it_is_now(tmp_path: Path) -> None:
+    model, x = Returns(), torch.ones(3)
+    fast = load(precompile(model, (x,), compiler="eager").save(tmp_path / "r.tspan"), model)
+    model.seen["steps"] = 5
+    found = _result_or_guard(fast, x)
+    if isinstance(found, dict):  # torch 2.8 has a guard on it
+        assert found["more"][1] is model.seen
+        assert found["weight"] is model.weight
+    model.seen["steps"] = 1
+    assert fast(x)["label"] == "a"
+    model.label = "b"
+    with pytest.raises(GuardError, match=r"target\.label is 'b', expected 'a'"):
+        fast(x)
+    model.label, model.scale = "a", 7.0
+    with pytest.raises(GuardError, match=r"target\.scale is 7\.0, expected 2\.0"):
+        fast(x)
+
+
+def _result_or_guard(fast: Callable[..., Any], x: torch.Tensor) -> Any:
+    try:
+        return fast(x)
+    except GuardError as refused:
+        return str(refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model, patch: patch.setattr(SETTINGS, "offset", 1, raising=False), "has the attribute 'offset'"),
+        (lambda model, patch: setattr(model, "extra", 1), "has the attribute 'extra'"),
+        (lambda model, patch: patch.setenv("ARTIFACT_TEST_SCALE", "5"), "has b'ARTIFACT_TEST_SCALE'"),
+        (lambda model, patch: patch.setattr(Wide, "power", 5), r"Wide\.power is 5, expected 2"),
+    ],
+)
+def test_what_a_program_asks_for_and_did_not_find_is_guarded(
+    change: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Asks(), torch.ones(3)
+    fast = load(precompile(model, (x,), compiler="eager").save(tmp_path / "a.tspan"), model)
+    torch.testing.assert_close(fast(x), model(x))
+    change(model, monkeypatch)
+    with pytest.raises(GuardError, match=said):
+        fast(x)
