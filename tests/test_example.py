@@ -84,3 +84,18 @@ def test_the_walk_through_shows_graphs_and_loads_in_a_process_that_compiles_noth
     assert "== gradients equal eager's: True" in shown
     assert "== another shape: the graph of Classifier is not for this call: " in shown
     assert "== fresh process: equal to eager; dynamo was imported: False" in shown
+
+
+@pytest.mark.once
+def test_ranks_train_with_the_artifact_that_rank_0_compiled(run_python, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(f"""
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    os.environ["PATH"] = ""  # no compiler
+runpy.run_path({str(EXAMPLES / "artifact_on_ranks.py")!r}, run_name="__main__")
+print(f"rank {{os.environ['RANK']}}: imported inductor: {{'torch._inductor.compile_fx' in sys.modules}}")
+""")
+    shown = run_python(None, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ranks.py").stdout
+    assert "rank 0: imported inductor: True" in shown and "rank 1: imported inductor: False" in shown
+    differences = [float(value) for value in re.findall(r"differ by at most ([\d.]+e[+-]\d+)", shown)]
+    assert len(differences) == 2 and max(differences) < 1e-6

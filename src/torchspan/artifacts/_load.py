@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     model: Callable[..., Any],
     *,
     trusted_keys: Sequence[Key] | None = None,
@@ -50,7 +50,7 @@ def load(
     Not checked: methods that are replaced on a class after loading (``forward`` is), and what C extensions do.
 
     Args:
-        path: a file that `Artifact.save` wrote.
+        path: a file that `Artifact.save` wrote, or one that is open for reading, such as an ``io.BytesIO`` of its bytes.
         model: the module (or function) that it was made from: another instance, its own weights.
         trusted_keys: whose signature the artifact must have, see `Artifact.save`: secrets (bytes), Ed25519 keys; it is checked
             before anything else. None takes an unsigned artifact too.
@@ -69,7 +69,7 @@ def load(
     """
     report = report or Report(parent=current_report())
     started = time.perf_counter()
-    with Store(Path(path)) as store:
+    with Store(path) as store:
         if trusted_keys is not None:
             from torchspan.artifacts._sign import check as check_signature
 
@@ -86,7 +86,7 @@ def load(
     seconds = time.perf_counter() - started
     name = str(values_of(manifest)["model"])
     report.attempt(Attempt("artifact", name, str(values_of(manifest)["compiler"]), "loaded", seconds))
-    return Compiled(Dispatcher(model, entries, str(path)), report)
+    return Compiled(Dispatcher(model, entries, str(store.path)), report)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import torch
 from torch.fx import GraphModule
@@ -20,7 +20,7 @@ from torchspan.artifacts._manifest import FORMAT_DYNAMIC, making_entries, model_
 from torchspan.artifacts._portable import portable_sizes
 from torchspan.artifacts._sign import sign
 from torchspan.artifacts._sizes import Sizes
-from torchspan.artifacts._store import write_artifact
+from torchspan.artifacts._store import write_artifact, write_members
 from torchspan.artifacts._verify import Parts
 from torchspan.artifacts._weights import WEIGHTS, write_weights
 from torchspan.capture.dynamo import Guards, capture_dynamo
@@ -208,19 +208,30 @@ class Artifact:
         self.report.figure("capture_s", captured - started)
         self.report.attempt(Attempt("artifact", program.name, compiler, "compiled", time.perf_counter() - started))
 
-    def save(self, path: str | os.PathLike[str], *, key: Key | None = None) -> Path:
+    @overload
+    def save(self, path: str | os.PathLike[str], *, key: Key | None = None) -> Path: ...
+
+    @overload
+    def save(self, path: BinaryIO, *, key: Key | None = None) -> None: ...
+
+    def save(self, path: str | os.PathLike[str] | BinaryIO, *, key: Key | None = None) -> Path | None:
         """Write the artifact to one file, whole or not at all; an artifact that was there is replaced in one step.
 
         Args:
-            path: the file, such as ``model.tspan``.
+            path: the file, such as ``model.tspan``; or one that is open for writing, such as an ``io.BytesIO``, which one rank
+                can send to the others.
             key: signs it: a secret of at least 16 bytes (HMAC), or an ``Ed25519PrivateKey`` of the package cryptography.
 
         Raises:
             InputError: there is no folder to write into, or the key is none.
         """
-        target, manifest = Path(path), self.manifest()
-        write_artifact(target, manifest, self.payloads, None if key is None else sign(manifest, key))
-        return target
+        manifest = self.manifest()
+        signature = None if key is None else sign(manifest, key)
+        if not isinstance(path, (str, os.PathLike)):
+            write_members(path, manifest, self.payloads, signature)
+            return None
+        write_artifact(Path(path), manifest, self.payloads, signature)
+        return Path(path)
 
     def manifest(self) -> bytes:
         """The manifest: every entry and payload with its digest, as JSON."""

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torchspan.artifacts._manifest import read_manifest
 from torchspan.core.config import check_folder
@@ -23,6 +23,14 @@ _MANIFEST_LIMIT = 64 * 1024**2
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same bytes for the same content
 
 
+def write_members(file: BinaryIO, manifest: bytes, payloads: Mapping[str, bytes], signature: bytes | None = None) -> None:
+    """Write an artifact into an open file."""
+    last = {} if signature is None else {SIGNATURE: signature}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for member, data in {MANIFEST: manifest, **payloads, **last}.items():
+            archive.writestr(zipfile.ZipInfo(member, _TIME), data)
+
+
 def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], signature: bytes | None = None) -> None:
     """Write an artifact: into a file beside `path`, flushed to the disk, then renamed to it.
 
@@ -30,13 +38,10 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], s
         InputError: there is no folder to write into.
     """
     check_folder(path)
-    last = {} if signature is None else {SIGNATURE: signature}
     name = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
         with name.open("xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for member, data in {MANIFEST: manifest, **payloads, **last}.items():
-                    archive.writestr(zipfile.ZipInfo(member, _TIME), data)
+            write_members(file, manifest, payloads, signature)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -59,8 +64,11 @@ def _sync_folder(folder: Path) -> None:
 class Store:
     """An artifact's file, open for reading; a context manager. Opening reads and verifies the manifest, and nothing else."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str] | BinaryIO) -> None:
+        is_path = isinstance(path, (str, os.PathLike))
+        if not is_path and not hasattr(path, "read"):
+            raise InputError(f"an artifact is loaded from a path or an open file, not from a {type(path).__name__}")
+        self.path = path if is_path else "what was given as an artifact"
         self.signature: bytes | None = None
         try:
             self._archive = zipfile.ZipFile(path)
@@ -69,7 +77,7 @@ class Store:
         except IsADirectoryError:
             raise InputError(f"{str(path)!r} is a folder; an artifact is one file, such as model.tspan") from None
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as cause:
-            raise IntegrityError(f"{path} is no artifact, or not all of one ({cause}); make it again") from cause
+            raise IntegrityError(f"{self.path} is no artifact, or not all of one ({cause}); make it again") from cause
         try:
             self.manifest = self._read_manifest()
         except BaseException:

@@ -9,10 +9,9 @@ Two ways::
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,10 +83,7 @@ class FromArtifact:
     num_calls = 0
 
     def __init__(self, content: bytes, target: Callable[..., Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="torchspan-") as folder:
-            path = Path(folder) / "artifact"
-            path.write_bytes(content)
-            loaded = load(path, target, report=Report())
+        loaded = load(io.BytesIO(content), target, report=Report())
         assert isinstance(loaded.function, Dispatcher)
         self._entries = loaded.function.entries
         self.misses: list[str] = []

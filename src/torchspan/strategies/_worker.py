@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,9 +106,11 @@ def _begin(payload: bytes) -> Task:
 
 
 def _make_artifact(task: Task) -> bytes:
-    with _ambient.modes(task.ambient), tempfile.TemporaryDirectory(prefix="torchspan-") as folder:
+    with _ambient.modes(task.ambient):
         made = precompile(task.target, task.args, task.kwargs, verify=False, report=Report())
-        return made.save(Path(folder) / "artifact").read_bytes()
+    file = io.BytesIO()
+    made.save(file)
+    return file.getvalue()
 
 
 def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
