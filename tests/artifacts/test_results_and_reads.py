@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import types
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from torchspan.artifacts import load, precompile
-from torchspan.core.errors import GuardError
+from torchspan.core.errors import GuardError, UnsupportedError
 
 SETTINGS = types.ModuleType("artifact_settings")
 
@@ -34,6 +35,35 @@ class Returns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         return {"out": x * self.weight, "label": self.label, "more": [self.scale + 1, self.seen], "weight": self.weight}
+
+
+@dataclasses.dataclass
+class Found:
+    first: Any = 3
+    second: Any = None
+    third: Any = dataclasses.field(default=None, init=False)
+
+
+@dataclasses.dataclass
+class Doubled:
+    value: Any
+
+    def __post_init__(self) -> None:
+        self.value = self.value * 2
+
+
+class Records(nn.Module):
+    """Returns a record whose fields are not what its class has by default."""
+
+    def forward(self, x: torch.Tensor) -> Found:
+        return Found(first=None, second=x * 2)
+
+
+class Converts(nn.Module):
+    """Returns a record that is not what it was made from."""
+
+    def forward(self, x: torch.Tensor) -> Doubled:
+        return Doubled(x)
 
 
 class Asks(nn.Module):
@@ -67,6 +97,20 @@ def test_what_a_program_returns_and_did_not_make_is_as_it_is_now(tmp_path: Path)
     model.label, model.scale = "a", 7.0
     with pytest.raises(GuardError, match=r"target\.scale is 7\.0, expected 2\.0"):
         fast(x)
+
+
+def test_a_record_is_made_again_with_all_its_fields(tmp_path: Path) -> None:
+    x = torch.ones(3)
+    model = Records()
+    found = load(precompile(model, (x,), compiler="eager").save(tmp_path / "d.tspan"), model)(x)
+    assert type(found) is Found
+    assert found.first is None
+    assert torch.equal(found.second, x * 2)
+
+
+def test_a_record_that_cannot_be_made_again_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot make again what Converts returns"):
+        precompile(Converts(), (torch.ones(3),), compiler="eager")
 
 
 def _result_or_guard(fast: Callable[..., Any], x: torch.Tensor) -> Any:

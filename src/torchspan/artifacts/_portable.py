@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import takewhile
 from pathlib import Path as FilePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -18,6 +18,7 @@ import torch
 
 from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
+from torchspan.artifacts._runtime import result_builder
 from torchspan.artifacts._sizes import example_of, is_size, write_conditions
 from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
@@ -359,7 +360,39 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
         _remember(values[name], (("local", name),), known)
     structure = _structure(result, known, guards.program.name)
     _refuse_sizes(structure, sizes, guards.program.name)
+    try:
+        again = result_builder(structure)(marks, values)
+    except (LookupError, TypeError, ValueError) as cause:  # of a class of the program's
+        raise UnsupportedError(f"an artifact cannot make again what {guards.program.name} returns: {cause}") from cause
+    differs = _difference(again, result, "the result")
+    if differs is not None:
+        raise UnsupportedError(f"an artifact cannot make again what {guards.program.name} returns: {differs}")
     return structure
+
+
+def _difference(made: Any, wanted: Any, place: str) -> str | None:
+    """Where a result that was made again is another, or None."""
+    if made is wanted:
+        return None
+    if type(made) is not type(wanted):
+        return f"{place} is a {type(wanted).__name__}, made again it is a {type(made).__name__}"
+    if isinstance(wanted, torch.Tensor):
+        return f"{place} is another tensor"
+    pairs: list[tuple[Any, Any, str]] = []
+    if isinstance(wanted, Mapping):
+        if list(made) != list(wanted):
+            return f"{place} has the keys {list(wanted)!r:.80}, made again {list(made)!r:.80}"
+        pairs = [(made[key], wanted[key], f"{place}[{key!r}]") for key in wanted]
+    elif isinstance(wanted, (tuple, list)):
+        if len(made) != len(wanted):
+            return f"{place} has length {len(wanted)}, made again {len(made)}"
+        pairs = [(one, other, f"{place}[{index}]") for index, (one, other) in enumerate(zip(made, wanted))]
+    elif not is_dataclass(wanted):
+        is_same = bool(made == wanted or (made != made and wanted != wanted))
+        return None if is_same else f"{place} is {wanted!r:.80}, made again {made!r:.80}"
+    names = [field.name for field in fields(wanted)] if is_dataclass(wanted) else []
+    pairs += [(getattr(made, name, None), getattr(wanted, name, None), f"{place}.{name}") for name in names]
+    return next(filter(None, (_difference(*pair) for pair in pairs)), None)
 
 
 def _refuse_sizes(structure: Any, sizes: set[int], name: str) -> None:
@@ -397,8 +430,8 @@ def _structure(value: Any, known: Mapping[int, Any], name: str) -> Any:
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return {"call": name_of(kind), "args": [_structure(item, known, name) for item in value], "kwargs": []}
     if hasattr(kind, "__dataclass_fields__"):
-        fields = [(field, getattr(value, field)) for field in kind.__dataclass_fields__]
-        kwargs = [[field, _structure(item, known, name)] for field, item in fields if item is not None]
+        items = [(field.name, getattr(value, field.name)) for field in fields(kind) if field.init]
+        kwargs = [[field, _structure(item, known, name)] for field, item in items]
         return {"call": name_of(kind), "args": [], "kwargs": kwargs}
     if isinstance(value, torch.Tensor):
         raise UnsupportedError(

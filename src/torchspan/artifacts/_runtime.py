@@ -42,7 +42,7 @@ class Entry:
         ]
         self._tangents = [_Tangent(spec, self._kept.index(spec["result"])) for spec in plan["tangents"]]
         self._backward_inputs = tuple((str(kind), int(index)) for kind, index in plan["backward_inputs"])
-        self._result = _builder(plan["result"])
+        self._result = result_builder(plan["result"])
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The program's result.
@@ -155,7 +155,7 @@ class _Differentiable(torch.autograd.Function):
 Builder = Callable[[Sequence[Tensor], Mapping[str, Any]], Any]
 
 
-def _builder(structure: Any) -> Builder:
+def result_builder(structure: Any) -> Builder:
     """A function that makes the result that `structure` describes."""
     if not isinstance(structure, dict):
         raise IntegrityError(f"an artifact's result is described by {structure!r:.80}")
@@ -188,8 +188,8 @@ def is_record(kind: Any) -> bool:
 
 
 def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Builder:
-    args = [_builder(item) for item in structure["args"]]
-    kwargs = [(str(name), _builder(item)) for name, item in structure["kwargs"]]
+    args = [result_builder(item) for item in structure["args"]]
+    kwargs = [(str(name), result_builder(item)) for name, item in structure["kwargs"]]
     if not is_record(function):  # of any other class, such as subprocess.Popen, a call is not only a value
         raise IntegrityError(f"an artifact's result is made by {structure['call']}, which is no dataclass and no named tuple")
     return lambda outputs, values: function(
@@ -202,11 +202,11 @@ def _container(structure: Mapping[str, Any]) -> Builder:
 
     ((kind, items),) = structure.items()
     if kind in ("tuple", "list"):
-        parts = [_builder(item) for item in items]
+        parts = [result_builder(item) for item in items]
         make = tuple if kind == "tuple" else list
         return lambda outputs, values: make(build(outputs, values) for build in parts)
     if kind in ("dict", "OrderedDict"):
-        pairs = [(decode(key), _builder(item)) for key, item in items]
+        pairs = [(decode(key), result_builder(item)) for key, item in items]
         mapping = dict if kind == "dict" else OrderedDict
         return lambda outputs, values: mapping((key, build(outputs, values)) for key, build in pairs)
     raise IntegrityError(f"an artifact's result is a {kind!r}, which nothing makes")
