@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchspan.artifacts import _torch
+from torchspan.artifacts._manifest import FORMAT, FORMAT_DYNAMIC, FORMAT_STORES
 from torchspan.artifacts._portable import portable_guards, portable_sizes, result_of
 from torchspan.artifacts._program import write_program
 from torchspan.artifacts._runtime import KEPT
@@ -80,10 +81,10 @@ def export_entry(
     sources = [source for source, value in zip(frame.sources, frame.inputs) if not is_size(value)]
     paths = [parse_path(source, frame.scope) for source in sources]
     guarded = portable_guards(guards, paths)
-    result = result_of(guards, guards.program.state())
+    result, stores = result_of(guards)
     with torch.set_grad_enabled(frame.grad_mode):
         lowered = _torch.lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
-    plan = {**_plan(lowered), "result": result}
+    plan = {**_plan(lowered), "result": result, **({"stores": stores} if stores else {})}
     graphs: dict[str, GraphModule | None] = {"forward": lowered.forward, "backward": lowered.backward}
     parts = Parts({"plan": f"{prefix}/plan.json", "guards": f"{prefix}/guards.json", "libraries": [], "constants": None})
     constants: dict[str, torch.Tensor] = {}
@@ -96,9 +97,10 @@ def export_entry(
     if verify and parts.program["libraries"]:
         symbols = {name: example_of(size) for name, size in shapes.symbols.items()}
         check_numbers(graphs, plan, parts, frame.inputs, symbols, guards.program.name)
+    parts.format = FORMAT_STORES if stores else FORMAT
     guarded["sizes"] = portable_sizes(guards)
     if guarded["sizes"]:
-        parts.is_dynamic = True
+        parts.format = max(parts.format, FORMAT_DYNAMIC)
         where = ", ".join(spoken(source) for source in shapes.sources.values())
         report.decide(
             "precompile",

@@ -199,7 +199,7 @@ def identity_of(value: Any) -> list[str]:
     kind = type(value).__qualname__
     if isinstance(value, ModuleType):
         return ["module", str(value.__name__)]
-    return [kind, str(value) if kind in ("OpOverload", "OpOverloadPacket") else name_of(value)]
+    return [kind, str(value) if kind in ("OpOverload", "OpOverloadPacket", "UnionType", "GenericAlias") else name_of(value)]
 
 
 def _length(expected: Any) -> Check:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torchspan.artifacts import _torch
 from torchspan.artifacts._dynamic import Marks, marked, marks_of, takes_keyword
 from torchspan.artifacts._export import compiler_name, export_entry, pipeline_of
-from torchspan.artifacts._manifest import FORMAT_DYNAMIC, making_entries, model_entries, write_manifest
+from torchspan.artifacts._manifest import making_entries, model_entries, write_manifest
 from torchspan.artifacts._portable import portable_sizes
 from torchspan.artifacts._sign import sign
 from torchspan.artifacts._sizes import Sizes
@@ -202,8 +202,7 @@ class Artifact:
             **self.entries["config"],
             prefix: {"grad_modes": sorted(guards.managers), "training": guards.frame.grad_mode},
         }
-        if parts.is_dynamic:
-            self.entries["format"] = FORMAT_DYNAMIC
+        self.entries["format"] = max(self.entries["format"], parts.format)
         self.entries["rebuild"] = _rebuild(self.entries["rebuild"], program.args, marks)
         self.report.figure("capture_s", captured - started)
         self.report.attempt(Attempt("artifact", program.name, compiler, "compiled", time.perf_counter() - started))

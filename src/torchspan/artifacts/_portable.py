@@ -20,6 +20,7 @@ from torchspan.artifacts._code import Seen, digest_class, digest_function, is_ow
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
 from torchspan.artifacts._runtime import result_builder
 from torchspan.artifacts._sizes import example_of, is_size, write_conditions
+from torchspan.artifacts._stores import kept_as_they_were
 from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts._values import STEPS, Path, encode, encode_path, follow, name_of, parse_path
 from torchspan.capture.dynamo import Frame, Guard, Guards
@@ -50,7 +51,16 @@ _PINNED = (
 )
 
 # Kinds of objects that exist once in every process, by a name: they are the same if that is.
-_NAMED = ("builtin_function_or_method", "OpOverload", "OpOverloadPacket", "method_descriptor", "_SpecialForm", "ufunc")
+_NAMED = (
+    "builtin_function_or_method",
+    "OpOverload",
+    "OpOverloadPacket",
+    "method_descriptor",
+    "_SpecialForm",
+    "UnionType",
+    "GenericAlias",
+    "ufunc",
+)
 
 _SIZE = r"\.(size|stride)\(\)\[|\.storage_offset\(\)"  # a part of a tensor, on which a guard stands
 
@@ -328,23 +338,19 @@ def _source_of(code: CodeType) -> tuple[str, str]:
     )
 
 
-def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
-    """How the program's result is made of the graph's outputs and its inputs, as JSON.
+def result_of(guards: Guards) -> tuple[Any, list[Any]]:
+    """How the program's result is made of the graph's outputs and its inputs, as JSON, and what it stores on its objects.
 
-    The captured bytecode runs once, with a stand-in for the graph, and what it gives is looked at.
+    The captured bytecode runs once, with a stand-in for the graph, and what it gives is looked at; what it stored is put back.
 
     Raises:
-        UnsupportedError: the program changes Python objects, or gives something that an artifact cannot make again.
+        UnsupportedError: the program changes Python objects in other ways, or gives something that cannot be made again.
     """
     frame = guards.frame
-    if frame.changes:
-        raise UnsupportedError(
-            f"an artifact cannot hold {guards.program.name}: its forward changes {', '.join(frame.changes)}; "
-            "return the new value instead"
-        )
     output = output_node(frame.module.graph)
     marks = tuple(torch.empty(0) for _ in output.args[0])
-    result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
+    with kept_as_they_were(frame, guards.program) as changed:
+        result = guards.bind(lambda *_: marks)(guards.program.args, guards.program.kwargs)
     known: dict[int, Any] = {id(mark): {"output": index} for index, mark in enumerate(marks)}
     sizes = {example_of(size) for size in shapes_of(frame.context).symbols.values()}
     values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
@@ -359,6 +365,7 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
     for name in ("args", "kwargs"):
         _remember(values[name], (("local", name),), known)
     structure = _structure(result, known, guards.program.name)
+    stores = [[encode_path(path), key, _structure(value, known, guards.program.name)] for path, key, value in changed]
     _refuse_sizes(structure, sizes, guards.program.name)
     try:
         again = result_builder(structure)(marks, values)
@@ -367,7 +374,7 @@ def result_of(guards: Guards, state: Mapping[str, torch.Tensor]) -> Any:
     differs = _difference(again, result, "the result")
     if differs is not None:
         raise UnsupportedError(f"an artifact cannot make again what {guards.program.name} returns: {differs}")
-    return structure
+    return structure, stores
 
 
 def _difference(made: Any, wanted: Any, place: str) -> str | None:

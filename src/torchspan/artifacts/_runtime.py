@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torchspan.artifacts._guards import Checker
 from torchspan.artifacts._program import Runner
 from torchspan.artifacts._sizes import read_sizes
-from torchspan.artifacts._values import decode, decode_path, find_name, following
+from torchspan.artifacts._values import decode, decode_path, find_name, following, show_path
 from torchspan.core.errors import IntegrityError
 
 Symbols = Mapping[str, int]
@@ -43,6 +44,7 @@ class Entry:
         self._tangents = [_Tangent(spec, self._kept.index(spec["result"])) for spec in plan["tangents"]]
         self._backward_inputs = tuple((str(kind), int(index)) for kind, index in plan["backward_inputs"])
         self._result = result_builder(plan["result"])
+        self._stores = [_storing(*store) for store in plan.get("stores", ())]
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The program's result.
@@ -57,7 +59,11 @@ class Entry:
             with torch.no_grad():
                 kept = self.run_forward(inputs, symbols)[0]
         outputs = self._all_outputs(kept, inputs, symbols)
-        return self._result(outputs, {"target": target, "args": args, "kwargs": kwargs})
+        values = {"target": target, "args": args, "kwargs": kwargs}
+        result = self._result(outputs, values)
+        for place, key, value in [store(outputs, values) for store in self._stores]:
+            place[key] = value
+        return result
 
     def run_forward(self, inputs: Sequence[Tensor], symbols: Symbols) -> tuple[list[Tensor], list[Tensor]]:
         """What the program computes, and what its backward needs; inputs that it changes are changed."""
@@ -172,6 +178,35 @@ def result_builder(structure: Any) -> Builder:
     if "call" in structure:
         return _calling(find_name(structure["call"]), structure)
     return _container(structure)
+
+
+def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[Any, Any], Any, Any]]:
+    """A function that finds the dict in which a call stores, and makes the value: by the key in `key`, if it is a list, or the
+    attribute of that name; of the model or its arguments only, and nothing that runs."""
+    path = decode_path(steps)
+    is_private = any(kind == "attr" and str(name).startswith("__") for kind, name in path)
+    if path[0][0] != "local" or is_private or not (isinstance(key, (str, list)) and _is_storable(structure)):
+        raise IntegrityError(f"an artifact stores what none stores: {key!r:.80} of {show_path(path)}")
+    find, build = following(path), result_builder(structure)
+    name = decode(key[0]) if isinstance(key, list) else key
+
+    def store(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> tuple[dict[Any, Any], Any, Any]:
+        found = find(values)
+        place = found if isinstance(key, list) else vars(found)
+        if type(found) in (type, ModuleType) or not isinstance(place, dict):
+            raise IntegrityError(f"an artifact stores on {show_path(path)}, a {type(found).__name__}")
+        return place, name, build(outputs, values)
+
+    return store
+
+
+def _is_storable(structure: Any) -> bool:
+    """Whether a value that is stored is made of what was computed and of plain constants."""
+    if isinstance(structure, list):
+        return all(map(_is_storable, structure))
+    if not isinstance(structure, dict):
+        return structure is None or isinstance(structure, (bool, int, float, str))
+    return set(structure) <= {"output", "constant", "tuple", "list"} and all(map(_is_storable, structure.values()))
 
 
 def is_record(kind: Any) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import enum
 import math
 import operator
 import re
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -190,6 +192,8 @@ def _steps(node: ast.expr, source: str, scope: Mapping[str, Any]) -> Path:
             return (*_steps(whole.func.value, source, scope), (whole.func.attr, key))
         return (*_steps(node.value, source, scope), ("item", key))
     if isinstance(node, ast.Call) and not node.keywords:
+        if not node.args and isinstance(node.func, ast.Subscript):  # a module's weak references, such as those of nn.LSTM
+            return (*_steps(node.func, source, scope), ("referent", None))
         return _call_steps(ast.unparse(node.func), node.args, source, scope)
     raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
 
@@ -202,9 +206,11 @@ def _call_steps(function: str, args: list[ast.expr], source: str, scope: Mapping
     if function in ("dict.__getitem__", "list.__getitem__", "tuple.__getitem__") and len(args) == 2:
         within = _steps(args[0], source, scope)
         return (*within, _item(function, args[1], within, source))
+    if function == "___dataclass_fields" and len(args) == 1:
+        return (*_steps(args[0], source, scope), ("fields", None))
     if function == "__import__" and len(args) == 1:
         return (("module", _constant(args[0], source)),)
-    if function == "object.__getattribute__" and len(args) == 2:
+    if function in ("object.__getattribute__", "getattr") and len(args) == 2:
         return (*_steps(args[0], source, scope), ("attr", _constant(args[1], source)))
     raise UnsupportedError(f"a guard stands on {source}, which an artifact cannot look up when it is loaded")
 
@@ -287,12 +293,20 @@ STEPS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
     "item": lambda key: _item_of(key),
     "own_item": lambda key: lambda value: dict.__getitem__(value, key),
     "numbered": lambda number: lambda value: dict.__getitem__(value, list(dict.keys(value))[number]),
+    "fields": lambda _: dataclasses.fields,
+    "referent": lambda _: _referent,
     "type": lambda _: type,
     "list": lambda _: list,
     "keys": lambda _: lambda value: dict.keys(value),
     "size": lambda dim: lambda tensor: tensor.size(dim),
     "stride": lambda dim: lambda tensor: tensor.stride(dim),
 }
+
+
+def _referent(reference: Any) -> Any:
+    if type(reference) is not weakref.ref:
+        raise TypeError(f"a {type(reference).__name__} is no weak reference")
+    return reference()
 
 
 def _attribute_of(name: Any) -> Callable[[Any], Any]:

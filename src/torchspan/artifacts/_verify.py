@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from torchspan.artifacts._load import open_runners
+from torchspan.artifacts._manifest import FORMAT
 from torchspan.artifacts._sizes import example_of, is_size
 from torchspan.core.errors import CompileError
 from torchspan.core.graph import output_node
@@ -24,7 +25,7 @@ class Parts:
 
     program: dict[str, Any]
     payloads: dict[str, bytes] = field(default_factory=dict)
-    is_dynamic: bool = False
+    format: int = FORMAT
 
 
 def check_numbers(

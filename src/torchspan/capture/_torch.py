@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,11 @@ def trace_frame(frame: Any, backend: Any, keep_guards: Any, note: Note) -> Any:
     from torch._dynamo.convert_frame import convert_frame_assert
     from torch._dynamo.hooks import Hooks
 
+    ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
     settings = {
+        "allow_rnn": True,
+        "trace_autograd_ops": True,
+        ignored: _logging_functions(),
         "assume_static_by_default": True,
         "automatic_dynamic_shapes": False,
         "specialize_float": True,
@@ -197,6 +202,13 @@ def _telling(function: Any, told: Any) -> Any:
 def _is_key(known: Any, key: Any) -> bool:
     """Whether a key of a traced dict is that constant."""
     return bool(known.vt.is_python_constant() and known.vt.as_python_constant() == key.as_python_constant())
+
+
+def _logging_functions() -> set[Any]:
+    """What writes into a log: left out of what is captured, which computes the same without."""
+    names = ("debug", "info", "warning", "error", "exception", "critical", "log")
+    of_loggers = [getattr(logging.Logger, name) for name in names]
+    return {*of_loggers, *(getattr(logging, name) for name in names), warnings.warn}
 
 
 @dataclass(frozen=True)

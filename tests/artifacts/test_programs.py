@@ -1,0 +1,177 @@
+"""Programs of kinds that people write: each is an artifact that a fresh process runs, forward and backward, as eager does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchspan.artifacts import load, precompile
+from torchspan.core.errors import UnsupportedError
+
+PROGRAMS = '''
+import collections
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def doubled(module, inputs, output):
+    return output * 2
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, attn_mask=torch.ones(6, 6).triu(1).bool())
+
+
+class Hooks(nn.Module):
+    """Hooks have numbers that count those of the process."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.fc.register_forward_hook(doubled)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Mapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.choices = {(1, "a"): F.gelu}
+
+    def forward(self, x):
+        batch = collections.OrderedDict(x=x)
+        return Pair(torch.vmap(lambda row: self.fc(row).tanh())(batch["x"]), self.choices[1, "a"](x))
+
+
+class Stores(nn.Module):
+    """Buffers that get another tensor, and an attribute that keeps one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("calls", torch.tensor(0))
+        self.last = None
+
+    def forward(self, x):
+        y = self.fc(x)
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean((0, 1))
+        self.last = y.detach() * self.calls
+        return y - self.mean
+
+
+NAMES = ("Attention", "Hooks", "Mapped", "Stores")
+
+
+def build(name):
+    torch.manual_seed(0)
+    return globals()[name]().train()
+
+
+def step(call, model, seed):
+    from torch.utils._pytree import tree_leaves
+
+    x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    result = call(x)
+    model.zero_grad()
+    sum(leaf.square().sum() for leaf in tree_leaves(result)).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return type(result), [leaf.detach() for leaf in tree_leaves(result)], gradients, model.state_dict(), vars(model).get("last")
+'''
+
+FRESH = """
+import sys
+
+import artifact_programs as programs
+import torch
+from torchspan.artifacts import load
+
+torch.nn.Linear(1, 1).register_forward_hook(programs.doubled)
+for argument in sys.argv[1:]:
+    name, path = argument.split("=")
+    model, eager = programs.build(name), programs.build(name)
+    fast = load(path, model)
+    for seed in (1, 2, 3):
+        found, expected = programs.step(fast, model, seed), programs.step(eager, eager, seed)
+        assert found[0] is expected[0], (name, found[0], expected[0])
+        torch.testing.assert_close(found[1:], expected[1:], rtol=1e-6, atol=1e-6, msg=lambda said: f"{name}: {said}")
+print("FINE", len(sys.argv) - 1)
+"""
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "artifact_programs.py").write_text(PROGRAMS)
+    sys.path.insert(0, str(folder))
+    import artifact_programs  # type: ignore[import-not-found]
+
+    yield artifact_programs
+    sys.path.remove(str(folder))
+    del sys.modules["artifact_programs"]
+
+
+def test_programs_of_many_kinds_run_in_a_fresh_process(
+    programs: types.ModuleType, run_python: Callable[..., object], tmp_path: Path
+) -> None:
+    x, arguments = torch.randn(3, 6, 8), []
+    for name in programs.NAMES:
+        model = programs.build(name)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        path = precompile(model, (x,), compiler="eager").save(tmp_path / f"{name}.tspan")
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # nothing was stored when it was made
+        arguments.append(f"{name}={path}")
+    paths = [str(Path(str(programs.__file__)).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = run_python(FRESH, *arguments, env={"PYTHONPATH": os.pathsep.join(paths)})
+    assert f"FINE {len(programs.NAMES)}" in done.stdout
+
+
+@pytest.mark.once
+def test_what_a_program_stores_that_a_next_call_would_read_is_refused() -> None:
+    class Counts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = {"calls": 0}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen["calls"] += 1
+            return x * 2
+
+    model = Counts()
+    with pytest.raises(UnsupportedError, match=r"its forward changes 'calls' of L\['target'\]\.seen; return the new value"):
+        precompile(model, (torch.ones(2),), compiler="eager")
+    assert model.seen == {"calls": 0}
+
+
+@pytest.mark.once
+def test_a_tensor_that_is_stored_in_an_input_is_there_after_the_call(tmp_path: Path) -> None:
+    def fill(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch["double"] = batch["x"] * 2
+        return batch["double"] + 1
+
+    fast = load(precompile(fill, ({"x": torch.ones(2)},), compiler="eager").save(tmp_path / "fill.tspan"), fill)
+    batch = {"x": torch.full((2,), 3.0)}
+    assert fast(batch).tolist() == [7.0, 7.0] and batch["double"].tolist() == [6.0, 6.0]
