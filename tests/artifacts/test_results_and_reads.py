@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchspan.artifacts import load, precompile
-from torchspan.core.errors import GuardError, UnsupportedError
+from torchspan.core.errors import GuardError, ManifestMismatchError, UnsupportedError
 
 SETTINGS = types.ModuleType("artifact_settings")
 
@@ -118,6 +118,35 @@ def _result_or_guard(fast: Callable[..., Any], x: torch.Tensor) -> Any:
         return fast(x)
     except GuardError as refused:
         return str(refused)
+
+
+class Inherits(Returns):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_a_constant_of_a_base_class_is_guarded_where_a_subclass_may_have_it_too(tmp_path: Path) -> None:
+    class Scaled(Inherits):
+        pass
+
+    model, x = Scaled(), torch.ones(3)
+    path = precompile(model, (x,), compiler="eager").save(tmp_path / "c.tspan")
+    fast = load(path, model)
+    torch.testing.assert_close(fast(x), model(x))
+    Scaled.factor = 5.0
+    with pytest.raises(GuardError, match=r"factor|has 'factor'"):
+        fast(x)
+
+
+def test_a_forward_of_torch_that_was_replaced_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.ones(3)
+    path = precompile(model, (x,), compiler="eager").save(tmp_path / "l.tspan")
+    fast = load(path, model)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x * 0)
+    with pytest.raises(GuardError, match="Linear is not what it was when"):
+        fast(x)
+    with pytest.raises(ManifestMismatchError, match="entry 'code'"):
+        load(path, model)
 
 
 @pytest.mark.parametrize(

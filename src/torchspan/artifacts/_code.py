@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from functools import partial
@@ -61,12 +62,25 @@ def digest_function(function: Any, seen: Seen | None = None) -> str:
 
 
 def digest_class(cls: type, seen: Seen | None = None) -> str | None:
-    """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them."""
+    """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them.
+
+    >>> digest_class(torch.nn.Linear) is None
+    True
+    """
     parts = []
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "collections", "typing"):
             parts += _known_methods(base) if seen is None else _methods(base, seen)
+        elif "forward" in vars(base):
+            parts += _replaced(vars(base)["forward"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def _replaced(forward: Any) -> list[str]:
+    """The digest of what somebody put in the place of a ``forward`` of torch's; nothing of torch's own."""
+    code = getattr(forward, "__code__", None)
+    is_own = code is None or is_torch_code(code) or is_own_code(code) or code.co_filename == contextlib.__file__
+    return [] if is_own else [f"forward {digest_function(forward)}"]
 
 
 def _methods(cls: type, seen: Seen) -> list[str]:

@@ -153,7 +153,7 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         for guard in frame.guards:
             if guard.kind in _AMBIENT or _is_of_a_namedtuple(guard.source, frame.scope):
                 continue
-            at = parse_path(guard.source, frame.scope)
+            at = _resolved(parse_path(guard.source, frame.scope), guard.value)
             if _dotted(at).startswith(_PINNED):
                 continue
             if guard.kind == "DUPLICATE_INPUT":
@@ -224,6 +224,17 @@ def _is_of_a_namedtuple(source: str, scope: Mapping[str, Any]) -> bool:
     """Whether a source is among the globals of the code that ``namedtuple`` generates: the class is guarded on its own."""
     found = re.match(r"G\['(___unnamed_scope_\w+)'\]", source)
     return found is not None and str(scope[found[1]].get("__name__", "")).startswith("namedtuple_")
+
+
+def _resolved(at: Path, value: Any) -> Path:
+    """A path to a constant that a base class has, as the attribute of the class: a subclass may come to have it, too.
+
+    >>> base = (("type", None), ("attr", "__mro__"), ("item", 1), ("attr", "__dict__"), ("item", "scale"))
+    >>> _resolved((("local", "target"), *base), 2.0)
+    (('local', 'target'), ('type', None), ('attr', 'scale'))
+    """
+    looked_up = len(at) > 4 and (at[-5], at[-4], at[-2]) == (("type", None), ("attr", "__mro__"), ("attr", "__dict__"))
+    return (*at[:-4], ("attr", at[-1][1])) if looked_up and _is_constant(value) else at
 
 
 def _of_any_size(expected: Any, fake: Any) -> Any:
