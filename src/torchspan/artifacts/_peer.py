@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from torchspan.artifacts._values import decode_path, encode, encode_path, follow
 from torchspan.capture.call import CapturedCall, capture_call, module_source
 from torchspan.capture.dynamo import Frame, Guards
 from torchspan.core.errors import GuardError, InputError, IntegrityError, TorchspanError, UnsupportedError
+from torchspan.core.files import write_whole
 from torchspan.core.program import Program
 from torchspan.core.report import Attempt, Report, current_report
 
@@ -513,9 +513,7 @@ def _is_parameter(path: Any) -> bool:
 
 def _write_pair(path: Path, pair: Path) -> None:
     written = json.dumps({"format": _KIND, "artifact_sha256": _digest(path)}).encode()
-    scratch = pair.parent / f".{pair.name}.{secrets.token_hex(8)}"
-    scratch.write_bytes(written)
-    os.replace(scratch, pair)
+    write_whole(pair, written)
 
 
 def _check_pair(path: Path, pair: Path) -> None:

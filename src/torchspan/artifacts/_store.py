@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import struct
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 from torchspan.artifacts._manifest import read_manifest
 from torchspan.core.config import check_folder
 from torchspan.core.errors import InputError, IntegrityError
+from torchspan.core.files import write_whole
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature.json"
@@ -37,28 +37,7 @@ def write_artifact(path: Path, manifest: bytes, payloads: Mapping[str, bytes], s
     Raises:
         InputError: there is no folder to write into.
     """
-    check_folder(path)
-    name = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    try:
-        with name.open("xb") as file:
-            write_members(file, manifest, payloads, signature)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last: a folder is flushed like a file."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_whole(check_folder(path), lambda file: write_members(file, manifest, payloads, signature))
 
 
 class Store:

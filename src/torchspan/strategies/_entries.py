@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchspan.core.errors import IntegrityError
+from torchspan.core.files import write_whole
 from torchspan.strategies import _ledger
 
 
@@ -67,8 +66,4 @@ def _put(path: Path, content: bytes) -> None:
     if path.is_file() and path.read_bytes() == content:
         return  # ranks may share the folder
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.chmod(part, 0o755 if path.suffix == ".so" else 0o644)
-    os.replace(part, path)
+    write_whole(path, content)

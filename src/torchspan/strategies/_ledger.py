@@ -15,7 +15,6 @@ import json
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspan.core.config import format_bytes, parse_bytes
+from torchspan.core.files import write_whole
 
 LIMIT_VARIABLE = "TORCHSPAN_CACHE_LIMIT"
 DEFAULT_LIMIT = "16GiB"
@@ -210,10 +210,7 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
     (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
     content = json.dumps({"files": dict(files)})
     target = folder / _FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
-    descriptor, part = tempfile.mkstemp(dir=folder / _FOLDER, suffix=".part")
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
-    os.replace(part, target)
+    write_whole(target, content.encode())
 
 
 def evict(folder: Path, limit: int) -> str | None:
