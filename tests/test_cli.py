@@ -31,6 +31,12 @@ TORCHSPAN = ("-m", "torchspan")
         (["precompile", "json", "--inputs", "float32[2]", "-o", "x.tspan"], "'json' names no model; expected module:factory"),
         (["precompile", "json:dump", "--inputs", "float33[2]", "-o", "x.tspan"], "float33"),
         (["precompile", "json:dmp", "--inputs", "float32[2]", "-o", "x.tspan"], "did you mean 'dump'?"),
+        (
+            ["precompile", "json:dump", "--inputs", "float32[2]", "-o", "x.tspan"],
+            "'json:dump' cannot be called without arguments",
+        ),
+        (["precompile", "json:dump", "--inputs", "quint8[2]", "-o", "x.tspan"], "an example of quint8[2] cannot be made"),
+        (["precompile", "types:SimpleNamespace", "--inputs", "int8[2]", "-o", "."], "'.' is a folder; name a file in it"),
         (["artifact", "show", "absent.tspan"], "no artifact 'absent.tspan'; 'torchspan precompile' makes one"),
         (["artifact", "shw", "absent.tspan"], "did you mean 'show'?"),
         (["train", "--module", "lama3"], "lama3"),
@@ -132,6 +138,8 @@ def test_an_artifact_is_made_shown_verified_and_compared(run_python: Callable[..
     call(*make, "--inputs", "float32[5,3]", "--weights", "--sign", "key", "-o", "one.tspan")
     call(*make, "-o", "other.tspan")
     shown = json.loads(call("artifact", "show", "one.tspan", "--json").stdout)
+    assert shown["entries"]["rebuild"].startswith("torchspan precompile models:build --inputs 'float32[4,3]' --inputs")
+    assert shown["entries"]["rebuild"].endswith("--compiler regional_inductor --weights --sign key -o one.tspan")
     assert len(shown["programs"]) == 2 and shown["signed_by"].startswith("hmac-sha256 ")
     assert "weights.safetensors" in call("artifact", "show", "one.tspan").stdout
     assert "It fits this torch and this machine." in call("artifact", "verify", "one.tspan", "--trusted-key", "key").stdout

@@ -6,12 +6,15 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import TracebackType
@@ -123,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="examples, such as 'float32[4,10],int64[4]', or 'float32[batch=4,10]' for a dynamic size; more: more entries",
     )
-    precompile.add_argument("--compiler", choices=("inductor", "regional_inductor"), default="inductor")
+    precompile.add_argument("--compiler", choices=("inductor", "regional_inductor", "eager"), default="inductor")
     precompile.add_argument("--passes", default="", help="a pipeline over the operator graphs; 'torchspan passes' lists passes")
     precompile.add_argument("--weights", action="store_true", help="have the model's weights inside too")
     precompile.add_argument("--sign", type=Path, metavar="KEY", help="sign it: a file with a secret, or an Ed25519 key (PEM)")
@@ -453,11 +456,19 @@ def _precompile(options: argparse.Namespace) -> int:
     artifact = precompile(model, inputs[0][0], dynamic=inputs[0][1], **settings)
     for more, dynamic in inputs[1:]:
         artifact.add(model, more, dynamic=dynamic)
+    artifact.entries["rebuild"] = _rebuild_command(artifact.entries["rebuild"], options)
     artifact.save(options.output, key=key)
     console = _console()
     draw_report(report, console)
     console.print(f"wrote {options.output} ({format_bytes(options.output.stat().st_size)})", highlight=False)
     return 0
+
+
+def _rebuild_command(command: str, options: argparse.Namespace) -> str:
+    """The command that makes an artifact again, with what only the command line knows."""
+    more = (" --weights" if options.weights else "") + (f" --sign {shlex.quote(str(options.sign))}" if options.sign else "")
+    command = command.replace("module:factory", shlex.quote(options.model), 1)
+    return command.replace(" -o FILE", f"{more} -o {shlex.quote(str(options.output))}", 1)
 
 
 def _artifact_show(options: argparse.Namespace) -> int:
@@ -536,7 +547,15 @@ def _load_model(spec: str) -> Any:
     if not hasattr(module, factory_name):
         public = [name for name in vars(module) if not name.startswith("_")]
         raise unknown_name("factory", factory_name, public, f"module {module_name!r} has: {', '.join(public[:10])}")
-    return getattr(module, factory_name)()
+    factory = getattr(module, factory_name)
+    if hasattr(factory, "forward") and not isinstance(factory, type):
+        raise InputError(f"{spec!r} is a model; name a function that gives it, such as one with 'return {factory_name}'")
+    try:
+        with suppress(ValueError):  # some builtins do not say what they take
+            inspect.signature(factory).bind()
+    except TypeError as cause:
+        raise InputError(f"{spec!r} cannot be called without arguments: {cause}") from cause
+    return factory()
 
 
 def _train(arguments: list[str]) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -232,3 +234,14 @@ def test_a_regional_artifact_compiles_the_annotated_parts_only(run_with_models: 
     assert len(program["libraries"]) == 2 and "library" in kinds and "operator" in kinds
     # an old torch has the annotations with torchspan's environment only; an artifact may be made without it and used within
     assert "FINE 1" in run_with_models(FRESH, f"annotated={path}", env={"TORCHSPAN": "1"}).stdout
+
+
+def test_what_was_loaded_is_not_copied_and_is_loaded_for_something_that_can_be_called(
+    make: Callable[..., Path], models: types.ModuleType
+) -> None:
+    path, model = make("modes"), models.modes()
+    for copies in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(UnsupportedError, match="cannot be copied or sent; load it again there"):
+            copies(load(path, model))
+    with pytest.raises(InputError, match="for a module or a function, not for a NoneType"):
+        load(path, None)  # type: ignore[arg-type]

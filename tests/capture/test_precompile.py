@@ -163,6 +163,19 @@ def test_what_is_not_one_graph_is_refused_with_the_line_and_the_way_out() -> Non
     assert "torch/_dynamo" not in str(error.value)
 
 
+def test_inputs_that_the_program_refuses_are_refused_in_its_words(capfd: pytest.CaptureFixture[str]) -> None:
+    linear = nn.Linear(4, 2)
+    for args, kwargs, said in (
+        ((torch.ones(3, 5),), {}, "Linear does not take these inputs: RuntimeError: "),
+        ((), {}, r"missing a required argument: 'input'; it takes \(input"),
+        ((torch.ones(3, 4),), {"other": 1}, "unexpected keyword argument 'other'"),
+        ((torch.ones(3, 4).numpy(),), {}, r"args\[0\] is a numpy ndarray; give a tensor"),
+    ):
+        with pytest.raises(CaptureError, match=said):
+            Precompile.dynamo(linear, *args, **kwargs)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_compiler_that_fails_is_the_cause_of_one_clear_error() -> None:
     def broken(graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
         raise RuntimeError("out of registers")

@@ -61,7 +61,11 @@ def _split(text: str) -> Iterator[tuple[torch.dtype, list[str]]]:
 
 
 def _make(dtype: torch.dtype, shape: list[int], generator: torch.Generator) -> torch.Tensor:
-    if dtype.is_floating_point or dtype.is_complex:
-        wide = torch.complex64 if dtype.is_complex else torch.float32
-        return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            wide = torch.complex64 if dtype.is_complex else torch.float32
+            return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    except RuntimeError as cause:  # no memory for it, or a dtype that is not for plain tensors
+        said = str(cause).splitlines()[0]
+        raise InputError(f"an example of {str(dtype).removeprefix('torch.')}{shape} cannot be made: {said}") from cause

@@ -21,7 +21,15 @@ from torchspan.artifacts._program import Library, Runner
 from torchspan.artifacts._runtime import Entry
 from torchspan.artifacts._store import Store
 from torchspan.core.compiled import Compiled
-from torchspan.core.errors import ArtifactError, GuardError, IntegrityError, ManifestMismatchError, TorchspanError
+from torchspan.core.errors import (
+    ArtifactError,
+    GuardError,
+    InputError,
+    IntegrityError,
+    ManifestMismatchError,
+    TorchspanError,
+    UnsupportedError,
+)
 from torchspan.core.report import Attempt, Report, current_report
 
 if TYPE_CHECKING:
@@ -67,6 +75,8 @@ def load(
         ManifestMismatchError: it was made for something else; names the entries that differ.
         GuardError: raised by calls that the artifact was not made for; names the guard.
     """
+    if not callable(model):
+        raise InputError(f"an artifact is loaded for a module or a function, not for a {type(model).__name__}")
     report = report or Report(parent=current_report())
     started = time.perf_counter()
     with Store(path) as store:
@@ -184,6 +194,9 @@ class Dispatcher:
         self._model = model
         self.entries = tuple(entries)
         self._origin = origin
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(f"what was loaded from {self._origin} cannot be copied or sent; load it again there")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         said = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,10 @@ class Guards:
         if manager.check(values):
             return next(filter(None, (failed(values) for failed in self._required)), None)
         parts = manager.check_verbose(values).verbose_code_parts
-        return re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
+        said = re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
+        return (
+            re.sub(r" # .*/capture/dynamo\.py:\d+ in _call$", "", said).removesuffix("# return target(*args, **kwargs)").strip()
+        )
 
     def require(self, failed: Callable[[Mapping[str, Any]], str | None]) -> None:
         """Add a condition: a function of ``target``, ``args`` and ``kwargs`` that says what does not hold, or None."""
@@ -141,6 +145,7 @@ def capture_dynamo(program: Program) -> tuple[GraphModule, CodeType, Guards, tup
     Raises:
         CaptureError: the program is not one graph (a graph break, control flow that depends on data); names the file and line.
     """
+    _refuse_arrays(program)
     frame = _trace(program, torch.is_grad_enabled())
     try:
         other = _trace(program, not torch.is_grad_enabled())
@@ -246,7 +251,9 @@ def _capture_error(program: Program, cause: Exception) -> CaptureError:
             f"{program.name} cannot be captured for any {spoken(fixed[1])}: it works for {fixed[2]} only; leave that dimension "
             "unmarked, or mark those that must be equal to it, too"
         )
-    site = _site(cause)
+    said = _said_by_eager(program, cause)
+    if said:
+        return CaptureError(f"{program.name} does not take these inputs{_at(cause)}: {said}")
     lines = [line.strip() for line in str(getattr(cause, "msg", None) or cause).strip().splitlines()]
     what = lines[0] if lines else type(cause).__name__
     told = [line for line in lines[1:] if line.startswith(("Explanation:", "Hint:"))]
@@ -255,8 +262,33 @@ def _capture_error(program: Program, cause: Exception) -> CaptureError:
         " ".join(told)
         or "Move what Python decides on a tensor's value out of the captured part, or use torch.where or torch.cond."
     )
-    where = f" at {site}" if site else ""
-    return CaptureError(f"{program.name} cannot be captured as one graph{where}: {what}. {advice}")
+    return CaptureError(f"{program.name} cannot be captured as one graph{_at(cause)}: {what}. {advice}")
+
+
+def _said_by_eager(program: Program, cause: Exception) -> str | None:
+    """What the program would say itself, were it called: its arguments do not bind, or an operator refuses them."""
+    function = getattr(program.target, "forward", program.target)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some builtins
+        return None
+    try:
+        signature.bind(*program.args, **program.kwargs)
+    except TypeError as unbound:
+        return f"{unbound}; it takes {signature}"
+    refused = re.search(r"fake tensor.*: got (\w+)\((['\"])(.*?)\2\)", str(cause), re.DOTALL)
+    return f"{refused[1]}: {refused[3]}" if refused else None
+
+
+def _refuse_arrays(program: Program) -> None:
+    """Raise for an array of numpy, which dynamo would take for a condition on a tensor."""
+    from torch.utils._pytree import tree_flatten_with_path
+
+    for name, values in (("args", program.args), ("kwargs", dict(program.kwargs))):
+        for path, leaf in tree_flatten_with_path(values)[0]:
+            if type(leaf).__module__ == "numpy":
+                place = name + "".join(map(str, path))
+                raise CaptureError(f"{place} is a numpy {type(leaf).__name__}; give a tensor, such as torch.from_numpy makes")
 
 
 def spoken(source: str) -> str:
@@ -266,6 +298,11 @@ def spoken(source: str) -> str:
     'args[0].size(1)'
     """
     return re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", re.sub(r"L\['(\w+)'\]", r"\1", source))
+
+
+def _at(cause: BaseException) -> str:
+    site = _site(cause)
+    return f" at {site}" if site else ""
 
 
 def _site(cause: BaseException) -> str | None:

@@ -62,6 +62,8 @@ def check_folder(path: Path) -> Path:
     Traceback (most recent call last):
     torchspan.core.errors.InputError: no folder 'no such folder' to write 'report.html' into; make it first
     """
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into; make it first")
     return path
