@@ -16,11 +16,15 @@ from torchspan.core.errors import UnsupportedError
 
 PROGRAMS = '''
 import collections
+import logging
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("programs")
 
 
 def doubled(module, inputs, output):
@@ -82,7 +86,35 @@ class Stores(nn.Module):
         return y - self.mean
 
 
-NAMES = ("Attention", "Hooks", "Mapped", "Stores")
+class Recurrent(nn.Module):
+    """Layers with dropout between them, one of them computed again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, 2, dropout=0.4)
+        self.gru = nn.GRU(8, 4, 2, dropout=0.4, bidirectional=True)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.4))
+
+    def forward(self, x):
+        log.warning("no part of what is captured")
+        x = self.gru(self.lstm(x)[0])[0]
+        return checkpoint(self.head, x, use_reentrant=False)
+
+
+class Draws(nn.Module):
+    """Random numbers are drawn in the order of memory, which is not that of the indices here."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.fc(x).permute(2, 0, 1)
+        drawn = torch.empty_like(x).bernoulli_(0.5), torch.bernoulli(x.detach(), 0.5), torch.rand_like(x)
+        return F.alpha_dropout(x, 0.3, True) + sum(drawn) + F.dropout(x, 0.5)
+
+
+NAMES = ("Attention", "Hooks", "Mapped", "Stores", "Recurrent", "Draws")
 
 
 def build(name):

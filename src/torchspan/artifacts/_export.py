@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -335,9 +336,16 @@ def _marked(graph: GraphModule) -> GraphModule:
     """A copy whose every operator is marked as part of one region."""
     copied = GraphModule(graph, copy.deepcopy(graph.graph))
     for node in copied.graph.nodes:
-        if node.op.startswith("call_") and not is_size(node.meta.get("val")):
+        if node.op.startswith("call_") and not is_size(node.meta.get("val")) and not _is_operator_only(node):
             node.meta["custom"] = {_WHOLE: "whole"}
     return copied
+
+
+def _is_operator_only(node: Node) -> bool:
+    """Whether an operator does its work only when it is called as one: in a library, it has no workspace for its backward."""
+    return str(node.target).startswith("aten.mkldnn_rnn_layer") or (
+        node.target is operator.getitem and isinstance(node.args[0], Node) and _is_operator_only(node.args[0])
+    )
 
 
 def _annotated_options(annotation: Any) -> Mapping[str, Any]:

@@ -200,7 +200,8 @@ def identity_of(value: Any) -> list[str]:
     kind = type(value).__qualname__
     if isinstance(value, ModuleType):
         return ["module", str(value.__name__)]
-    return [kind, str(value) if kind in ("OpOverload", "OpOverloadPacket", "UnionType", "GenericAlias") else name_of(value)]
+    is_text = kind.startswith("OpOverload") or kind.endswith(("UnionType", "GenericAlias"))
+    return [kind, str(value) if is_text else name_of(value)]
 
 
 def _length(expected: Any) -> Check:

@@ -57,8 +57,11 @@ _NAMED = (
     "OpOverloadPacket",
     "method_descriptor",
     "_SpecialForm",
+    "Logger",
     "UnionType",
     "GenericAlias",
+    "_GenericAlias",
+    "_UnionGenericAlias",
     "ufunc",
 )
 

@@ -18,6 +18,8 @@ from torchspan.core.errors import IntegrityError, UnsupportedError
 _NAMESPACES = ("aten", "prims", "_c10d_functional", "quantized", "torchvision")
 _FORBIDDEN = ("aten.from_file",)
 
+_WITH_WORKSPACE = ("aten.mkldnn_rnn_layer.default",)
+
 Library = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
@@ -169,7 +171,8 @@ def _function(
     step: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]
 ) -> Callable[..., Any]:
     if "operator" in step:
-        return find_operator(step["operator"])
+        found = find_operator(step["operator"])
+        return partial(_with_workspace, found) if step["operator"] in _WITH_WORKSPACE else found
     if "item" in step:
         return operator.itemgetter(int(step["item"]))
     if "tensor" in step:
@@ -178,6 +181,12 @@ def _function(
     library = libraries[step["library"]]
     num_sizes = sum(isinstance(value, dict) and "size" in value for value in step["args"])
     return (lambda *inputs: library(list(inputs))) if not num_sizes else partial(_call_sized, library, num_sizes)
+
+
+def _with_workspace(operator: Any, *args: Any) -> Any:
+    """Call what keeps for its backward what it does not give, and does so only where gradients are on."""
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def _call_sized(library: Library, num_sizes: int, *inputs: Any) -> list[torch.Tensor]:

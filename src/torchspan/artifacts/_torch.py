@@ -125,6 +125,7 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
     seen: dict[str, Any] = {}
 
     def partition(joint: GraphModule, joint_inputs: Any, **settings: Any) -> tuple[GraphModule, GraphModule]:
+        _draw_once(joint)
         seen["forward"], seen["backward"] = min_cut_rematerialization_partition(joint, joint_inputs, **settings)
         return seen["forward"], seen["backward"]
 
@@ -135,15 +136,18 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
         seen.setdefault("metadata", TracingContext.get().fw_metadata)
         return gm.forward
 
-    with _compiling(context), config.patch(fallback_random=True):
+    table: Any = {**(select_decomp_table() if decompose else {}), torch.ops.aten.bernoulli.p: _bernoulli_in_memory_order}
+    module = copy_of(module)
+    _take_contiguous(module)
+    with _compiling(context), config.patch(fallback_random=True), _recurrent_as_eager():
         aot_module_simplified(
-            copy_of(module),
+            module,
             list(inputs),
             fw_compiler=keep,
             bw_compiler=keep,
             inference_compiler=keep,
             partition_fn=partition,
-            decompositions=select_decomp_table() if decompose else None,
+            decompositions=table,
         )
     metadata, forward, backward = seen["metadata"], seen["forward"], seen.get("backward")
     _refuse_uncarried(metadata, forward, len(inputs))
@@ -157,6 +161,59 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
     if backward is not None:
         _keep_outputs(backward, lambda index, _: index in places)
     return Lowered(forward, backward, mutated, outputs, metadata.num_intermediate_bases)
+
+
+def _draw_once(joint: GraphModule) -> None:
+    """Have what is random saved, and not drawn again in the backward, where ``checkpoint`` says to compute again."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    for node in joint.graph.nodes:
+        if "recompute" in node.meta and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            is_one = isinstance(node.meta["val"], torch.Tensor)
+            del node.meta["recompute"]
+            for value in [node] if is_one else node.users:
+                value.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _bernoulli_in_memory_order(value: torch.Tensor, p: float = 0.5, *, generator: Any = None) -> Any:
+    """Random numbers in the order in which the memory of `value` lies, as ``bernoulli_`` draws them; else made functional, it
+    draws them in the order of the indices."""
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    if order == list(range(value.dim())) or any(map(is_size, strides)):
+        return NotImplemented
+    drawn = torch.ops.aten.bernoulli.p(value.permute(order).contiguous(), p, generator=generator)
+    return drawn.permute([order.index(dim) for dim in range(value.dim())])
+
+
+def _take_contiguous(module: GraphModule) -> None:
+    """Have ``torch.bernoulli(value, p)``, which is no ``bernoulli_`` and draws in the order of indices, do so."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.bernoulli and len(node.args) + ("p" in node.kwargs) > 1:
+            with module.graph.inserting_before(node):
+                node.update_arg(0, module.graph.call_method("contiguous", (node.args[0],)))
+
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@contextmanager
+def _recurrent_as_eager() -> Iterator[None]:
+    """Recurrent operators are taken apart as eager does: torch's table (up to 2.15) leaves out dropout between layers."""
+    keys = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
+    packets = [getattr(torch.ops.aten, name) for name in _RECURRENT]
+    operators = [getattr(packet, name) for packet in packets for name in packet.overloads()]
+    kept = [
+        (operator, key, operator.py_kernels.pop(key)) for operator in operators for key in keys if key in operator.py_kernels
+    ]
+    for operator in operators:
+        operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for operator, key, kernel in kept:
+            operator.py_kernels[key] = kernel
+            operator._dispatch_cache.clear()
 
 
 def _place(places: Mapping[int, int], info: Any) -> int | None:
