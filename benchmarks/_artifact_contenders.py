@@ -1,7 +1,7 @@
 """One contender of `artifact_load` in a process of its own: ``_artifact_contenders.py TASK CONTENDER MODEL MODE FOLDER``.
 
 TASK is ``make`` (what has to exist before), ``first`` (seconds until the first result) or ``steady`` (seconds of later steps,
-the contender's and torch.compile's in turn). The last line of what it prints is JSON.
+the contender's and torch.compile's in turns). The last line of what it prints is JSON.
 """
 
 from __future__ import annotations
@@ -223,16 +223,22 @@ def check(model: nn.Module, tokens: Tensor, result: Any) -> None:
 
 
 def steady(sides: list[Step], model: nn.Module, tokens: Tensor, num_pairs: int) -> dict[str, Any]:
-    """Seconds of a step of each side, medians, taken in turn; which side is first changes every time."""
+    """Seconds of a step of each side, medians; they take turns of ten steps, and which is first changes every time."""
     found: list[list[float]] = [[] for _ in sides]
-    for number in range(num_pairs + 20):
-        for index in (0, 1) if number % 2 else (1, 0):
-            model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            step(sides[index], tokens)
-            if number >= 20:
-                found[index].append(time.perf_counter() - start)
+    for turn in range(2 + num_pairs // 10):
+        for index in (0, 1) if turn % 2 else (1, 0):
+            times = [timed_step(sides[index], model, tokens) for _ in range(10)]
+            if turn >= 2:
+                found[index] += times
     return {"seconds": [statistics.median(times) for times in found], "threads": torch.get_num_threads()}
+
+
+def timed_step(side: Step, model: nn.Module, tokens: Tensor) -> float:
+    """Seconds of one step, in training with gradients of its own."""
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    step(side, tokens)
+    return time.perf_counter() - start
 
 
 def main() -> None:

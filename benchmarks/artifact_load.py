@@ -14,10 +14,11 @@ the processor's seconds (those of compilers too); the ratios are by the clock.
 - AOTInductor: the package by ``torch._inductor.aoti_load_package``, and by the C++ loader below it. It has the weights inside
   and checks no guards.
 - the peer: ``torch.compiler.precompile`` where this torch has it, in the cache folder that its capture left, and in an empty
-  one. In training it captures the backward too, so that its step is one call.
+  one. In training it captures the backward too, so that its step is one call. A model that it refuses has its reason in the
+  JSON, and no row.
 
-Later steps: the artifact's and torch.compile's in turn in one process, on one model, with one thread and with all. The ratio is
-that of a process's medians; the row gives the median process.
+Later steps: the artifact's and torch.compile's in turns of ten in one process, on one model, with one thread and with all. The
+ratio is that of a process's medians; the row gives the median process.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Case:
     mode: str
     folder: Path
     times: dict[str, list[list[float]]] = field(default_factory=dict)
+    refused: str = ""  # by the peer, and why
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -70,15 +72,24 @@ class Case:
         """Who takes part."""
         names = ["artifact", "eager", "cold", "warm"]
         names += ["aoti", "aoti_raw"] if self.mode == "inference" else []
-        return names + (["peer", "peer_cold"] if find_spec("torch.compiler.precompile") else [])
+        has_peer = find_spec("torch.compiler.precompile") and not self.refused
+        return names + (["peer", "peer_cold"] if has_peer else [])
 
     def make(self) -> None:
         """Write what the contenders load, and run each once for the bytecode and the file cache."""
         for name in self.contenders:
             if name in MADE:
-                self._run("make", name)
-            if name not in ("cold", "peer_cold"):
+                self._make(name)
+            if name not in ("cold", "peer_cold") and name in self.contenders:
                 self._run("first", name)
+
+    def _make(self, name: str) -> None:
+        try:
+            self._run("make", name)
+        except SystemExit as failed:
+            if name != "peer":
+                raise
+            self.refused = str(failed).strip().splitlines()[-1]
 
     def round(self) -> None:
         """Run every contender once, the quick ones three times in between."""
@@ -159,7 +170,7 @@ def main() -> None:
         options.rounds, options.processes, options.pairs = 1, 1, 40
     rows: list[harness.Row] = []
     said: dict[str, Any] = {"transformers": version("transformers"), "models": MODELS, "rounds": options.rounds}
-    said |= {"load_average": {}, "seconds_lowest_median_highest": {}}
+    said |= {"the_peer_refuses": {}, "load_average": {}, "seconds_lowest_median_highest": {}}
     with tempfile.TemporaryDirectory(prefix="torchspan-") as root:
         for model in options.models.split(","):
             for mode in options.modes.split(","):
@@ -168,6 +179,8 @@ def main() -> None:
                 said["load_average"][name] = os.getloadavg()[0]
                 more, said["seconds_lowest_median_highest"][name] = measure(case, options)
                 rows += more
+                if case.refused:
+                    said["the_peer_refuses"][name] = case.refused
                 harness.write("artifact_load", rows, options.out, **said)
 
 
