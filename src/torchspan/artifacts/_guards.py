@@ -566,10 +566,9 @@ def _pick(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
 
 def _fetches(steps: Sequence[_Step]) -> Iterator[tuple[int, Callable[[Any], Any], bool]]:
     """The `steps`, those that take several attributes, or items, of one object as one; whether it is several."""
-    for (above, kind), group in groupby(steps, lambda step: (step[0], step[2].path[-1][0])):
+    for (above, kind), group in groupby(steps, lambda step: (step[0], type(step[1]))):
         alike = list(group)
-        keys = [place.path[-1][1] for _, _, place in alike]
-        if len(keys) > 1 and (kind == "item" or (kind == "attr" and not any("." in key for key in keys))):
-            yield above, (itemgetter if kind == "item" else attrgetter)(*keys), True
+        if len(alike) > 1 and kind in (attrgetter, itemgetter):
+            yield above, kind(*(place.path[-1][1] for _, _, place in alike)), True
         else:
             yield from ((above, step, False) for _, step, _ in alike)
