@@ -20,6 +20,9 @@ from torchspan.core.errors import GuardError, ManifestMismatchError, Unsupported
 SETTINGS = types.ModuleType("artifact_settings")
 
 
+ZERO = types.SimpleNamespace(scale=0.0)
+
+
 class Wide:
     power = 2
 
@@ -73,6 +76,10 @@ class Asks(nn.Module):
         x = x * Wide.power
         if hasattr(SETTINGS, "offset") or hasattr(self, "extra"):
             x = x + 1
+        try:
+            x = x * self.gain
+        except AttributeError:
+            x = x * ZERO.scale
         return x * float(os.environ.get("ARTIFACT_TEST_SCALE", "2"))
 
 
@@ -149,11 +156,37 @@ def test_a_forward_of_torch_that_was_replaced_is_noticed(tmp_path: Path, monkeyp
         load(path, model)
 
 
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.part = [1, 2], nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x) * len(self.steps) if self.part is not None else x
+
+
+def test_what_became_something_of_another_kind_is_a_guard_that_does_not_hold(tmp_path: Path) -> None:
+    model, x = Chooses(), torch.ones(3)
+    artifact = precompile(model, (x,), compiler="eager")
+    fast = load(artifact.save(tmp_path / "k.tspan"), model)
+    torch.testing.assert_close(fast(x), model(x))
+    part, model.steps = model.part, 5  # type: ignore[assignment]
+    with pytest.raises(GuardError, match=r"target\.steps is a int and was something else"):
+        fast(x)
+    model.steps, model.part = [1, 2], None  # type: ignore[assignment]
+    with pytest.raises(GuardError, match=r"part"):
+        fast(x)
+    model.part = part
+    torch.testing.assert_close(fast(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda model, patch: patch.setattr(SETTINGS, "offset", 1, raising=False), "has the attribute 'offset'"),
         (lambda model, patch: setattr(model, "extra", 1), "has the attribute 'extra'"),
+        (lambda model, patch: setattr(model, "gain", 3), "has the attribute 'gain'"),
+        (lambda model, patch: patch.setattr(ZERO, "scale", -0.0), r"scale is -0\.0, expected 0\.0"),
         (lambda model, patch: patch.setenv("ARTIFACT_TEST_SCALE", "5"), "has b'ARTIFACT_TEST_SCALE'"),
         (lambda model, patch: patch.setattr(Wide, "power", 5), r"Wide\.power is 5, expected 2"),
     ],

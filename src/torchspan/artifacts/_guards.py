@@ -102,14 +102,19 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 def _constant(expected: Any) -> Check:
     wanted = decode(expected)
-    kind, is_nan = type(wanted), wanted != wanted
+    kind, is_nan, written = type(wanted), wanted != wanted, repr(wanted) if _is_equal_to_others(wanted) else None
 
     def check(value: Any) -> str | None:
-        if type(value) is kind and (value == wanted or (is_nan and value != value)):
+        if type(value) is kind and (value == wanted or (is_nan and value != value)) and written in (None, repr(value)):
             return None
         return f"is {value!r:.80}, expected {wanted!r:.80}"
 
     return check
+
+
+def _is_equal_to_others(constant: Any) -> bool:
+    """Whether something of the same type is equal and yet another constant, such as -0.0, or (True,) beside (1,)."""
+    return isinstance(constant, (tuple, list, dict)) or (isinstance(constant, (float, complex)) and not constant)
 
 
 def _type(expected: Any) -> Check:
@@ -493,10 +498,12 @@ def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:
         except (AttributeError, LookupError, TypeError) as cause:
             raise Failed(f"{show_path(place.path)} is not there ({type(cause).__name__}: {cause})") from None
         found.append(value)
-        for _, _, check in place.checks:
-            said = check(value)
-            if said is not None:
-                raise Failed(f"{show_path(place.path)} {said}")
+        try:
+            said = next((said for _, _, check in place.checks if (said := check(value)) is not None), None)
+        except (AttributeError, LookupError, TypeError, ValueError, OSError) as cause:  # a check of what is of another kind
+            said = f"is a {type(value).__qualname__} and was something else when the artifact was made ({cause})"
+        if said is not None:
+            raise Failed(f"{show_path(place.path)} {said}")
     return found
 
 
@@ -512,7 +519,7 @@ class _Quick:
         self._others: list[tuple[int, Check]] = []
         for _, _, place in steps:
             for kind, expected, check in place.checks:
-                if kind not in _AT_ONCE or (kind == "tensor" and not _is_static(expected)) or place.number in of_kind[kind]:
+                if not _is_at_once(kind, expected) or place.number in of_kind[kind]:
                     self._others.append((place.number, check))
                 else:
                     of_kind[kind][place.number] = expected
@@ -552,6 +559,12 @@ class _Quick:
 
 
 _AT_ONCE = ("length", "type", "constant", "own_attribute", "tensor")
+
+
+def _is_at_once(kind: str, expected: Any) -> bool:
+    if kind == "constant":
+        return not _is_equal_to_others(decode(expected))
+    return kind in _AT_ONCE and (kind != "tensor" or _is_static(expected))
 
 
 def _is_static(expected: Mapping[str, Any]) -> bool:

@@ -134,11 +134,21 @@ def _errors_told_once() -> Iterator[None]:
 
 @contextmanager
 def _reads_noted(note: Note) -> Iterator[None]:
-    """Note what dynamo leaves unguarded: a name that a module lacks, a key that a dict lacks; in 2.8, constants of classes."""
-    from torch._dynamo.variables import ConstDictVariable, PythonModuleVariable, UserDefinedClassVariable
+    """Note what dynamo leaves unguarded: what a module, an object or a dict lacks; in 2.8, constants of classes."""
+    from torch._dynamo.variables import (
+        ConstDictVariable,
+        PythonModuleVariable,
+        UnspecializedNNModuleVariable,
+        UserDefinedClassVariable,
+        UserDefinedObjectVariable,
+    )
 
     def of_module(variable: Any, _: Any, name: str) -> None:
         if not variable.is_torch and not hasattr(variable.value, name):
+            note(source_name(variable.source), "HASATTR", variable.value, {"attr": name})
+
+    def of_object(variable: Any, _: Any, name: str) -> None:
+        if not name.startswith("__") and _lacks(variable.value, name):
             note(source_name(variable.source), "HASATTR", variable.value, {"attr": name})
 
     def of_class(variable: Any, _: Any, name: str) -> None:
@@ -153,6 +163,9 @@ def _reads_noted(note: Note) -> Iterator[None]:
     names = ("call_obj_hasattr", "var_getattr", "tp_getattro_impl")  # the last one since torch 2.15
     watched: list[tuple[Any, str, Any]] = [(PythonModuleVariable, name, of_module) for name in names]
     watched += [(UserDefinedClassVariable, name, of_class) for name in names[1:]]
+    watched += [
+        (kind, name, of_object) for kind in (UserDefinedObjectVariable, UnspecializedNNModuleVariable) for name in names[1:]
+    ]
     watched += [(ConstDictVariable, "getitem_const_raise_exception_if_absent", of_dict)]
     with _TRACING:  # dynamo's classes are those of all threads
         before = [(kind, name, vars(kind)[name], told) for kind, name, told in watched if name in vars(kind)]
@@ -197,6 +210,15 @@ def _telling(function: Any, told: Any) -> Any:
         return function(variable, *args, **kwargs)
 
     return call
+
+
+def _lacks(value: Any, name: str) -> bool:
+    """Whether an object has no attribute of that name, as far as can be told without running code of its class."""
+    missing = object()
+    find = inspect.getattr_static(type(value), "__getattr__", None)
+    if inspect.getattr_static(value, name, missing) is not missing or find not in (None, torch.nn.Module.__getattr__):
+        return False
+    return not hasattr(value, name)
 
 
 def _is_key(known: Any, key: Any) -> bool:
