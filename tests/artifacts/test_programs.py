@@ -114,7 +114,34 @@ class Draws(nn.Module):
         return F.alpha_dropout(x, 0.3, True) + sum(drawn) + F.dropout(x, 0.5)
 
 
-NAMES = ("Attention", "Hooks", "Mapped", "Stores", "Recurrent", "Draws")
+@torch.library.custom_op("programs::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+triple.register_fake(torch.empty_like)
+triple.register_autograd(lambda ctx, gradient: gradient * 3)
+
+
+class Cache:
+    """An object that a forward makes and returns."""
+
+    def __init__(self, keys):
+        self.keys, self.layers = keys, []
+
+
+class Makes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        cache = Cache(triple(self.fc(x)))
+        cache.layers.append(cache.keys + 1)
+        return {"cache": cache, "sum": cache.keys.sum()}
+
+
+NAMES = ("Attention", "Hooks", "Mapped", "Stores", "Recurrent", "Draws", "Makes")
 
 
 def build(name):
@@ -128,10 +155,14 @@ def step(call, model, seed):
     x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     result = call(x)
+    if isinstance(result, dict):
+        assert type(result["cache"]) is Cache
+        result = {**result, **vars(result["cache"]), "cache": None}
     model.zero_grad()
-    sum(leaf.square().sum() for leaf in tree_leaves(result)).backward()
+    sum(leaf.square().sum() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return type(result), [leaf.detach() for leaf in tree_leaves(result)], gradients, model.state_dict(), vars(model).get("last")
+    leaves = [leaf.detach() for leaf in tree_leaves(result) if leaf is not None]
+    return type(result), leaves, gradients, model.state_dict(), vars(model).get("last")
 '''
 
 FRESH = """

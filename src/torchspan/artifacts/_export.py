@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchspan.artifacts import _torch
-from torchspan.artifacts._manifest import FORMAT, FORMAT_DYNAMIC, FORMAT_STORES
+from torchspan.artifacts._manifest import FORMAT, FORMAT_DYNAMIC, FORMAT_OBJECTS
 from torchspan.artifacts._portable import portable_guards, portable_sizes, result_of
 from torchspan.artifacts._program import write_program
 from torchspan.artifacts._runtime import KEPT
@@ -98,7 +98,7 @@ def export_entry(
     if verify and parts.program["libraries"]:
         symbols = {name: example_of(size) for name, size in shapes.symbols.items()}
         check_numbers(graphs, plan, parts, frame.inputs, symbols, guards.program.name)
-    parts.format = FORMAT_STORES if stores else FORMAT
+    parts.format = FORMAT_OBJECTS if stores or _has_objects(result) else FORMAT
     guarded["sizes"] = portable_sizes(guards)
     if guarded["sizes"]:
         parts.format = max(parts.format, FORMAT_DYNAMIC)
@@ -116,6 +116,12 @@ def export_entry(
         "precompile", guards.program.name, compiler, f"{num_libraries} native libraries, {len(guarded['always'])} guards"
     )
     return parts
+
+
+def _has_objects(structure: Any) -> bool:
+    if isinstance(structure, list):
+        return any(map(_has_objects, structure))
+    return isinstance(structure, dict) and ("object" in structure or any(map(_has_objects, structure.values())))
 
 
 def _refuse_inputs(module: GraphModule, inputs: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from torchspan.core.errors import IntegrityError, ManifestMismatchError
 
 FORMAT = 1
 FORMAT_DYNAMIC = 2  # as 1, and sizes that are expressions: who knows only 1 must refuse it
-FORMAT_STORES = 3  # as 2, and what a call stores on the model's objects
+FORMAT_OBJECTS = 3  # as 2, and objects: those that a call stores on, and those that it makes
 
 # Instruction sets that a compiler asked for this machine's may use: a library runs where all of those it was made with are.
 _X86 = ("sse", "ssse", "avx", "fma", "f16c", "bmi", "amx", "popcnt", "abm", "adx", "aes", "vaes", "pclmul", "vpclmul", "gfni")
@@ -147,7 +147,7 @@ def _differs(name: str, expected: Any, found: Any) -> bool:
     if name == "isa" and isinstance(expected, dict):
         return expected["capability"] != found["capability"] or not set(expected["flags"]) <= set(found["flags"])
     if name == "format":
-        return expected not in (FORMAT, FORMAT_DYNAMIC, FORMAT_STORES)
+        return expected not in (FORMAT, FORMAT_DYNAMIC, FORMAT_OBJECTS)
     return bool(expected != found)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from torchspan.artifacts._code import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts._guards import ambient_state, describe_tensor, identity_of, is_torch_made
-from torchspan.artifacts._runtime import result_builder
+from torchspan.artifacts._runtime import is_plain_class, result_builder
 from torchspan.artifacts._sizes import example_of, is_size, write_conditions
 from torchspan.artifacts._stores import kept_as_they_were
 from torchspan.artifacts._torch import shapes_of
@@ -56,12 +56,10 @@ _NAMED = (
     "OpOverload",
     "OpOverloadPacket",
     "method_descriptor",
-    "_SpecialForm",
-    "Logger",
+    "SpecialForm",
     "UnionType",
     "GenericAlias",
-    "_GenericAlias",
-    "_UnionGenericAlias",
+    "Logger",
     "ufunc",
 )
 
@@ -78,6 +76,18 @@ def _type(guard: Guard, seen: Seen) -> Portable:
     return "type", [name_of(type(guard.value)), digest_class(type(guard.value), seen)]
 
 
+def _is_own_object(guard: Guard) -> bool:
+    """Whether a guard is on the identity of an object of the model or its arguments, such as a configuration."""
+    value = guard.value
+    kinds = (type, enum.Enum, FunctionType, MethodType, ModuleType, torch.nn.Module, torch.Tensor)
+    return (
+        guard.kind == "ID_MATCH"
+        and guard.source.startswith("L[")
+        and hasattr(value, "__dict__")
+        and not isinstance(value, kinds)
+    )
+
+
 def _identity(guard: Guard, seen: Seen) -> Portable:
     value = guard.value
     if value is None or isinstance(
@@ -89,8 +99,10 @@ def _identity(guard: Guard, seen: Seen) -> Portable:
     if isinstance(value, type):
         digest_class(value, seen)
         return "named", identity_of(value)
-    if isinstance(value, ModuleType) or type(value).__qualname__ in _NAMED:
+    if isinstance(value, ModuleType) or type(value).__qualname__.endswith(_NAMED):
         return "named", identity_of(value)
+    if _is_own_object(guard):
+        return _type(guard, seen)  # what matters is which others are the same one
     return _constant(guard)  # an enum or another constant; anything else is refused there
 
 
@@ -152,6 +164,7 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     tensors = shapes_of(guards.frame.context).tensors
     expected: Any
     same: list[list[Any]] = []
+    identities: dict[int, list[Any]] = {}
     for frame in guards.frames:
         for guard in frame.guards:
             if guard.kind in _AMBIENT or _is_of_a_namedtuple(guard.source, frame.scope):
@@ -168,6 +181,8 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
                 at, guard = _attribute_guard(at, guard, guards.program)
             if _passes_own(at):
                 continue  # what torchspan's own wrapper of a torch function holds
+            if _is_own_object(guard):
+                identities.setdefault(id(guard.value), []).append(encode_path(at))
             if _is_torch_function(guard.value):
                 check, expected = "torch_function", [guard.value.__module__, guard.value.__name__]
             else:
@@ -190,6 +205,7 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         del ambient["grad_mode"]  # the program does the same in both
     else:
         ambient["grad_mode"] = guards.frame.grad_mode
+    same += [paths for paths in identities.values() if len(paths) > 1]
     once, always = _split(list(found.values()))
     return {
         "always": always,
@@ -408,6 +424,8 @@ def _difference(made: Any, wanted: Any, place: str) -> str | None:
         if len(made) != len(wanted):
             return f"{place} has length {len(wanted)}, made again {len(made)}"
         pairs = [(one, other, f"{place}[{index}]") for index, (one, other) in enumerate(zip(made, wanted))]
+    elif is_plain_class(type(wanted)):
+        return _difference(vars(made), vars(wanted), place)
     elif not is_dataclass(wanted):
         is_same = bool(made == wanted or (made != made and wanted != wanted))
         return None if is_same else f"{place} is {wanted!r:.80}, made again {made!r:.80}"
@@ -458,4 +476,9 @@ def _structure(value: Any, known: Mapping[int, Any], name: str) -> Any:
         raise UnsupportedError(
             f"an artifact cannot hold {name}: it returns a tensor that is neither computed nor one of its inputs"
         )
+    if is_plain_class(kind):
+        return {
+            "object": name_of(kind),
+            "attributes": [[key, _structure(item, known, name)] for key, item in vars(value).items()],
+        }
     return {"constant": encode(value)}

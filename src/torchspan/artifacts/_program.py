@@ -14,9 +14,54 @@ from torchspan.artifacts._sizes import Expression, encode_size, is_size
 from torchspan.artifacts._values import decode, encode
 from torchspan.core.errors import IntegrityError, UnsupportedError
 
-# Whose operators a file may name. aten::from_file reads files, and is no computation.
-_NAMESPACES = ("aten", "prims", "_c10d_functional", "quantized", "torchvision")
+# Of torch's own operators, a file may name those that compute; others read files, open libraries or talk to other processes.
+# aten::from_file reads files, and is no computation. Operators of other namespaces are the program's own.
+_NAMESPACES = ("aten", "prims", "_c10d_functional", "quantized")
 _FORBIDDEN = ("aten.from_file",)
+_OF_TORCH = frozenset(
+    (
+        "_c10d_functional_autograd",
+        "_dtensor",
+        "_inductor_test",
+        "_native",
+        "_native_aot",
+        "_quantized",
+        "_test",
+        "c10d",
+        "c10d_functional",
+        "coor",
+        "cuda",
+        "debug_mode_ops",
+        "debugprims",
+        "export",
+        "flex_gemm",
+        "flex_lib",
+        "fsdp",
+        "higher_order",
+        "inductor",
+        "inductor_prims",
+        "mempool",
+        "mkl",
+        "mkldnn",
+        "mkldnn_prepacked",
+        "nvprims",
+        "onednn",
+        "onnx",
+        "onnx_symbolic",
+        "os",
+        "prepacked",
+        "prim",
+        "profiler",
+        "quantization",
+        "quantized_decomposed",
+        "rngprims",
+        "sparse",
+        "static_runtime",
+        "streams",
+        "symm_mem",
+        "torch_attn",
+    )
+)
 
 _WITH_WORKSPACE = ("aten.mkldnn_rnn_layer.default",)
 
@@ -59,6 +104,10 @@ def write_program(
 
 
 def _write_node(node: Node, numbers: Mapping[Node, int], libraries: Mapping[str, tuple[str, list[str]]]) -> dict[str, Any]:
+    if node.op == "call_function" and str(node.target).startswith("auto_functionalized"):
+        raise UnsupportedError(
+            f"an artifact cannot hold {node.args[0]}, which changes its arguments in place; let it return new ones"
+        )
     arguments: dict[str, Any] = {
         "args": [_write(value, numbers) for value in node.args],
         "kwargs": {name: _write(value, numbers) for name, value in node.kwargs.items()},
@@ -195,19 +244,23 @@ def _call_sized(library: Library, num_sizes: int, *inputs: Any) -> list[torch.Te
 
 
 def find_operator(name: str) -> Any:
-    """The operator of a dotted name such as ``aten.add.Tensor``, from the namespaces that an artifact may name.
+    """The operator of a dotted name such as ``aten.add.Tensor``: one of torch's that compute, or one of the program's own.
 
     Raises:
-        UnsupportedError: another namespace, or an operator that this torch lacks.
+        UnsupportedError: one of torch's that do something else, or an operator that is not registered here.
     """
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in _NAMESPACES or ".".join(parts[:2]) in _FORBIDDEN:
+    if len(parts) != 3 or parts[0] in _OF_TORCH or ".".join(parts[:2]) in _FORBIDDEN:
         why = "reads files" if ".".join(parts[:2]) in _FORBIDDEN else f"is of none of {', '.join(_NAMESPACES)}"
         raise UnsupportedError(f"an artifact may not name the operator {name:.80}: it {why}")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     found = getattr(packet, parts[2], None)
     if not isinstance(found, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(found.name()):
         # also: what only TorchScript has, such as aten::set_grad_enabled, is no computation
+        if parts[0] not in _NAMESPACES:
+            raise UnsupportedError(
+                f"no operator {name:.80} is registered here; import what registers it before the artifact is loaded"
+            )
         raise UnsupportedError(f"this torch has no operator {name}; rebuild the artifact with this torch")
     return found
 

@@ -177,6 +177,8 @@ def result_builder(structure: Any) -> Builder:
         return lambda outputs, values: decode(constant)
     if "call" in structure:
         return _calling(find_name(structure["call"]), structure)
+    if "object" in structure:
+        return _filling(find_name(structure["object"]), structure)
     return _container(structure)
 
 
@@ -230,6 +232,37 @@ def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Buil
     return lambda outputs, values: function(
         *(build(outputs, values) for build in args), **{name: build(outputs, values) for name, build in kwargs}
     )
+
+
+def is_plain_class(kind: Any) -> bool:
+    """Whether objects of a class are no more than their attributes: made without its code, and gone without it.
+
+    >>> from fractions import Fraction
+    >>> is_plain_class(Entry), is_plain_class(Fraction), is_plain_class(torch.nn.Linear), is_plain_class(dict)
+    (True, False, False, False)
+    """
+    if not isinstance(kind, type) or issubclass(kind, torch.nn.Module) or is_record(kind):
+        return False
+    has_only_attributes = kind.__dictoffset__ != 0 and not any(vars(base).get("__slots__") for base in kind.__mro__)
+    is_made_plainly = kind.__new__ is object.__new__ and kind.__basicsize__ <= _Plain.__basicsize__
+    return is_made_plainly and has_only_attributes and not hasattr(kind, "__del__") and type(kind).__call__ is type.__call__
+
+
+class _Plain:
+    """A class of the least size: what is larger has more than attributes."""
+
+
+def _filling(kind: Any, structure: Mapping[str, Any]) -> Builder:
+    if not is_plain_class(kind):
+        raise IntegrityError(f"an artifact's result has a {structure['object']}, which is more than its attributes")
+    parts = [(str(name), result_builder(item)) for name, item in structure["attributes"]]
+
+    def build(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> Any:
+        made = object.__new__(kind)
+        vars(made).update((name, make(outputs, values)) for name, make in parts)
+        return made
+
+    return build
 
 
 def _container(structure: Mapping[str, Any]) -> Builder:

@@ -45,7 +45,9 @@ def kept_as_they_were(frame: Frame, program: Program) -> Iterator[list[tuple[Pat
 
 
 def _refusal(program: Program, what: str) -> UnsupportedError:
-    return UnsupportedError(f"an artifact cannot hold {program.name}: its forward changes {what}; return the new value instead")
+    return UnsupportedError(
+        f"an artifact cannot hold {program.name}: its forward changes {what}; return the new value instead, or set it before"
+    )
 
 
 def _places(source: str, frame: Frame, values: Any, program: Program) -> Iterator[tuple[Path, dict[Any, Any], bool]]:

@@ -136,10 +136,10 @@ def lower_graph(module: GraphModule, inputs: tuple[Any, ...], context: Any, deco
         seen.setdefault("metadata", TracingContext.get().fw_metadata)
         return gm.forward
 
-    table: Any = {**(select_decomp_table() if decompose else {}), torch.ops.aten.bernoulli.p: _bernoulli_in_memory_order}
     module = copy_of(module)
     _take_contiguous(module)
     with _compiling(context), config.patch(fallback_random=True), _recurrent_as_eager():
+        table: Any = {**(select_decomp_table() if decompose else {}), torch.ops.aten.bernoulli.p: _bernoulli_in_memory_order}
         aot_module_simplified(
             module,
             list(inputs),
@@ -295,7 +295,7 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
     num_placeholders = sum(node.op == "placeholder" for node in forward.graph.nodes)
     changed = [metadata.input_info[index] for index in metadata.mutated_inp_runtime_indices]
     reasons = {
-        "it orders side effects by tokens": bool(metadata.tokens),
+        f"its operators {_ordered(forward)} do more than compute, such as raise an error": bool(metadata.tokens),
         "its random numbers are made functional (config.functionalize_rng_ops)": metadata.is_rng_op_functionalized,
         "two of its inputs share memory and one is changed in place": num_placeholders != num_inputs,
         "it changes the shape or strides of an input in place": any(info.mutates_metadata for info in changed),
@@ -309,6 +309,12 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
     for reason, found in reasons.items():
         if found:
             raise UnsupportedError(f"an artifact cannot hold this program: {reason}; compile it with torch.compile")
+
+
+def _ordered(forward: GraphModule) -> str:
+    """The operators that are kept in their order for what else they do, by name."""
+    found = [node.args[1] for node in forward.graph.nodes if str(node.target) == "with_effects" and len(node.args) > 1]
+    return ", ".join(sorted(set(map(str, found))))
 
 
 # compiling a graph into a native library

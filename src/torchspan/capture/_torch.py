@@ -228,9 +228,10 @@ def _is_key(known: Any, key: Any) -> bool:
 
 def _logging_functions() -> set[Any]:
     """What writes into a log: left out of what is captured, which computes the same without."""
-    names = ("debug", "info", "warning", "error", "exception", "critical", "log")
-    of_loggers = [getattr(logging.Logger, name) for name in names]
-    return {*of_loggers, *(getattr(logging, name) for name in names), warnings.warn}
+    names = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+    places = (vars(logging.Logger), vars(logging))  # also what others add there, such as Transformers' warning_once
+    found = {value for held in places for name, value in held.items() if name.startswith(names) and callable(value)}
+    return {*(value for value in found if not isinstance(value, type)), warnings.warn}
 
 
 @dataclass(frozen=True)

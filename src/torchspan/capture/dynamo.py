@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import re
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchspan.core.errors import CaptureError, GuardError
 from torchspan.core.program import Program
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
+_PYTHON_ROOTS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 _OWN_ROOT = str(Path(__file__).parents[1])
 
 
@@ -306,9 +308,9 @@ def _at(cause: BaseException) -> str:
 
 
 def _site(cause: BaseException) -> str | None:
-    """``file:line`` of the innermost line of the user's program."""
-    stack = getattr(cause, "real_stack", None) or ()
-    for entry in reversed(list(stack)):
-        if not entry.filename.startswith((_TORCH_ROOT, _OWN_ROOT)):
+    """``file:line`` of the innermost line of the user's program: not of torch, and not of Python's own library."""
+    for entry in reversed(list(getattr(cause, "real_stack", None) or ())):
+        is_python = entry.filename.startswith(_PYTHON_ROOTS) and "site-packages" not in entry.filename
+        if not is_python and not entry.filename.startswith((_TORCH_ROOT, _OWN_ROOT)):
             return f"{entry.filename}:{entry.lineno}"
     return None
