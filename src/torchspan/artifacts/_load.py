@@ -168,7 +168,9 @@ def _open_library(payloads: Mapping[str, bytes], name: str, folder: Path) -> Lib
     try:
         return _Library(torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1))
     except RuntimeError as cause:
-        raise ArtifactError(f"the library {name!r} of the artifact cannot be loaded here: {cause}") from cause
+        is_barred = "failed to map segment" in str(cause)
+        advice = f"; if {folder.parent} is mounted noexec, set TMPDIR to a folder that is not" if is_barred else ""
+        raise ArtifactError(f"the library {name!r} of the artifact cannot be loaded here: {cause}{advice}") from cause
 
 
 class _Library:
