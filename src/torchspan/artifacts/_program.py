@@ -63,7 +63,8 @@ _OF_TORCH = frozenset(
     )
 )
 
-_WITH_WORKSPACE = ("aten.mkldnn_rnn_layer.default",)
+# Operators that keep what their backward needs only where gradients are on.
+WITH_WORKSPACE = ("aten.mkldnn_rnn_layer.default",)
 
 Library = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -221,7 +222,7 @@ def _function(
 ) -> Callable[..., Any]:
     if "operator" in step:
         found = find_operator(step["operator"])
-        return partial(_with_workspace, found) if step["operator"] in _WITH_WORKSPACE else found
+        return partial(_with_workspace, found) if step["operator"] in WITH_WORKSPACE else found
     if "item" in step:
         return operator.itemgetter(int(step["item"]))
     if "tensor" in step:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from torchspan.artifacts._load import open_runners
 from torchspan.artifacts._manifest import FORMAT
+from torchspan.artifacts._program import WITH_WORKSPACE
 from torchspan.artifacts._sizes import example_of, is_size
 from torchspan.core.errors import CompileError
 from torchspan.core.graph import output_node
@@ -61,7 +62,13 @@ def _both(runner: Any, graph: Any, inputs: Sequence[Any], symbols: Mapping[str, 
     state = torch.get_rng_state()
     found = runner([value for value in inputs if isinstance(value, torch.Tensor)], symbols)
     torch.set_rng_state(state)
-    return found, list(graph(*inputs))
+    needs_workspace = any(str(node.target) in WITH_WORKSPACE for node in graph.graph.nodes)
+    with torch.set_grad_enabled(needs_workspace):
+        return found, list(map(_detached, graph(*inputs)))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _is_steady(value: Any) -> bool:
