@@ -230,6 +230,15 @@ def test_what_a_program_stores_that_a_next_call_would_read_is_refused() -> None:
 
 
 @pytest.mark.once
+def test_a_size_that_depends_on_data_is_refused_with_its_line() -> None:
+    def positive(x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0].sum()
+
+    with pytest.raises(UnsupportedError, match=r"depends on data .*it is made at \S+test_programs\.py:\d+: keep a fixed size"):
+        precompile(positive, (torch.ones(2),), compiler="eager")
+
+
+@pytest.mark.once
 def test_a_tensor_that_is_stored_in_an_input_is_there_after_the_call(tmp_path: Path) -> None:
     def fill(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         batch["double"] = batch["x"] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,15 @@ def export_entry(
     constants: dict[str, torch.Tensor] = {}
     for name, graph in graphs.items():
         graphs[name] = changed = graph if graph is None else _passed(graph, name, pipeline, report)
-        plan[name] = None if changed is None else _write_graph(prefix, name, changed, compiler, shapes, parts, constants)
+        try:
+            plan[name] = None if changed is None else _write_graph(prefix, name, changed, compiler, shapes, parts, constants)
+        except UnsupportedError as cause:
+            line = _line_of_unknown_size(module)
+            if line is None:
+                raise
+            raise UnsupportedError(
+                f"{cause}; it is made at {line}: keep a fixed size there, with torch.where or a mask"
+            ) from cause
     if constants:
         parts.program["constants"] = f"{prefix}/constants.safetensors"
         parts.payloads[parts.program["constants"]] = _write_tensors(constants)
@@ -116,6 +125,17 @@ def export_entry(
         "precompile", guards.program.name, compiler, f"{num_libraries} native libraries, {len(guarded['always'])} guards"
     )
     return parts
+
+
+def _line_of_unknown_size(module: GraphModule) -> str | None:
+    """``file:line`` where the program makes a tensor whose size depends on data."""
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        if any(is_size(size) and str(size.node.expr).startswith("u") for size in sizes):
+            found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+            return ":".join(found[-1]) if found else None
+    return None
 
 
 def _has_objects(structure: Any) -> bool:
