@@ -55,7 +55,7 @@ def load(
     attribute, global and container that the program read; the code of functions that it called; hooks, its own and global ones;
     grad mode (unless the program does the same in both), inference mode, autocast, default dtype and device, determinism, and
     modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own functions.
-    Guarded beyond what dynamo guards: names and keys that the program asked for and did not find (environment variables too), and
+    Guarded beyond what dynamo guards: names and keys that the program asked for and did not find (of the environment too), and
     constants that it returns without reading. What it returns and did not make is the object itself, as it is then.
     Not checked: methods that are replaced on a class after loading (``forward`` is), functions of torch that are replaced after
     it, and what C extensions do.
