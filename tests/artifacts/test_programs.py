@@ -123,6 +123,17 @@ triple.register_fake(torch.empty_like)
 triple.register_autograd(lambda ctx, gradient: gradient * 3)
 
 
+class Permuted(nn.Module):
+    """A batch norm gives other strides than fake tensors have, and a view of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2).reshape(18, 8) * self.norm.weight
+
+
 class Cache:
     """An object that a forward makes and returns."""
 
@@ -141,7 +152,7 @@ class Makes(nn.Module):
         return {"cache": cache, "sum": cache.keys.sum()}
 
 
-NAMES = ("Attention", "Hooks", "Mapped", "Stores", "Recurrent", "Draws", "Makes")
+NAMES = ("Attention", "Hooks", "Mapped", "Stores", "Recurrent", "Draws", "Permuted", "Makes")
 
 
 def build(name):
