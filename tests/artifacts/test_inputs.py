@@ -1,11 +1,13 @@
-"""Example inputs from text."""
+"""Example inputs from text, and what is given that is none."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from torchspan.artifacts import parse_inputs
+from torchspan.artifacts import load, parse_inputs, precompile
 from torchspan.core.errors import InputError
 
 
@@ -30,3 +32,23 @@ def test_each_part_is_a_tensor_of_that_dtype_and_shape() -> None:
 def test_text_that_is_no_input_is_one_clear_error(text: str) -> None:
     with pytest.raises(InputError, match=r"expected such as"):
         parse_inputs(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kwargs": [1]}, "example keyword inputs are a mapping by name, not list"),
+        ({"passes": 5}, "a pass is a Pass or a function of a GraphModule, not a int"),
+    ],
+)
+def test_what_is_no_program_and_no_pass_is_said(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), **given)
+
+
+def test_an_artifact_is_saved_to_a_path_or_into_an_open_file_only() -> None:
+    made = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
+    with pytest.raises(InputError, match="to a path or into an open file, not into a int"):
+        made.save(5)  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="from a path or an open file, not from a int"):
+        load(5, torch.nn.Linear(2, 3))  # type: ignore[arg-type]

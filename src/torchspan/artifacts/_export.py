@@ -284,10 +284,10 @@ def pipeline_of(passes: str | Sequence[Any]) -> Pipeline:
     if isinstance(passes, str):
         pipeline = Pipeline.parse(passes)
     else:
-        wrong = [one for one in passes if not callable(one) and not isinstance(one, Pass)]
+        given: Sequence[Any] = passes if isinstance(passes, (list, tuple)) else (passes,)
+        wrong = [one for one in given if not callable(one) and not isinstance(one, Pass)]
         if wrong:
             raise InputError(f"a pass is a Pass or a function of a GraphModule, not a {type(wrong[0]).__name__}")
-        given: Sequence[Any] = passes
         pipeline = Pipeline(tuple(one if isinstance(one, Pass) else _FunctionPass(one) for one in given))
     for one in pipeline.passes:
         if one.compiles:

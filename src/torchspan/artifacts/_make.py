@@ -179,7 +179,7 @@ class Artifact:
         >>> len(artifact.programs)
         2
         """
-        program = Program(model, args, dict(kwargs or {}))
+        program = Program(model, args, {} if kwargs is None else kwargs)
         expected = model_entries(program.target)
         differ = [name for name, value in expected.items() if self.entries[name] != value]
         if differ:
@@ -222,11 +222,13 @@ class Artifact:
             key: signs it: a secret of at least 16 bytes (HMAC), or an ``Ed25519PrivateKey`` of the package cryptography.
 
         Raises:
-            InputError: there is no folder to write into, or the key is none.
+            InputError: there is no folder to write into, the path is none, or the key is none.
         """
         manifest = self.manifest()
         signature = None if key is None else sign(manifest, key)
         if not isinstance(path, (str, os.PathLike)):
+            if not hasattr(path, "write"):
+                raise InputError(f"an artifact is saved to a path or into an open file, not into a {type(path).__name__}")
             write_members(path, manifest, self.payloads, signature)
             return None
         write_artifact(Path(path), manifest, self.payloads, signature)
@@ -287,7 +289,7 @@ def precompile(
     >>> sorted(artifact.payloads)
     ['entry0/guards.json', 'entry0/plan.json']
     """
-    program = Program(model, args, dict(kwargs or {}))
+    program = Program(model, args, {} if kwargs is None else kwargs)
     pipeline = pipeline_of(passes)
     entries = {**_entries(program, compiler_name(compiler)), "passes": [str(one) for one in pipeline.passes]}
     if entries["passes"]:

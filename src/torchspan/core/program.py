@@ -28,6 +28,8 @@ class Program:
             raise InputError(f"a program is a module or a function, not {type(self.target).__name__}")
         if not isinstance(self.args, tuple):
             raise InputError(f"example inputs are a tuple, not {type(self.args).__name__}; write (x,) for one input")
+        if not isinstance(self.kwargs, Mapping):
+            raise InputError(f"example keyword inputs are a mapping by name, not {type(self.kwargs).__name__}")
 
     @property
     def name(self) -> str:
