@@ -68,6 +68,26 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_other_number() -> None:
     assert precompile(model, (torch.randn(4, 3, 16, 16),)).programs
 
 
+class Mixed(nn.Module):
+    """In bfloat16 inside, which neither its inputs nor its outputs tell: compiled, roundings between operators are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.last(torch.nn.functional.gelu(self.norm(self.first(x))))
+        return y.float() + x
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_numbers_are_held_to_the_lowest_precision_that_they_pass_through() -> None:
+    torch.manual_seed(0)
+    assert precompile(Mixed(), (torch.randn(3, 8),)).programs
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_random_numbers_are_drawn_alike_and_none_is_used_up() -> None:

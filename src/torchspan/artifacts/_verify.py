@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from torchspan.artifacts._load import open_runners
 from torchspan.artifacts._manifest import FORMAT
@@ -42,7 +43,7 @@ def check_numbers(
     The tangents of the backward are drawn; nothing of random numbers is left changed.
     """
     given = [example_of(value) if is_size(value) else value.detach() for value in inputs]
-    dtypes = tuple({value.dtype for value in given if isinstance(value, torch.Tensor)})
+    dtypes = tuple(set().union(*(_dtypes_of(graph) for graph in graphs.values() if graph is not None)))
     forward_graph, backward_graph = graphs["forward"], graphs["backward"]
     with TemporaryDirectory(prefix="torchspan-") as folder, torch.random.fork_rng(devices=()), torch.no_grad():
         forward, backward = open_runners(plan, parts.program, parts.payloads, Path(folder))
@@ -55,6 +56,12 @@ def check_numbers(
             arguments = _arguments(backward_graph, _named(forward_graph, expected))
             found, expected = _both(backward, backward_graph, arguments, symbols)
             _refuse(difference(*but_rounding(found, expected, *dtypes), *dtypes, name="gradient"), f"the backward of {name}")
+
+
+def _dtypes_of(graph: GraphModule) -> set[torch.dtype]:
+    """Those that a computation passes through: with autocast inside, inputs and outputs do not tell."""
+    values = [value for node in graph.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
+    return {value.dtype for value in values if isinstance(value, torch.Tensor)}
 
 
 def _both(runner: Any, graph: Any, inputs: Sequence[Any], symbols: Mapping[str, int]) -> tuple[list[Any], list[Any]]:
