@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from operator import is_
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
+_PYTHON_ROOT = str(Path(os.__file__).parent)
 _MOST_KNOWN = 512
 _OWN_ROOT = str(Path(__file__).parents[1])
 
@@ -64,16 +67,26 @@ def digest_function(function: Any, seen: Seen | None = None) -> str:
 def digest_class(cls: type, seen: Seen | None = None) -> str | None:
     """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them.
 
-    >>> digest_class(torch.nn.Linear) is None
-    True
+    >>> import logging
+    >>> digest_class(torch.nn.Linear) is None, digest_class(logging.Logger) is None
+    (True, True)
     """
     parts = []
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "collections", "typing"):
+        if not _is_of_torch_or_python(base):
             parts += _known_methods(base) if seen is None else _methods(base, seen)
         elif "forward" in vars(base):
             parts += _replaced(vars(base)["forward"])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def _is_of_torch_or_python(cls: type) -> bool:
+    """Whether the versions that an artifact is held to cover a class, whatever others add to it, as Transformers to Logger."""
+    top = cls.__module__.partition(".")[0]
+    if top == "torch":
+        return True
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return top in sys.stdlib_module_names and (file is None or file.startswith(_PYTHON_ROOT))
 
 
 def _replaced(forward: Any) -> list[str]:
