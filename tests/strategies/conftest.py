@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -59,7 +60,12 @@ def nothing_left() -> Callable[[], None]:
 def _others(before: set[int]) -> list[str]:
     known = before.union(server_pids())
     running = [child for child in [*psutil.Process().children(recursive=True), *_orphans()] if child.pid not in known]
-    return [f"{child.pid} {child.name()}" for child in running if child.status() != psutil.STATUS_ZOMBIE]
+    left = []
+    for child in running:
+        with suppress(psutil.NoSuchProcess):  # ended since it was listed
+            if child.status() != psutil.STATUS_ZOMBIE:
+                left.append(f"{child.pid} {child.name()}")
+    return left
 
 
 def _orphans() -> list[psutil.Process]:
