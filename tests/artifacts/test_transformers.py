@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from torchspan.artifacts import load, precompile
-from torchspan.core.errors import CaptureError, GuardError
+from torchspan.core.errors import GuardError
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning"),
@@ -39,17 +39,15 @@ def ids(batch: int, length: int) -> torch.Tensor:
 def test_a_llama_trains_from_an_artifact_at_any_size(tmp_path: Path) -> None:
     model, call = llama(), {"labels": ids(2, 9), "use_cache": False}
     dynamic = {name: {0: "batch", 1: "length"} for name in ("input_ids", "labels")}
-    if torch.__version__.startswith("2.8."):  # its dynamo fails in how Transformers 5 asks a configuration for an attribute
-        with pytest.raises(CaptureError, match="cannot be captured as one graph"):
-            precompile(model, (ids(2, 9),), call, compiler="eager", dynamic=dynamic)
-        return
+    is_old = torch.__version__.startswith("2.8.")  # its operators round otherwise; those of later releases give the same bits
+    near = {"rtol": 1e-5, "atol": 1e-6} if is_old else {"rtol": 0.0, "atol": 0.0}
     artifact = precompile(model, (ids(2, 9),), call, compiler="eager", dynamic=dynamic)
     fast = load(artifact.save(tmp_path / "llama.tspan"), model)
     for size in ((2, 9), (3, 14)):
         found, gradients = step(fast, model, size)
         expected, wanted = step(model, model, size)
-        assert type(found) is type(expected) and torch.equal(found.logits, expected.logits)
-        assert torch.equal(found.loss, expected.loss)
+        assert type(found) is type(expected)
+        torch.testing.assert_close((found.logits, found.loss), (expected.logits, expected.loss), **near)
         torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(GuardError):
         fast(ids(2, 9), labels=ids(2, 9), use_cache=True)
