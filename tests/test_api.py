@@ -111,7 +111,7 @@ def test_a_shim_never_takes_the_place_of_a_real_module() -> None:
         sys.modules.pop("torch.utils.show_pickle", None)
         assert importlib.import_module("torch.utils.show_pickle").DumpUnpickler is not None
     forget()
-    with pytest.raises(InputError, match="'no module' is no module's name"):
+    with pytest.raises(InputError, match="'no module' is not a module name"):
         torchspan.register_shim("no module", dict)
 
 

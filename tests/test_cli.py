@@ -70,8 +70,10 @@ def test_doctor_tells_what_is_here_and_explains_one_backport(run_python: Callabl
     assert values["facts"]["torch"] == torch.__version__
     states = {row["name"]: row["state"] for row in values["backports"]}
     assert states["annotate"] == ("backported" if torch.__version__.startswith(("2.8.", "2.9.")) else "native")
+    assert values["strategies"]["eager"].startswith("Nothing is compiled") and "llama3" in values["models"]
     drawn = run_python(None, *TORCHSPAN, "doctor").stdout  # type: ignore[attr-defined]
-    assert "regional_inductor" in drawn and torch.__version__ in drawn
+    assert torch.__version__ in drawn
+    assert all(name in drawn for name in ("regional_inductor", "masquerade", "remove_noops", "per_block", "deepseek_v3"))
     explained = run_python(None, *TORCHSPAN, "doctor", "annotate").stdout  # type: ignore[attr-defined]
     assert "torch 2.10" in explained and "https://github.com/pytorch/pytorch" in explained
 

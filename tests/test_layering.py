@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ LEVELS = [
     {"core"},
     {"environment"},
     {"backports", "devices", "capture", "passes", "models", "parallel"},
-    {"artifacts", "scan", "report"},
-    {"strategies"},
+    {"artifacts", "scan", "report", "jobs", "caches"},
+    {"regions"},
+    {"strategies", "diagnosis"},
     {"api", "simulate"},
     {"train", "auto"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-PRIVATE_ALLOWED = {"backports", "capture", "passes", "strategies", "artifacts"}
+PRIVATE_ALLOWED = {"backports", "capture", "passes", "regions", "artifacts"}
 PRIVATE = (
     "torch._dynamo",
     "torch._functorch",
@@ -34,15 +36,17 @@ PRIVATE = (
 def level_of(module: str) -> int:
     """The level of torchspan's folder (or top file) that a dotted module belongs to."""
     part = module.split(".")[1]
-    return next(level for level, folders in enumerate(LEVELS) if part in folders)
+    found = next((level for level, folders in enumerate(LEVELS) if part in folders), None)
+    assert found is not None, f"{module} is no folder of torchspan: inside it, import from the file that has the name"
+    return found
 
 
-def imports_of(tree: ast.AST) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it; what only type checkers see does not count."""
+def imports_of(tree: ast.AST, for_types: bool = False) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it; those for type checkers alone only with `for_types`."""
     skipped = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING" and not for_types
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -53,6 +57,8 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and (named := re.fullmatch(r"(torchspan\.\w+\.\w+):\w+", str(node.value))):
+            yield named[1]  # a function that is called by its name, as the job of another process is
 
 
 def violations(path: Path, text: str) -> list[str]:
@@ -79,6 +85,33 @@ def violations(path: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_go_to_a_lower_level(path: Path) -> None:
     assert violations(path, path.read_text()) == []
+
+
+def circles(imported: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
+    """Groups of modules that import each other, in one step or in several."""
+    reached = {name: set(names) for name, names in imported.items()}
+    for through in reached:
+        for names in reached.values():
+            if through in names:
+                names |= reached[through]
+    in_circle = {name for name, names in reached.items() if name in names}
+    return sorted({tuple(sorted({name} | {o for o in in_circle & reached[name] if name in reached[o]})) for name in in_circle})
+
+
+@pytest.mark.once
+def test_no_modules_import_each_other() -> None:
+    """Those of one folder, for type checkers and inside functions too; between folders their levels forbid it."""
+    paths = {".".join(("torchspan", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in SOURCE.rglob("*.py")}
+    imported = {
+        name: {other for other in imports_of(ast.parse(path.read_text()), for_types=True) if other in paths} - {name}
+        for name, path in paths.items()
+    }
+    assert circles(imported) == []
+
+
+@pytest.mark.once
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [("a", "b", "c")]
 
 
 @pytest.mark.once

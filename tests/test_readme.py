@@ -15,4 +15,4 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def test_the_readme_runs(run_python) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
-    run_python("\n".join(blocks))
+    run_python("\n".join(blocks), as_found=True)

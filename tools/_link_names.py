@@ -29,6 +29,8 @@ NOT_IN_STUBS = """
     set_autocast_ipu_dtype set_autocast_ipu_enabled set_autocast_xla_dtype set_autocast_xla_enabled set_vital uint1 uint2 uint3
     uint4 uint5 uint6 uint7 vitals_enabled
 """
+# of these classes the stub is made from the same list as the C++ code: what it lacks is not there
+COMPLETE = frozenset({"torch._C.Tag"})
 _DEVICE_CODE = re.compile(r"cuda|cudnn|cusparse|nccl|nvtx|cufile|gds|xpu|xccl|hip", re.IGNORECASE)
 # of these the files tell everything, although the syntax alone does not say so
 CLOSED = {
@@ -132,7 +134,7 @@ def settle_c_names(releases: list[Release]) -> None:
 
 def _settle(releases: list[Release], tables: list[dict[str, str]], owner: str, name: str) -> None:
     with_name = [release for release, table in zip(releases, tables) if name in table]
-    if name.startswith("__") or len(with_name) == len(releases):
+    if name.startswith("__") or len(with_name) == len(releases) or owner in COMPLETE:
         return
     # the wheels that are read have no CUDA code, so nothing there mentions its names
     is_visible = not _DEVICE_CODE.search(f"{owner}.{name}") and all(release.wheel.mentions(name) for release in with_name)
@@ -168,10 +170,31 @@ def link(release: Release) -> None:
         for key, target in module.redirected.items():
             _redirect(release, key, target)
     for module in release.modules.values():
-        for name, entry in module.names.items():
-            if entry.startswith("@") and not _is_class(release, entry[1:]):
-                module.names[name] = ""
+        for table in (module.names, *(found.members for found in module.classes.values())):
+            for name, entry in table.items():
+                table[name] = _with_known_class(release, entry)
     _add_operators(release)
+
+
+def _with_known_class(release: Release, entry: str) -> str:
+    """An entry whose class is followed through functions and aliases, and left out where it is none."""
+    if entry.startswith("@"):
+        found = _result(release, entry[1:])
+        return f"@{found}" if found else ""
+    parameters, _, result = entry.partition(">")
+    return f"{parameters}>{result}" if result and _is_class(release, result) else parameters
+
+
+def _result(release: Release, callee: str) -> str:
+    """The class of what a call of `callee` gives."""
+    module, name = find(release, callee)
+    if module is None:
+        return ""
+    if name in module.classes:
+        return callee
+    entry = module.names[name]
+    result = entry.partition(">")[2] if entry.startswith("(") else ""
+    return result if result and _is_class(release, result) else ""
 
 
 def _redirect(release: Release, key: str, target: str) -> None:
@@ -211,8 +234,8 @@ def _add_class_names(release: Release, module: ModuleNames) -> None:
         if place is None or name not in place.classes:
             module.is_open = True
             continue
-        for member in place.classes[name].members:
-            module.names.setdefault(member, "")
+        for member, entry in place.classes[name].members.items():
+            module.names.setdefault(member, entry if entry.startswith(("@", "#")) else "")
         todo += [base for base in place.classes[name].bases.split(",") if base]
 
 
@@ -260,6 +283,47 @@ def settle_operators(releases: list[Release]) -> None:
             for release in releases:
                 if release.wheel.mentions(name):
                     release.modules[space].names.setdefault(name, "")
+
+
+def settle_kinds(releases: list[Release]) -> None:
+    """Keep the kinds of a parameter where a later release takes one more of them than an earlier one; else drop them."""
+    for module in sorted(set().union(*(release.modules for release in releases))):
+        having = [release.modules[module] for release in releases if module in release.modules]
+        _settle_kinds([found.names for found in having])
+        for owner in sorted(set().union(*(found.classes for found in having))):
+            _settle_kinds([found.classes[owner].members for found in having if owner in found.classes])
+
+
+def _settle_kinds(tables: list[dict[str, str]]) -> None:
+    for name in set().union(*tables):
+        entries = [table[name] for table in tables if ":" in table.get(name, "") and table[name].startswith("(")]
+        kept = _grown_parameters(entries) if entries else frozenset()
+        for table in tables:
+            entry = table.get(name, "")
+            if entry.startswith("(") and ":" in entry:
+                table[name] = _keep_kinds(entry, kept)
+
+
+def _grown_parameters(entries: list[str]) -> frozenset[str]:
+    """The parameters that take, in a later one of these releases, a kind more than None that they did not take before."""
+    before: dict[str, set[str]] = {}
+    grown: set[str] = set()
+    for entry in entries:
+        for part in entry[1:].partition(">")[0].split(","):
+            parameter, _, kinds = part.partition(":")
+            taken = set(filter(None, kinds.split("|")))
+            if not taken:
+                continue
+            if parameter in before and taken - before[parameter] - {"None"} and before[parameter] < taken:
+                grown.add(parameter)
+            before[parameter] = taken
+    return frozenset(grown)
+
+
+def _keep_kinds(entry: str, kept: frozenset[str]) -> str:
+    parameters, arrow, result = entry.partition(">")
+    parts = [part if part.partition(":")[0] in kept else part.partition(":")[0] for part in parameters[1:].split(",")]
+    return "(" + ",".join(parts) + arrow + result
 
 
 # as one text

@@ -3,9 +3,12 @@
 An entry says what a name is, as text::
 
     ""            something: a value, or a thing from another package
+    "#"           a setting: a plain constant of a module, or a property that can be set
     "(a,b,*,c"    a function and its parameters; "*" ends the positional ones, "**" takes any keyword; "(~" before them: there
                   may be more (a stub, an unknown decorator); "(+": and those of the next base's __init__ (a dataclass)
     "(?"          a function of unknown parameters
+    "(a:T|U"      … whose parameter is annotated as one of these kinds; kept where releases differ
+    "(a>b.c"      … that gives an instance of the class b.c
     "=a.b"        the same object as a.b
     "@a.b"        an instance of the class a.b (or what the function a.b returns)
     ":a.b,c.d"    a class and its bases; "!X" is one from elsewhere; "?": it may have more names than are listed here, "*": its
@@ -101,6 +104,7 @@ def read_module(name: str, text: str, *, is_package: bool, is_stub: bool) -> Mod
     except SyntaxError:  # for a Python newer than this one
         return ModuleNames(is_open=True)
     reader.block(tree.body, {})
+    reader.add_results()
     if _HIDDEN.search(text):
         reader.find_globals(tree, text)
     if reader.getattr_function is not None and not _bounded_names(
@@ -126,6 +130,7 @@ class _Reader:
         self.foreign: set[str] = set()  # names imported from other packages
         self.this_module = {"sys.modules[__name__]"}  # expressions that mean it
         self.getattr_function: ast.FunctionDef | None = None
+        self.results: list[tuple[dict[str, str], str, ast.expr | None]] = []  # table, name in it, annotation
 
     def block(self, statements: Iterable[ast.stmt], loop: Mapping[str, object]) -> None:
         for statement in statements:
@@ -209,12 +214,47 @@ class _Reader:
             return
         entry = function_entry(node, self.is_stub, is_method=False)
         self.found.names[node.name] = _merged(self.found.names.get(node.name, ""), entry, self.is_stub)
+        self.results.append((self.found.names, node.name, node.returns))
 
     on_AsyncFunctionDef = on_FunctionDef
 
     def on_ClassDef(self, node: ast.ClassDef, loop: Mapping[str, object]) -> None:
-        self.found.classes[node.name] = read_class(node, self.dotted, self.is_stub, self.constants)
-        self.found.names[node.name] = ":" + self.found.classes[node.name].bases
+        found = self.found.classes[node.name] = read_class(node, self.dotted, self.is_stub, self.constants)
+        self.found.names[node.name] = ":" + found.bases
+        for part in _inner_statements(node.body):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.results.append((found.members, part.name, part.returns))
+            elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                self.results.append((found.members, part.target.id, part.annotation))
+
+    def add_results(self) -> None:
+        """Add the classes of what functions give, and of values, where annotations say so: all names are known by now."""
+        by_place: dict[tuple[int, str], list[ast.expr | None]] = {}
+        for table, name, annotation in self.results:
+            by_place.setdefault((id(table), name), []).append(annotation)
+        for table, name, _ in self.results:
+            classes = {self.class_of(annotation) for annotation in by_place.pop((id(table), name), ())}
+            entry = table.get(name, "")
+            result = classes.pop() if len(classes) == 1 else ""
+            if result and entry.startswith("("):
+                table[name] = f"{entry}>{result}"
+            elif result and entry == "":
+                table[name] = f"@{result}"
+
+    def class_of(self, annotation: ast.expr | None) -> str:
+        """The class of torch that an annotation means, None aside; nothing where it means another or several."""
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            try:
+                annotation = ast.parse(annotation.value, mode="eval").body
+            except SyntaxError:
+                return ""
+        if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).rpartition(".")[2] == "Optional":
+            return self.class_of(annotation.slice)
+        if isinstance(annotation, ast.BinOp):
+            sides = [side for side in (annotation.left, annotation.right) if ast.unparse(side) != "None"]
+            return self.class_of(sides[0]) if len(sides) == 1 else ""
+        found = self.dotted(annotation) if isinstance(annotation, (ast.Name, ast.Attribute)) else None
+        return found if found is not None and is_ours(found) else ""
 
     def on_Assign(self, node: ast.Assign, loop: Mapping[str, object]) -> None:
         for target in node.targets:
@@ -261,7 +301,7 @@ class _Reader:
             constant = self.value_of(value, loop)
             if constant is not UNKNOWN:
                 self.constants[target.id] = constant
-            entry = self.entry_of(value)
+            entry = self.entry_of(value) or ("#" if _is_plain(value) else "")
             if entry != f"={self.name}.{target.id}":
                 self.found.names[target.id] = entry
         elif isinstance(target, ast.Subscript):
@@ -323,7 +363,7 @@ class _Reader:
             if last in ("_add_docstr", "add_docstr") and value.args:
                 target = self.dotted(value.args[0])
                 return f"={target}" if target else ""
-            return f"@{callee}" if callee else ""
+            return "#" if last == "ContextProp" else f"@{callee}" if callee else ""
         target = self.dotted(value)
         return f"={target}" if target else ""
 
@@ -377,7 +417,7 @@ def read_class(node: ast.ClassDef, dotted: object, is_stub: bool, constants: Map
         metaclass = ast.unparse(next(k.value for k in node.keywords if k.arg == "metaclass"))
         bases += [] if metaclass.rpartition(".")[2] in ("ABCMeta", "EnumMeta", "EnumType") else ["?"]
     found = ClassNames(",".join(dict.fromkeys(base for base in bases if base)))
-    _read_class_body(node.body, found, is_stub)
+    _read_class_body(node.body, found, is_stub, dotted)
     decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d).rpartition(".")[2] for d in node.decorator_list]
     is_named_tuple = any(ast.unparse(base).rpartition(".")[2] == "NamedTuple" for base in node.bases)
     if "__init__" not in found.members and (is_named_tuple or _DATACLASSES & set(decorators)):
@@ -404,18 +444,20 @@ def _base(node: ast.expr, dotted: object) -> str:
     return "" if last in _PLAIN_BASES else f"!{last}" if last.isidentifier() else "?"
 
 
-def _read_class_body(body: Iterable[ast.stmt], found: ClassNames, is_stub: bool) -> None:
+def _read_class_body(body: Iterable[ast.stmt], found: ClassNames, is_stub: bool, dotted: object) -> None:
     for part in body:
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
             entry = function_entry(part, is_stub, is_method=True)
             found.members[part.name] = _merged(found.members.get(part.name, ""), entry, is_stub)
+            if any(ast.unparse(decorator).endswith(".setter") for decorator in part.decorator_list):
+                found.members[part.name] = "#"
         elif isinstance(part, ast.ClassDef):
             found.members[part.name] = ""
         elif isinstance(part, (ast.Assign, ast.AnnAssign)):
             for target in part.targets if isinstance(part, ast.Assign) else [part.target]:
                 for node in ast.walk(target):
                     if isinstance(node, ast.Name):
-                        found.members.setdefault(node.id, "")
+                        found.members.setdefault(node.id, _made_by_call(part.value, dotted))
             if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "__slots__":
                 slots = _value_of(part.value, {})
                 found.members |= dict.fromkeys(
@@ -423,10 +465,35 @@ def _read_class_body(body: Iterable[ast.stmt], found: ClassNames, is_stub: bool)
                 )
         elif isinstance(part, (ast.If, ast.Try, ast.With, ast.For)):
             for inner in (part.body, getattr(part, "orelse", [])):
-                _read_class_body(inner, found, is_stub)
+                _read_class_body(inner, found, is_stub, dotted)
         elif isinstance(part, (ast.Import, ast.ImportFrom)):
             for alias in part.names:
                 found.members[alias.asname or alias.name.partition(".")[0]] = ""
+
+
+def _made_by_call(value: ast.expr | None, dotted: object) -> str:
+    """The entry of a class's attribute: an instance of what is called, or a setting."""
+    if not isinstance(value, ast.Call):
+        return ""
+    callee = dotted(value.func)  # type: ignore[operator]
+    if ast.unparse(value.func).rpartition(".")[2] == "ContextProp":
+        return "#"
+    return f"@{callee}" if callee else ""
+
+
+def _inner_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a class's body, those under an ``if`` or a ``try`` among them."""
+    for part in body:
+        yield part
+        if isinstance(part, (ast.If, ast.Try, ast.With, ast.For)):
+            yield from _inner_statements([*part.body, *getattr(part, "orelse", [])])
+
+
+def _is_plain(value: ast.expr) -> bool:
+    """Whether an expression is a switch, a number, a text or None."""
+    if isinstance(value, ast.UnaryOp):
+        value = value.operand
+    return isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, (bool, int, float, str)))
 
 
 def _fields(node: ast.ClassDef) -> list[str]:
@@ -452,22 +519,52 @@ def function_entry(node: ast.FunctionDef | ast.AsyncFunctionDef, is_stub: bool, 
     decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d).rpartition(".")[2] for d in node.decorator_list]
     if {"property", "cached_property", "setter", "deleter", "classproperty"} & set(decorators):
         return ""
-    entry = "(" + _parameters(node.args, skip_first=is_method and "staticmethod" not in decorators)
+    entry = "(" + _parameters(node.args, skip_first=is_method and "staticmethod" not in decorators, has_kinds=not is_stub)
     if node.args.kwarg is not None:
         entry = ",".join([entry, *_taken_from(node.args.kwarg.arg, node)])
     return _with_more(entry) if is_stub or not set(decorators) <= _KEEPING else entry
 
 
-def _parameters(arguments: ast.arguments, *, skip_first: bool) -> str:
-    positional_only = [argument.arg for argument in arguments.posonlyargs]
-    positional = [argument.arg for argument in arguments.args]
+def _parameters(arguments: ast.arguments, *, skip_first: bool, has_kinds: bool = False) -> str:
+    positional_only, positional = list(arguments.posonlyargs), list(arguments.args)
     if skip_first:
         (positional_only or positional)[:1] = []
-    parts = [*positional_only, *(["/"] if positional_only else []), *positional]
+    named = (argument.arg + (_kinds(argument.annotation) if has_kinds else "") for argument in (*positional_only, *positional))
+    parts = list(named)
+    if positional_only:
+        parts.insert(len(positional_only), "/")
     if arguments.vararg is not None or arguments.kwonlyargs:
         parts.append("*")
-    parts += [argument.arg for argument in arguments.kwonlyargs]
+    parts += [argument.arg + (_kinds(argument.annotation) if has_kinds else "") for argument in arguments.kwonlyargs]
     return ",".join([*parts, "**"] if arguments.kwarg is not None else parts)
+
+
+def _kinds(annotation: ast.expr | None) -> str:
+    """``:A|B`` for an annotation that is a union of plain classes; nothing where it may be anything else."""
+    kinds = _members_of_union(annotation)
+    return ":" + "|".join(sorted(kinds)) if kinds and all(kind in _SIMPLE_KINDS for kind in kinds) else ""
+
+
+_CONTAINERS = ("list", "List", "tuple", "Tuple", "dict", "Dict", "set", "Sequence", "Iterable", "Mapping", "Collection")
+_SIMPLE_KINDS = frozenset({"bool", "int", "float", "str", "None", "Tag", "dtype", "device", "Tensor", *_CONTAINERS})
+
+
+def _members_of_union(node: ast.expr | None) -> set[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        try:
+            return _members_of_union(ast.parse(node.value, mode="eval").body)
+        except SyntaxError:
+            return {"?"}
+    if isinstance(node, ast.BinOp):
+        return _members_of_union(node.left) | _members_of_union(node.right)
+    if isinstance(node, ast.Subscript):
+        last = ast.unparse(node.value).rpartition(".")[2]
+        if last in ("Optional", "Union"):
+            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            inner = set().union(*(_members_of_union(part) for part in parts))
+            return inner | {"None"} if last == "Optional" else inner
+        return {last}
+    return set() if node is None else {ast.unparse(node).rpartition(".")[2]}
 
 
 def _taken_from(keywords: str, function: ast.AST) -> list[str]:
@@ -497,7 +594,8 @@ def _merged(before: str, entry: str, is_stub: bool) -> str:
     """A function's entry, with those of earlier overloads in a stub."""
     if not (is_stub and before.startswith("(") and entry.startswith("(")):
         return entry
-    names = dict.fromkeys(part for one in (before, entry) for part in one.lstrip("(~").split(",") if part not in ("", "/", "*"))
+    parts = [part for one in (before, entry) for part in one.lstrip("(~").split(",")]
+    names = dict.fromkeys(part for part in parts if part not in ("", "/", "*"))
     return "(~" + ",".join(names)
 
 
@@ -569,9 +667,14 @@ def _unpacked(target: ast.expr, value: object) -> Iterator[tuple[str, object]] |
     return {}
 
 
+def _ends_in_raise(body: list[ast.stmt]) -> bool:
+    last = body[-1] if body else None
+    return isinstance(last, ast.Raise) or (isinstance(last, ast.If) and _ends_in_raise(last.orelse))
+
+
 def _bounded_names(function: ast.FunctionDef, constants: Mapping[str, object], names: dict[str, str]) -> bool:
     """Add the names that a ``__getattr__`` answers to; False where its text does not tell them."""
-    if not isinstance(function.body[-1], ast.Raise):
+    if not _ends_in_raise(function.body):
         return False
     parameter = function.args.args[-1].arg
     found: list[object] = []

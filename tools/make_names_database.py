@@ -22,7 +22,7 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from _link_names import Release, Wheel, encode, link, read_release, settle_c_names, settle_operators
+from _link_names import Release, Wheel, encode, link, read_release, settle_c_names, settle_kinds, settle_operators
 from _module_names import ROOTS, ModuleNames, read_module
 
 RELEASES = ("2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
@@ -47,6 +47,7 @@ def main() -> None:
     for release in releases:
         link(release)
     settle_operators(releases)
+    settle_kinds(releases)
     text = encode(releases)
     options.out.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
     size = f"{len(text) / 1e6:.1f} MB as text, {options.out.stat().st_size / 1e3:.0f} kB compressed"
@@ -60,7 +61,7 @@ def _say(text: str) -> None:
 def _read(release: str, folder: Path) -> Release:
     kept = folder / f"torch-{release}.zip"
     if not kept.exists():
-        _extract(_download(release, folder), kept)
+        _extract(next(folder.glob(f"torch-{release}-*.whl"), None) or _download(release, folder), kept)
     with zipfile.ZipFile(kept) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
     sources = {name: text.decode() for name, text in texts.items() if name.endswith((".py", ".pyi"))}
@@ -79,7 +80,7 @@ def _download(release: str, folder: Path) -> Path:
 def _extract(wheel: Path, kept: Path) -> None:
     """Keep what is read of `wheel`, and delete it."""
     partial = kept.with_suffix(".part")
-    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as out:
         for name in archive.namelist():
             if (name.partition("/")[0] in ROOTS and name.endswith((".py", ".pyi"))) or name == OPERATORS:
                 out.writestr(name, archive.read(name))
@@ -91,9 +92,7 @@ def _extract(wheel: Path, kept: Path) -> None:
 
 def texts_in(library: bytes) -> bytes:
     """The texts in a compiled library that can be a name or an operator's schema."""
-    plain = b"\0".join(
-        {text for text in library.split(b"\0") if len(text) > 2 and text.isascii() and text.decode().isprintable()}
-    )
+    plain = b"\0".join(set(re.findall(rb"(?:(?<=\0)|\A)[\x20-\x7e]{3,}(?=\0|\Z)", library)))
     found = set(re.findall(rb"(?<![A-Za-z0-9_.])[A-Za-z_][A-Za-z0-9_.]{2,80}[\x00(]", plain + b"\0"))
     return b"".join(sorted(found))
 

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from torchspan.api import register_backport as register_backport
     from torchspan.api import register_shim as register_shim
     from torchspan.artifacts import Precompile as Precompile
-    from torchspan.artifacts._load import load as load
-    from torchspan.artifacts._make import precompile as precompile
+    from torchspan.artifacts.artifact import precompile as precompile
+    from torchspan.artifacts.loading import load as load
     from torchspan.backports._base import Backport as Backport
     from torchspan.core.errors import TorchspanError as TorchspanError
     from torchspan.core.report import Report as Report
     from torchspan.devices._value import TorchDevice as TorchDevice
     from torchspan.devices._value import keep_cpu as keep_cpu
-    from torchspan.strategies import Budget as Budget
-    from torchspan.strategies import CompileProfile as CompileProfile
+    from torchspan.diagnosis.profiling import CompileProfile as CompileProfile
+    from torchspan.diagnosis.profiling import profile_compile as profile_compile
+    from torchspan.jobs.budget import Budget as Budget
     from torchspan.strategies import compile_bounded as compile  # noqa: F401
     from torchspan.strategies import partial_compile as partial_compile
-    from torchspan.strategies import profile_compile as profile_compile
     from torchspan.strategies import region as region
     from torchspan.strategies import safe_compile as safe_compile
     from torchspan.strategies import smart_compile as smart_compile
@@ -33,8 +33,8 @@ __version__ = "0.1.0"
 # Where each public name comes from; imported when it is first looked up, so that importing torchspan imports no torch.
 _PUBLIC = {
     "Backport": "torchspan.backports._base:Backport",
-    "Budget": "torchspan.strategies:Budget",
-    "CompileProfile": "torchspan.strategies:CompileProfile",
+    "Budget": "torchspan.jobs.budget:Budget",
+    "CompileProfile": "torchspan.diagnosis.profiling:CompileProfile",
     "Precompile": "torchspan.artifacts:Precompile",
     "Report": "torchspan.core.report:Report",
     "TorchDevice": "torchspan.devices._value:TorchDevice",
@@ -46,7 +46,7 @@ _PUBLIC = {
     "load": "torchspan.artifacts:load",
     "partial_compile": "torchspan.strategies:partial_compile",
     "precompile": "torchspan.artifacts:precompile",
-    "profile_compile": "torchspan.strategies:profile_compile",
+    "profile_compile": "torchspan.diagnosis.profiling:profile_compile",
     "region": "torchspan.strategies:region",
     "register_backport": "torchspan.api:register_backport",
     "register_shim": "torchspan.api:register_shim",

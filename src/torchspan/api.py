@@ -5,17 +5,16 @@ What they call is imported when they are called: importing this module imports n
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from torchspan.core.config import split_names
+from torchspan.core.collector import collecting_later
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.logs import show_logs
 from torchspan.core.report import Report, current_report
+from torchspan.core.text import split_names
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torchspan.backports._base import Backport
     from torchspan.environment.patch import Patch
     from torchspan.environment.scope import Environment
-    from torchspan.strategies import Budget
+    from torchspan.jobs.budget import Budget
 
 _lock = threading.RLock()
 _environment: Environment | None = None
@@ -77,7 +76,7 @@ def activate(
     if budget is not None:
         settings["TORCHSPAN_BUDGET_SECONDS"] = str(budget.seconds)
         settings["TORCHSPAN_BUDGET_MEMORY"] = "" if budget.limit_bytes is None else str(budget.limit_bytes)
-    with _lock, _collecting_later():
+    with _lock, collecting_later():
         if _environment is not None and _environment.is_active:
             if _environment.settings == settings:
                 return _environment
@@ -156,7 +155,7 @@ def register_shim(module_name: str, factory: Callable[[], ModuleType | Mapping[s
     from torchspan.backports._base import Shim
 
     if not all(part.isidentifier() for part in module_name.split(".")):
-        raise InputError(f"{module_name!r} is no module's name; expected a dotted one, such as torch.some.module")
+        raise InputError(f"{module_name!r} is not a module name; expected a dotted name, such as torch.some.module")
     return register_backport(Shim(module_name, f"the module {module_name}", module_name, is_module=True, factory=factory))
 
 
@@ -184,23 +183,11 @@ def autoload() -> None:
         write_part(environment.report)
 
 
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Inside, Python's collector waits: a pass over all that torch has just made takes longer than an activation."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _budget_of(variables: Mapping[str, str]) -> Budget | None:
     seconds, memory = variables.get("TORCHSPAN_BUDGET_SECONDS"), variables.get("TORCHSPAN_BUDGET_MEMORY")
     if seconds is None and memory is None:
         return None
-    from torchspan.strategies import DEFAULT_BUDGET, Budget
+    from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
 
     try:
         return Budget(float(seconds or DEFAULT_BUDGET.seconds), DEFAULT_BUDGET.memory if memory is None else memory or None)
@@ -211,10 +198,13 @@ def _budget_of(variables: Mapping[str, str]) -> Budget | None:
 def _patches(
     device: str, masquerade: bool, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
 ) -> list[Patch]:
-    from torchspan.backports._base import backport_names, backport_patches
+    import torch
 
-    patches: list[Patch] = []
-    known = set(backport_names())
+    from torchspan.backports._base import backport_names, backport_patches
+    from torchspan.scan import advice_patches, setting_patches
+
+    patches: list[Patch] = advice_patches()
+    known = {"advice", "settings", *backport_names()}
     if device != "off":
         from torchspan.devices._base import REGISTRY as RULES
         from torchspan.devices._base import device_patches
@@ -225,7 +215,7 @@ def _patches(
     for name in disable - known:
         raise unknown_name("backport or device rule", name, known, "'torchspan doctor' lists them")
     if backports:
-        patches += backport_patches()
+        patches += [*backport_patches(), *setting_patches(torch.__version__)]
     patches = [patch for patch in patches if patch.owner not in disable]
     if compile == "bounded":
         from torchspan.strategies import torch_compile_patch

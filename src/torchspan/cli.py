@@ -1,12 +1,14 @@
-"""The command line: doctor, scan, run, compile, explain, precompile, train, passes. It draws a Report, or prints JSON."""
+"""The command line: doctor, scan, run, port, compile, explain, precompile, train, passes. It draws a Report, or prints JSON."""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import runpy
@@ -15,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import TracebackType
@@ -26,22 +29,16 @@ from rich.padding import Padding
 from rich.table import Table
 
 import torchspan
-from torchspan.core.config import check_folder, format_bytes
 from torchspan.core.errors import InputError, TorchspanError, unknown_name
 from torchspan.core.logs import show_logs
+from torchspan.core.registry import Registry
 from torchspan.core.report import Attempt, Decision, Report
+from torchspan.core.text import check_folder, format_bytes
+from torchspan.core.topics import Topic
 
 if TYPE_CHECKING:
+    from torchspan.report import Ported, Proof
     from torchspan.scan import Scan
-
-_TOPICS = {
-    "backport": "backported",
-    "device": "redirected",
-    "compile": "compiled",
-    "precompile": "precompiled",
-    "capture": "captured",
-    "pass": "transformed",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         show_logs(os.environ.get("TORCHSPAN_LOG", ""))
         if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
-        options = _parser().parse_args(arguments)
+            code = _train(arguments[1:])
+            if argv is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                _leave(code)
+            return code
+        end = arguments.index("--") if "port" in arguments[:2] and "--" in arguments else len(arguments)
+        options = _parser().parse_args(arguments[:end])
+        options.arguments = arguments[end + 1 :]
         if options.verbose and options.command is not _run:
             show_logs(os.environ.get("TORCHSPAN_LOG") or "info")
         command: Callable[[argparse.Namespace], int] = options.command
@@ -89,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     scan = commands.add_parser("scan", help="which torch a code base needs, and what of it the backports cover")
-    scan.add_argument("paths", nargs="+", metavar="path", help="Python files, and folders that are searched for them")
+    scan.add_argument(
+        "paths", nargs="+", metavar="path", help="Python files, folders that are searched for them, installed packages"
+    )
     scan.add_argument("--torch", help="a release such as 2.8: only what that one lacks (default: each that torchspan runs on)")
+    scan.add_argument("--fix-requires", action="store_true", help="write the oldest torch that it runs on into pyproject.toml")
     scan.add_argument("--json", action="store_true", help="print JSON")
     scan.set_defaults(command=_scan)
 
@@ -116,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="program", help="the program and its arguments")
     run.set_defaults(command=_run, topics=None, finish=False)
 
+    _add_port_command(commands)
     _add_compile_commands(commands)
 
     precompile = commands.add_parser("precompile", help="compile a model into an artifact that loads without compiling")
@@ -139,12 +145,18 @@ def _parser() -> argparse.ArgumentParser:
 
     passes = commands.add_parser("passes", help="the passes over a graph, and their options")
     passes.add_argument("--json", action="store_true", help="print JSON")
+    passes.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="run the pass again that failed and left FILE; this runs FILE as a program: take it from whom you trust",
+    )
     passes.set_defaults(command=_passes)
     return parser
 
 
 _AS_RUN: dict[str, Any] = {"masquerade": False, "disable": "", "report": None, "verbose": False, "budget_seconds": None}
-_AS_RUN |= {"budget_memory": None, "quiet": False, "topics": ("compile",), "finish": True}
+_AS_RUN |= {"budget_memory": None, "quiet": False, "topics": (Topic.COMPILE,), "finish": True}
 
 
 def _add_artifact_commands(commands: Any) -> None:
@@ -162,6 +174,29 @@ def _add_artifact_commands(commands: Any) -> None:
     diff.set_defaults(command=_artifact_diff)
     for parser in (show, verify, diff):
         parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_port_command(commands: Any) -> None:
+    port = commands.add_parser(
+        "port",
+        help="write a program that runs on every device, without torchspan",
+        usage="torchspan port script.py [-o OUTPUT] [--diff] [--check] [--device DEVICE] [-- arguments of the script]",
+        description="Replace each line of a program that names CUDA by one that runs on every device, and show the diff. Lines "
+        "that have no such form are left as they are and listed on standard error; then the exit code is 1.",
+    )
+    port.add_argument(
+        "-o", "--output", type=Path, help="the ported script (.py), or a folder for it and the modules it imports"
+    )
+    port.add_argument("--diff", action="store_true", help="print the diff although there is an output (without one: always)")
+    port.add_argument(
+        "--check",
+        action="store_true",
+        help="run both, the original under torchspan and the ported program without it, with the arguments after '--', "
+        "and compare what they print; if they differ, the exit code is 1",
+    )
+    port.add_argument("--device", default="auto", help="with --check: as for 'torchspan run' (default: auto)")
+    port.add_argument("script", help="the program; the modules under its folder that it imports are looked at too")
+    port.set_defaults(command=_port)
 
 
 def _add_compile_commands(commands: Any) -> None:
@@ -199,6 +234,9 @@ def _doctor(options: argparse.Namespace) -> int:
     from torchspan.backports._base import all_backports, get_backport, status
     from torchspan.environment.facts import gather
 
+    if options.name is not None and (described := _described_plug_in(options.name)):
+        _emit(options.json, described, lambda console: console.print(_pairs(described)))
+        return 0
     if options.name is not None:
         backport = get_backport(options.name)
         state, reason = status(backport)
@@ -214,9 +252,10 @@ def _doctor(options: argparse.Namespace) -> int:
         return 0
     facts = gather()
     rows = [(b, *status(b)) for b in all_backports()]
-    values = {
+    values: dict[str, Any] = {
         "facts": facts.to_dict(),
         "backports": [{"name": b.name, "target": b.target, "state": state, "reason": why} for b, state, why in rows],
+        **{kind: {name: _summary(registry, name) for name in registry.names()} for kind, registry in _plug_ins().items()},
     }
 
     def draw(console: Console) -> None:
@@ -230,10 +269,35 @@ def _doctor(options: argparse.Namespace) -> int:
             provides = f"{backport.summary} ({why})" if state == "not possible here" else backport.summary
             table.add_row(backport.name, state, since, provides)
         console.print(table)
+        for kind in _plug_ins():
+            console.print()
+            listed = _table(kind.replace("_", " "), "does")
+            for name, summary in values[kind].items():
+                listed.add_row(name, summary)
+            console.print(listed)
         console.print("\n'torchspan doctor NAME' explains one", style="dim")
 
     _emit(options.json, values, draw)
     return 0
+
+
+def _plug_ins() -> dict[str, Registry]:
+    """The kinds of plug-ins besides backports."""
+    kinds = {"device_rules": "devices", "passes": "passes", "strategies": "strategies", "models": "models"}
+    return {kind: Registry(f"torchspan.{folder}", kind.replace("_", " ").rstrip("s")) for kind, folder in kinds.items()}
+
+
+def _summary(registry: Registry, name: str) -> str:
+    return registry.docstring(name).partition("\n")[0]
+
+
+def _described_plug_in(name: str) -> dict[str, str] | None:
+    """What a plug-in of this name says of itself; None where there is none besides backports."""
+    found = next(((kind, registry) for kind, registry in _plug_ins().items() if name in registry.names()), None)
+    if found is None:
+        return None
+    kind, registry = found
+    return {"name": name, "kind": kind.replace("_", " "), "says": registry.docstring(name), "file": registry.target(name)}
 
 
 # scan
@@ -241,9 +305,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _scan(options: argparse.Namespace) -> int:
     from torchspan.scan import scan
+    from torchspan.scan._requires import fix_requires
 
     found = scan(options.paths, options.torch)
-    _emit(options.json, found.to_dict(), lambda console: draw_scan(found, console))
+    values = found.to_dict()
+    if options.fix_requires:
+        values["requires"] = fix_requires(found, options.paths)
+    _emit(options.json, values, lambda console: draw_scan(found, console))
+    if options.fix_requires and not options.json:
+        print(values["requires"])
     return found.exit_code
 
 
@@ -263,8 +333,9 @@ def draw_scan(found: Scan, console: Console) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from torchspan.api import autoload, deactivate
+    from torchspan.regions.lifecycle import end_compiles
+    from torchspan.regions.watch import finish_compiles
     from torchspan.report import Recording, draw_table, rank_of_world, report_path, write_page
-    from torchspan.strategies import end_compiles, finish_compiles
 
     if not options.program:
         raise InputError("no program to run; expected 'torchspan run script.py' or 'torchspan run -m module'")
@@ -305,7 +376,7 @@ def _run(options: argparse.Namespace) -> int:
             elif (
                 not report_to
                 and not options.topics
-                and any(decision.topic == "device" for decision in recording.report.decisions)
+                and any(decision.topic is Topic.DEVICE for decision in recording.report.decisions)
             ):
                 console.print("'torchspan run --report out.html' shows what to write instead of each line", style="dim")
     return code
@@ -339,6 +410,9 @@ def _has_module(name: str) -> bool:
 
 def _run_program(target: str, is_module: bool, arguments: list[str]) -> tuple[int, str]:
     """Run the program as ``python target`` would, with its own traceback when it fails; its exit code, and how it ended."""
+    from torchspan.devices.absent_packages import advice
+    from torchspan.scan import show_advice
+
     sys.argv = [target, *arguments]
     try:
         if is_module:
@@ -355,6 +429,9 @@ def _run_program(target: str, is_module: bool, arguments: list[str]) -> tuple[in
         return 130, "interrupted"
     except BaseException as error:  # noqa: BLE001 (whatever the program raises is shown as Python would show it)
         traceback.print_exception(type(error), error, _without_ours(error.__traceback__))
+        show_advice(error)
+        if isinstance(error, ModuleNotFoundError) and (told := advice(error.name or "")):
+            print(f"torchspan: {told}", file=sys.stderr)
         return 1, "failed: " + "".join(traceback.format_exception_only(type(error), error)).strip()
     return 0, "ended"
 
@@ -366,12 +443,73 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
+# port
+
+
+def _port(options: argparse.Namespace) -> int:
+    from torchspan.report import port_program, prove, write_ported
+
+    script = Path(options.script)
+    _check_program(options.script, is_module=False)
+    if options.arguments and not options.check:
+        raise InputError(
+            f"arguments {shlex.join(options.arguments)!r} are of a run; expected '--check', which runs the program"
+        )
+    proof = None
+    if options.check:
+        ported, proof = prove(script, options.arguments, options.device)
+    else:
+        ported = port_program(script)
+    if options.diff or options.output is None:
+        print("".join(each.diff for each in ported), end="", flush=True)
+    written = write_ported(ported, options.output) if options.output else []
+    console = _console(stderr=True)
+    is_whole = _draw_ported(ported, written, options.output, console)
+    return int(not (_draw_proof(proof, console) and is_whole))
+
+
+def _draw_ported(ported: Sequence[Ported], written: Sequence[Path], output: Path | None, console: Console) -> bool:
+    """Say what was replaced, and what is left to do; whether that is nothing."""
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    is_one = output is not None and output.suffix == ".py"
+    for each in ported:
+        for statement in each.left:
+            say(f"{each.name}:{statement.first}: by hand: {statement.source.strip()}")
+            say(*(f"    {note}" for note in statement.notes), sep="\n", style="yellow")
+    others = [each.name for each in ported[1:] if each.is_changed] if is_one else []
+    if others:
+        say(f"not written: {', '.join(others)}, which the script imports; '-o FOLDER' ports them too", style="yellow")
+    num_replaced, num_left = (
+        sum(map(count, ported)) for count in (lambda each: each.num_replaced, lambda each: len(each.left))
+    )
+    where = f", written to {', '.join(map(str, written))}" if written else ""
+    say(f"{num_replaced} statements replaced, {num_left} left to do by hand{where}", style="bold")
+    return not num_left and not others
+
+
+def _draw_proof(proof: Proof | None, console: Console) -> bool:
+    """Say whether both runs ended alike and printed the same; True where there were none."""
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if proof is None:
+        return True
+    if proof.is_same:
+        lines = len(proof.ported.output.splitlines())
+        say(f"both ran: exit code {proof.ported.code}, the same {lines} lines of output, to the letter", style="bold")
+        return proof.ported.code == 0
+    if proof.difference:
+        say(proof.difference)
+    for name, ending in (("the original under torchspan", proof.original), ("the ported program without", proof.ported)):
+        say(f"{name}: exit code {ending.code}{f': {ending.last_words}' if ending.code else ''}")
+    say("the two do not print the same", style="bold")
+    return False
+
+
 # compile, explain
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from torchspan.strategies import Finished, watching
-    from torchspan.strategies._compile_profile import write_profiles
+    from torchspan.diagnosis.profiling import write_profiles
+    from torchspan.regions.watch import Finished, watching
 
     if options.profile and options.profile.suffix not in (".html", ".json"):
         raise InputError(f"profile {str(options.profile)!r} is of no known kind; expected a name that ends in .html or .json")
@@ -388,7 +526,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _write_repros(finished: Sequence[Any], folder: Path) -> None:
-    from torchspan.strategies import write_repro
+    from torchspan.diagnosis.repro import write_repro
 
     console = _console(stderr=True)
     failed = [one for one in finished if one.ending.outcome in ("failed", "timeout", "memory", "crashed")]
@@ -401,7 +539,8 @@ def _write_repros(finished: Sequence[Any], folder: Path) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from torchspan.strategies import DEFAULT_BUDGET, Budget, explaining
+    from torchspan.diagnosis.explain import explaining
+    from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
 
     with explaining(DEFAULT_BUDGET if options.seconds is None else Budget(options.seconds)) as found:
         code = _run(options)
@@ -560,26 +699,65 @@ def _load_model(spec: str) -> Any:
 
 def _train(arguments: list[str]) -> int:
     from torchspan.train import main as train_main
+    from torchspan.train._rank import telling_launcher
 
     report = Report()
-    code = train_main(arguments, report)
-    if int(os.environ.get("RANK", "0")) == 0:
+    with telling_launcher():
+        code = train_main(arguments, report)
+    if (report.decisions or report.attempts) and int(os.environ.get("RANK", "0")) == 0:  # nothing of a check, nor of --help
         draw_report(report, _console(stderr=True))
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End a rank whose work is done, without C++'s own end of the process.
+
+    In that, torch 2.13.0 aborts now and then ("terminate called without an active exception"): 2 of 36 plain jobs on gloo did.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _passes(options: argparse.Namespace) -> int:
     from torchspan.passes import describe_passes
 
+    if options.replay is not None:
+        return _replay(options.replay)
     rows = describe_passes()
 
     def draw(console: Console) -> None:
-        table = _table("pass", "what it does", "options")
-        for row in rows:
-            table.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "none")
+        table = _table("pass", "what it does", "numbers", "options")
+        table.columns[0].no_wrap = True
+        for stage, group in itertools.groupby(rows, key=lambda row: row["stage"] or "any"):
+            table.add_row(f"[bold]{stage}[/]")
+            for row in group:
+                options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "none"
+                table.add_row(f"  {row['name']}", row["summary"], row["claim"], options)
         console.print(table)
+        console.print("Passes of a pipeline stand in the order of their stages.", style="dim")
 
     _emit(options.json, rows, draw)
+    return 0
+
+
+def _replay(path: Path) -> int:
+    """Run a recorded pass again: what it raises is shown as any error, else what it was recorded with is told."""
+    import torch
+
+    from torchspan.passes._replay import load_recording
+
+    recording = load_recording(path)
+    graph, console = recording.graph, _console()
+    lines = [
+        f"pass {recording.written} on a graph of {len(graph.module.graph.nodes)} nodes, recorded with torch {recording.torch}"
+    ]
+    if recording.torch != torch.__version__:
+        lines.append(f"this is torch {torch.__version__}")
+    console.print("\n".join(lines), markup=False, highlight=False)
+    recording.replay()
+    console.print(f"it does not fail here; where it was recorded: {recording.error}", markup=False, highlight=False)
     return 0
 
 
@@ -592,27 +770,26 @@ def _console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=110)
 
 
-def draw_report(report: Report, console: Console, only: Sequence[str] | None = None) -> None:
+def draw_report(report: Report, console: Console, only: Sequence[Topic] | None = None) -> None:
     """One screen: what was decided, grouped by topic (`only` these), what was tried, and what was measured."""
     decisions = [decision for decision in report.decisions if only is None or decision.topic in only]
     if not (decisions or report.attempts or report.figures):
         console.print("torchspan: nothing was changed", style="dim")
         return
     console.rule("[bold]torchspan", align="left")
-    topics = dict.fromkeys([*_TOPICS, *(decision.topic for decision in decisions)])
-    for topic in topics:
-        _draw_decisions(console, topic, [d for d in decisions if d.topic == topic])
+    for topic in Topic:
+        _draw_decisions(console, topic, [d for d in decisions if d.topic is topic])
     _draw_attempts(console, report.attempts)
     for name, value in report.figures.items():
         label, _, unit = name.rpartition("_")
         console.print(f"{label.replace('_', ' ')}: {value:.3g} {unit}", highlight=False)
 
 
-def _draw_decisions(console: Console, topic: str, decisions: Sequence[Decision]) -> None:
+def _draw_decisions(console: Console, topic: Topic, decisions: Sequence[Decision]) -> None:
     """A topic's decisions, those with the same reason under it."""
     if not decisions:
         return
-    console.print(f"[bold]{_TOPICS.get(topic, topic)}")
+    console.print(f"[bold]{topic.heading}")
     width = min(40, max(len(decision.subject) for decision in decisions))
     for reason in dict.fromkeys(decision.reason for decision in decisions):
         console.print(f"  {reason}", style="italic", highlight=False, markup=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,17 +176,29 @@ def step(function, model, name):
 '''
 
 
+@contextmanager
+def module_of(name: str, source: str, folder: Path) -> Iterator[types.ModuleType]:
+    """A module of that source, which every process that has `folder` on its path can import."""
+    (folder / f"{name}.py").write_text(source)
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def new_module() -> Callable[..., AbstractContextManager[types.ModuleType]]:
+    """Makes a module from its name, source and folder."""
+    return module_of
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
     """The module of the models, importable by its name here and in every process that has its folder on its path."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "artifact_models.py").write_text(MODELS)
-    sys.path.insert(0, str(folder))
-    import artifact_models  # type: ignore[import-not-found]
-
-    yield artifact_models
-    sys.path.remove(str(folder))
-    del sys.modules["artifact_models"]
+    with module_of("artifact_models", MODELS, tmp_path_factory.mktemp("models")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

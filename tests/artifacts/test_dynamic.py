@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspan.artifacts import load, precompile
-from torchspan.artifacts._sizes import Expression
+from torchspan.artifacts.size_conditions import Expression
 from torchspan.core.errors import CaptureError, GuardError, InputError, IntegrityError, UnknownNameError, UnsupportedError
 from torchspan.core.report import Report
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from torchspan.artifacts import load
-from torchspan.artifacts._manifest import values_of, write_manifest
-from torchspan.artifacts._store import Store, write_artifact
+from torchspan.artifacts.container import Store, write_artifact
+from torchspan.artifacts.manifest import values_of, write_manifest
 from torchspan.core.errors import ArtifactError, IntegrityError, TorchspanError, UnsupportedError
 
 pytestmark = pytest.mark.once

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from torchspan.artifacts import load
-from torchspan.artifacts._manifest import digest_of
-from torchspan.artifacts._sign import sign
+from torchspan.artifacts.manifest import digest_of
+from torchspan.artifacts.signing import sign
 from torchspan.core.errors import ArtifactError, InputError, IntegrityError, ManifestMismatchError
 
 
@@ -244,7 +244,7 @@ def test_files_that_are_no_artifacts_are_one_clear_error(models: types.ModuleTyp
     with pytest.raises(InputError, match=r"no artifact .*missing\.tspan"):
         load(tmp_path / "missing.tspan", models.mlp())
     (tmp_path / "text.tspan").write_text("not a zip")
-    with pytest.raises(IntegrityError, match="is no artifact, or not all of one"):
+    with pytest.raises(IntegrityError, match="is not an artifact, or only a part of one"):
         load(tmp_path / "text.tspan", models.mlp())
     with pytest.raises(InputError, match="is a folder"):
         load(tmp_path, models.mlp())
@@ -253,7 +253,7 @@ def test_files_that_are_no_artifacts_are_one_clear_error(models: types.ModuleTyp
 def test_a_write_that_fails_leaves_what_was_there(
     models: types.ModuleType, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchspan.artifacts import _store
+    from torchspan.artifacts import container
 
     path = tmp_path / "model.tspan"
     path.write_bytes(make("mlp").read_bytes())
@@ -261,17 +261,17 @@ def test_a_write_that_fails_leaves_what_was_there(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_store.os, "fsync", full)
+    monkeypatch.setattr(container.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _store.write_artifact(path, b"{}", {})
+        container.write_artifact(path, b"{}", {})
     assert path.read_bytes() == make("mlp").read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.tspan"]
     with pytest.raises(InputError, match="no folder"):
-        _store.write_artifact(tmp_path / "absent" / "model.tspan", b"{}", {})
+        container.write_artifact(tmp_path / "absent" / "model.tspan", b"{}", {})
 
 
 def test_an_operator_that_reads_files_cannot_be_named() -> None:
-    from torchspan.artifacts._program import find_operator
+    from torchspan.artifacts.instructions import find_operator
     from torchspan.core.errors import UnsupportedError
 
     for name in ("aten.from_file.default", "os.system.x", "aten.add", "profiler._record_function_enter.default"):

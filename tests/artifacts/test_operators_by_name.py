@@ -28,7 +28,7 @@ def test_a_library_calls_an_operator_by_name(tmp_path: Path) -> None:
 def test_every_namespace_of_operators_that_torch_brings_is_known_to_compute_or_is_refused(run_python: Any) -> None:
     run_python("""
         import torch
-        from torchspan.artifacts._program import _NAMESPACES, _OF_TORCH
+        from torchspan.artifacts.instructions import _NAMESPACES, _OF_TORCH
         registered = {name.partition("::")[0] for name in torch._C._dispatch_get_all_op_names()}
         assert registered <= {*_NAMESPACES, *_OF_TORCH}, registered - {*_NAMESPACES, *_OF_TORCH}
     """)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,15 +197,9 @@ print("FINE", len(sys.argv) - 1)
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
-    folder = tmp_path_factory.mktemp("programs")
-    (folder / "artifact_programs.py").write_text(PROGRAMS)
-    sys.path.insert(0, str(folder))
-    import artifact_programs  # type: ignore[import-not-found]
-
-    yield artifact_programs
-    sys.path.remove(str(folder))
-    del sys.modules["artifact_programs"]
+def programs(new_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
+    with new_module("artifact_programs", PROGRAMS, tmp_path_factory.mktemp("programs")) as made:
+        yield made
 
 
 def test_programs_of_many_kinds_run_in_a_fresh_process(

@@ -172,7 +172,7 @@ def test_an_artifact_holds_no_weights(models: types.ModuleType, make: Callable[.
 
 
 def _payloads(path: Path) -> dict[str, bytes]:
-    from torchspan.artifacts._store import Store
+    from torchspan.artifacts.container import Store
 
     with Store(path) as store:
         return store.payloads()

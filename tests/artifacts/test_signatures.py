@@ -72,7 +72,7 @@ def test_keys_are_read_from_files(tmp_path: Path, artifact: Artifact) -> None:
     ("content", "said"),
     [
         (b"short", "a secret of 5 bytes signs nothing safely; expected at least 16"),
-        (b"-----BEGIN PUBLIC KEY-----\nnonsense\n", "holds no key in PEM form"),
+        (b"-----BEGIN PUBLIC KEY-----\nnonsense\n", "is not a readable key in PEM form"),
         (
             generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
             "an Ed25519 key of the package cryptography, not",
@@ -89,6 +89,6 @@ def test_what_is_no_key_is_one_clear_error(content: bytes, said: str, tmp_path: 
 
 
 def test_a_public_key_signs_nothing(artifact: Artifact, tmp_path: Path, make: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="a public key signs nothing"):
+    with pytest.raises(InputError, match="a public key cannot sign"):
         artifact.save(tmp_path / "model.tspan", key=Ed25519PrivateKey.generate().public_key())
     assert not (tmp_path / "model.tspan").exists()

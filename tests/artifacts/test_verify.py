@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchspan.artifacts import load, precompile
-from torchspan.artifacts._program import write_program
-from torchspan.artifacts._verify import Parts, check_numbers
+from torchspan.artifacts.instructions import write_program
+from torchspan.artifacts.numbers_check import Parts, check_numbers
 from torchspan.core.errors import CompileError
 
 # torch scripts a module of its own when inductor is first imported, and deprecated that

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from torchspan.artifacts import diff
-from torchspan.artifacts._manifest import values_of, write_manifest
-from torchspan.artifacts._store import Store, write_artifact
+from torchspan.artifacts.container import Store, write_artifact
+from torchspan.artifacts.manifest import values_of, write_manifest
 from torchspan.backports._base import get_backport, is_lacking
 from torchspan.core.errors import GuardError, UnsupportedError
 from torchspan.core.report import current_report

@@ -359,3 +359,22 @@ def test_an_error_on_one_rank_is_one_on_every_rank(ranks: Any) -> None:
     first, second = (answers["failure"] for answers in ranks[1])
     assert first.startswith("RuntimeError: consolidating failed on rank 1, this is rank 0: ValueError")
     assert second.startswith("ValueError: no safetensors file in") and "absent" in second
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    "box", [((0, 0, 0), (2, 3, 4)), ((0, 1, 0), (2, 1, 4)), ((1, 0, 2), (1, 3, 2)), ((1, 2, 3), (1, 1, 1))], ids=str
+)
+def test_a_part_is_written_to_its_place_in_the_bytes_of_the_whole(box: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import _write_sub_tensor_to_file_optimized
+
+    offsets, sizes = box
+    whole = torch.arange(24, dtype=torch.int32).reshape(2, 3, 4)
+    part = whole[tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes))]
+    buffer = bytearray(24 * 4)
+    data = bytes(part.contiguous().flatten().view(torch.uint8).tolist())
+    _write_sub_tensor_to_file_optimized(memoryview(buffer), data, 4, [2, 3, 4], list(offsets), list(sizes))
+    written = torch.frombuffer(buffer, dtype=torch.int32).reshape(2, 3, 4)
+    expected = torch.zeros_like(whole)
+    expected[tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes))] = part
+    assert torch.equal(written, expected)

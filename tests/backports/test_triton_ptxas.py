@@ -46,6 +46,7 @@ def compile(name, capability):
     return len(done.asm["cubin"]), done.asm["ptx"].split(".target ")[1].split()[0], used
 """
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch came without triton")
+own = {name for path in triton_ptxas.installed_ptxas() if "/triton/" in path for name in triton_ptxas.known_architectures(path)}
 has_newer = triton_ptxas.find_ptxas("sm_103a", triton_ptxas.installed_ptxas()) is not None
 
 
@@ -75,7 +76,7 @@ assert not hasattr(compiler.get_ptxas, "__wrapped__")
     for name, (size, target, _) in made.items():
         assert size > 1000 and target == f"sm_{name.split()[1]}a", (name, size, target)
     assert "wgmma" in made["dot 90"][2] and "tcgen05" in made["dot 103"][2] and "tensormap" in made["tma 121"][2]
-    assert set(decisions) == ({"ptxas for sm_103a", "ptxas for sm_121a"} if is_lacking() else set())
+    assert set(decisions) == {f"ptxas for {name}" for name in ("sm_103a", "sm_121a") if is_lacking() and name not in own}
 
 
 @needs_triton
@@ -88,7 +89,7 @@ def test_where_no_ptxas_knows_the_gpu_the_error_says_what_brings_one(run_python,
 import torchspan
 from torchspan.backports import triton_ptxas
 own = list(triton_ptxas.installed_ptxas())[0]
-assert triton_ptxas.find_ptxas("sm_103a", [own, "no_such_ptxas"]) is None
+assert triton_ptxas.find_ptxas("sm_999a", [own, "no_such_ptxas"]) is None
 with torchspan.activate(device="off"):
     print(compile("add", 100))
     try:
@@ -98,7 +99,7 @@ with torchspan.activate(device="off"):
 """,
         env={"TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert "no ptxas here knows sm_999a: triton's own (CUDA 12" in done.stdout and "nvidia-cuda-nvcc" in done.stdout
+    assert "no ptxas here knows sm_999a: triton's own (CUDA 1" in done.stdout and "nvidia-cuda-nvcc" in done.stdout
 
 
 def test_a_program_that_is_no_ptxas_knows_nothing() -> None:

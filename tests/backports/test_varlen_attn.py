@@ -186,3 +186,16 @@ def test_what_does_not_fit_is_named() -> None:
             varlen_attn(query, query, query, ends([3]), ends([3]), 3, 3, scale=-1.0)
         with pytest.raises(ValueError, match="cu_seq_k may be None only where"):
             varlen_attn(query, query, query, ends([3]), None, 3, 3)
+
+
+@needs_kernel
+def test_the_output_can_be_written_to_a_tensor_that_is_there() -> None:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn, varlen_attn_out
+
+    q, k, v = (packed([3, 5], 2) for _ in range(3))
+    given = (q, k, v, ends([3, 5]), ends([3, 5]), 5, 5)
+    wanted, wanted_lse = varlen_attn(*given, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    out = torch.full_like(q, torch.nan).detach()
+    assert varlen_attn_out(out, *given, window_size=(-1, 0)) is out and torch.equal(out, wanted)
+    _, lse = varlen_attn_out(out, *given, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    assert torch.equal(lse, wanted_lse)

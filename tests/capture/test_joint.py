@@ -11,7 +11,7 @@ from torchspan.capture.joint import capture_joint, is_supported
 from torchspan.capture.train_step import capture_train_step
 from torchspan.core.errors import CaptureError
 from torchspan.core.program import Program
-from torchspan.parallel.mesh import Degrees, build_mesh
+from torchspan.parallel.mesh import Degrees, build_meshes
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="this torch exports no joint graph (2.10 and later do)")
 
@@ -30,7 +30,7 @@ class PartialGradient(nn.Module):
 
 
 def test_a_gradient_that_is_partial_is_refused_and_train_step_sums_it(fake_ranks: int) -> None:
-    module = PartialGradient(build_mesh(Degrees(8, 1), fake_ranks))
+    module = PartialGradient(build_meshes(Degrees(8, 1), fake_ranks).dense)
     x = torch.randn(2, 4)
     with pytest.raises(CaptureError, match=r"the gradient of weight is laid out as .*Partial.*or capture with train_step"):
         capture_joint(Program(module, (x,)))
@@ -51,3 +51,12 @@ def test_a_tangent_is_the_last_input_and_means_the_loss() -> None:
     assert [spec.kind for spec in graph.inputs] == ["parameter", "input", "tangent"]
     loss, gradient = graph.module(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(10.0))
     assert (loss.item(), gradient.item()) == (36.0, 240.0)
+
+
+def test_sharded_parameters_without_numbers_are_refused_with_what_takes_them(fake_ranks: int) -> None:
+    mesh = build_meshes(Degrees(8, 1), fake_ranks).dense
+    assert mesh is not None
+    with torch.device("meta"):
+        module = PartialGradient(mesh)
+    with pytest.raises(CaptureError, match=r"DTensors on the meta device.*capture with train_step"):
+        capture_joint(Program(module, (torch.empty(2, 4, device="meta"),)))

@@ -18,7 +18,7 @@ from torchspan.core.graph import Graph
 from torchspan.core.program import Program
 from torchspan.core.report import Report
 from torchspan.models.llama3 import FLAVOURS, MODEL, Llama3
-from torchspan.parallel.mesh import TP, Degrees, build_mesh, submesh
+from torchspan.parallel.mesh import TP, Degrees, build_meshes, submesh
 from torchspan.parallel.simple_fsdp import apply_simple_fsdp
 from torchspan.parallel.tensor_parallel import apply_tensor_parallel
 
@@ -130,7 +130,7 @@ def test_nodes_of_forward_and_backward_say_which_module_they_come_from(capture: 
 def test_a_sharded_step_has_a_gather_and_a_scatter_a_parameter_and_writes_nothing_in_place(
     capture: Callable[[Program], Graph], fake_ranks: int
 ) -> None:
-    mesh = build_mesh(Degrees(4, 2), fake_ranks)
+    mesh = build_meshes(Degrees(4, 2), fake_ranks).dense
     assert mesh is not None
     model = Llama3(FLAVOURS["tiny"]).init_weights(0)
     apply_tensor_parallel(model, submesh(mesh, TP), MODEL.tensor_parallel)  # type: ignore[arg-type]
@@ -149,25 +149,6 @@ def test_a_sharded_step_has_a_gather_and_a_scatter_a_parameter_and_writes_nothin
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-def test_a_buffer_that_training_changes_is_changed(capture: Callable[[Program], Graph]) -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.norm = nn.BatchNorm1d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x).square().sum() + self.norm.weight.sum()
-
-    x = torch.randn(8, 4)
-    eager, captured = Normed(), Normed()
-    eager(x).backward()
-    BoundGraph(capture(Program(captured, (x,))), captured)(x)
-    assert torch.equal(captured.norm.running_mean, eager.norm.running_mean)  # type: ignore[arg-type]
-    assert torch.equal(captured.norm.weight.grad, eager.norm.weight.grad)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("capture", CAPTURES)
 def test_what_is_no_training_step_is_refused(capture: Callable[[Program], Graph]) -> None:
     class Plain(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -175,8 +156,10 @@ def test_what_is_no_training_step_is_refused(capture: Callable[[Program], Graph]
 
     with pytest.raises(InputError, match="captured of a module that returns its loss, not of relu"):
         capture(Program(F.relu, (torch.ones(2),)))
-    with pytest.raises(InputError, match="input 0 of a training step is a int; expected a tensor"):
-        capture(Program(Plain(), (3,)))
+    with pytest.raises(InputError, match="input 0 of a training step is a object; expected tensors, numbers, text or None"):
+        capture(Program(Plain(), (object(),)))
+    with pytest.raises(InputError, match=r"input x requires a gradient, and a captured step gives none to inputs; detach it"):
+        capture(Program(Plain(), (), {"x": torch.ones((), requires_grad=True)}))
     with pytest.raises(CaptureError, match=r"Plain returned a tensor of shape \(2,\); a training step needs a scalar loss"):
         capture(Program(Plain(), (torch.ones(2),)))
 

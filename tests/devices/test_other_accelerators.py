@@ -7,6 +7,7 @@ import torch
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report
+from torchspan.core.topics import Standing
 from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
 from torchspan.environment.scope import Environment
@@ -28,7 +29,9 @@ def test_a_program_for_mps_trains(redirected: Report) -> None:
     assert torch.equal(first, torch.rand(3, device="mps"))
     torch.mps.empty_cache()
     assert torch.mps.driver_allocated_memory() > 0 and torch.mps.recommended_max_memory() > 1 << 28
-    simulated = {decision.subject: decision.site for decision in redirected.decisions if decision.is_simulated}
+    simulated = {
+        decision.subject: decision.site for decision in redirected.decisions if decision.standing is Standing.SIMULATED
+    }
     assert {"torch.mps.synchronize()", "torch.mps.empty_cache()", "torch.mps.manual_seed()"} <= simulated.keys()
     assert not any(subject.startswith("torch.cuda") for subject in simulated)
     assert all(site is not None and site.startswith(__file__) for site in simulated.values())

@@ -68,8 +68,11 @@ def test_a_program_gives_bitwise_what_its_port_gives(
     assert "cuda" not in text.partition('"""\n')[2]
     (tmp_path / name).write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name == "ddp_nccl.py" else []
-    redirected = run_python(None, *launcher, str(PROGRAMS / name), env={"TORCHSPAN": "1"})
-    by_hand = run_python(None, *launcher, str(tmp_path / name))
+    # Plain torch 2.13.0 aborts in 2 of 36 runs of the ported program on two busy cores, when everything is printed and its gloo
+    # group is gone ("terminate called without an active exception"). The last line comes after every rank's last step.
+    expect = None if launcher else 0
+    redirected = run_python(None, *launcher, str(PROGRAMS / name), env={"TORCHSPAN": "1"}, expect=expect)
+    by_hand = run_python(None, *launcher, str(tmp_path / name), expect=expect)
     assert _lines(redirected.stdout) == _lines(by_hand.stdout)
     assert any(line.startswith("losses 0x") for line in _lines(redirected.stdout))
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-SNAPSHOT = """
-import sys, types, torch, torch.profiler
+SNAPSHOTS = """
+import json, sys, types, torch, torch.profiler
 import torch.distributed.device_mesh, torch.distributed.fsdp
 import torch._dynamo  # which changes torch itself when it is imported
+from torchspan.core.report import Report
+from torchspan.devices._base import device_patches
+from torchspan.environment.facts import Facts
+from torchspan.environment.scope import Environment
 
 MODULES = [name for name in sys.modules if name == "torch" or name.startswith("torch.")]
 
@@ -31,28 +39,18 @@ def function_state(value):
 def snapshot():
     return {f"{name}.{attribute}": (id(value), function_state(value), value)
             for name, holder in holders() for attribute, value in list(vars(holder).items())}
-"""
 
-
-def test_every_attribute_of_torch_is_there_again(run_python: Run) -> None:
-    run_python(
-        SNAPSHOT
-        + """
-from torchspan.core.report import Report
-from torchspan.devices._base import device_patches
-from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
+def changed(now):
+    return sorted(name for name in before if now.get(name, (0, 0))[:2] != before[name][:2])
 
 torch.set_default_device("cpu"), torch.set_default_device(None)  # torch imports and remembers a little
+answers = {}
 before = snapshot()
+with Environment(device_patches(Facts(num_cuda=1))):
+    answers["changed where there is CUDA"] = changed(snapshot())
 environment = Environment(device_patches(Facts(), "auto", Report()))
 environment.activate()
-during = snapshot()
-changed = {name for name in before if during.get(name, (0, 0))[:2] != before[name][:2]}
-assert len(changed) > 150, len(changed)
-for name in ("torch.zeros", "torch.Tensor.to", "torch.cuda.is_available", "torch.nn.modules.module.Module.cuda",
-             "torch.amp.autocast_mode.autocast.__init__", "torch.cuda.streams.Stream.__new__"):
-    assert name in changed or name not in before, name
+answers["changed"] = changed(snapshot())
 x = torch.zeros(3, device="cuda").cuda()
 with torch.autocast("cuda"), torch.cuda.stream(torch.cuda.Stream()):
     torch.nn.Linear(3, 2).cuda()(x)
@@ -61,12 +59,36 @@ with torch.cuda.graph(graph):
     y = x + 1
 environment.deactivate()
 after = snapshot()
-different = {name for name in {*before, *after} if name in before and after.get(name, (0, 0))[:2] != before[name][:2]}
-added = {name for name in set(after) - set(before) if "__getattr__" in name or ".Tensor." in name}
-assert not different and not added, (sorted(different), sorted(added))
+answers["changed after"] = changed(after)
+answers["added"] = sorted(name for name in set(after) - set(before) if "__getattr__" in name or ".Tensor." in name)
+answers["was there"] = sorted(before)
 assert not torch.cuda.is_available()
+print(json.dumps(answers))
 """
-    )
+
+
+@pytest.fixture(scope="module")
+def answers(run_python_once: Run) -> dict[str, Any]:
+    """What of torch was another object, by name: with the rules where there is CUDA, with them here, and after them."""
+    return json.loads(run_python_once(SNAPSHOTS).stdout.splitlines()[-1])
+
+
+def test_every_attribute_of_torch_is_there_again(answers: dict[str, Any]) -> None:
+    assert len(answers["changed"]) > 150
+    for name in (
+        "torch.zeros",
+        "torch.Tensor.to",
+        "torch.cuda.is_available",
+        "torch.nn.modules.module.Module.cuda",
+        "torch.amp.autocast_mode.autocast.__init__",
+        "torch.cuda.streams.Stream.__new__",
+    ):
+        assert name in answers["changed"] or name not in answers["was there"], name
+    assert answers["changed after"] == [] and answers["added"] == []
+
+
+def test_nothing_is_patched_where_there_is_cuda(answers: dict[str, Any]) -> None:
+    assert answers["changed where there is CUDA"] == []
 
 
 def test_the_rules_can_come_and_go_many_times(run_python: Run) -> None:
@@ -91,19 +113,4 @@ def test_the_rules_can_come_and_go_many_times(run_python: Run) -> None:
                 raise SystemExit("a function that outlived its rules redirected")
             assert kept(2).sum() == 0
         """
-    )
-
-
-def test_nothing_is_patched_where_there_is_cuda(run_python: Run) -> None:
-    run_python(
-        SNAPSHOT
-        + """
-from torchspan.devices._base import device_patches
-from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
-before = snapshot()
-with Environment(device_patches(Facts(num_cuda=1))):
-    during = snapshot()
-assert {name: value[:2] for name, value in before.items()} == {name: during[name][:2] for name in before}
-"""
     )

@@ -137,3 +137,46 @@ def test_a_redefined_function_stays_the_object_that_it_was(target: types.ModuleT
     assert str(inspect.signature(bound)) == "(x)"
     patches.undo()
     assert bound(1) == 2 and bound.__code__ is code and vars(bound) == {} and bound.__kwdefaults__ is None
+
+
+def test_a_redefined_generator_stays_a_generator_and_its_decorator_still_applies(target: types.ModuleType) -> None:
+    exec("import contextlib\n@contextlib.contextmanager\ndef opened(x):\n    yield x\n", vars(target))
+    original, bound = inspect.unwrap(target.opened), target.opened
+    code, closed = original.__code__, []
+
+    def build(old):
+        def opened(x, times=10):
+            try:
+                sent = yield next(old(x)) * times
+            finally:
+                closed.append(x)
+            return sent
+
+        return opened
+
+    patches = Patches([Redefinition("mine", "a_target", "opened", build)], Report())
+    patches.apply()
+    assert inspect.isgeneratorfunction(original) and target.opened is bound
+    with bound(1) as ten:
+        assert ten == 10 and closed == []
+    with pytest.raises(ZeroDivisionError), bound(x=2, times=3) as six:
+        assert six == 6 and 1 / 0
+    assert closed == [1, 2]
+    generator = original(3)
+    assert next(generator) == 30
+    with pytest.raises(StopIteration) as stop:
+        generator.send("sent")
+    assert stop.value.value == "sent"
+    patches.undo()
+    with bound(1) as one:
+        assert one == 1 and original.__code__ is code
+
+
+def test_an_async_function_is_replaced_as_a_closure_is(target: types.ModuleType) -> None:
+    exec("async def fetched(x):\n    return x\n", vars(target))
+    original, code = target.fetched, target.fetched.__code__
+    patches = Patches([Redefinition("mine", "a_target", "fetched", lambda old: lambda x: (old, x))], Report())
+    patches.apply()
+    assert target.fetched(1) == (original, 1) and original.__code__ is code
+    patches.undo()
+    assert target.fetched is original

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from torchspan.capture.joint import capture_joint, is_supported
 from torchspan.capture.train_step import capture_train_step
+from torchspan.core.collectives import is_call
 from torchspan.core.graph import Graph
 from torchspan.core.report import Report
 from torchspan.passes._base import PassContext
 from torchspan.passes._blocks import block_of
+from torchspan.passes._torch import group_ranks
 from torchspan.passes.transformer_block_bucketing import TransformerBlockBucketing
 
 CAPTURES = [capture_train_step, *([capture_joint] if is_supported() else [])]
@@ -67,6 +70,33 @@ def test_mixed_precision_is_bucketed_in_the_dtypes_that_move(sharded: Any) -> No
     }
     assert set(moved.values()) == {torch.bfloat16, torch.float32}
     assert after.num_collectives()["all_gather_into_tensor"] == 5
+
+
+def test_experts_of_a_block_move_together_in_their_own_group(experts: Any) -> None:
+    before = experts(dp_shard=4, tp=2, ep=4)
+    after = _run(before)
+
+    def moved(graph: Graph, kind: str) -> Counter[str]:
+        """How often each group that has parameters calls a kind of collective; not that of tensor parallelism."""
+        nodes = [node for node in graph.module.graph.nodes if is_call(node, kind)]
+        return Counter(ranks for node in nodes if (ranks := str(group_ranks(node.args[-1]))) != "[0, 1]")
+
+    for kind in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        # six parameters of experts in two layers, on ep_shard; of the others 38 in three layers, embedding, norm and output
+        assert moved(before, kind) == {"[0, 4]": 6, "[0, 2, 4, 6]": 41}
+        assert moved(after, kind) == {"[0, 4]": 2, "[0, 2, 4, 6]": 6}
+
+
+@pytest.mark.parametrize(
+    ("num_copies", "num_merged", "said"), [(2, 41, ""), (4, 0, "; 47 sums over more than two copies stay")]
+)
+def test_sums_over_two_copies_move_together_and_over_more_stay(
+    experts: Any, num_copies: int, num_merged: int, said: str
+) -> None:
+    before, context = experts(dp_replicate=num_copies, dp_shard=8 // num_copies), PassContext()
+    after = TransformerBlockBucketing().run(before, context)
+    assert before.num_collectives()["all_reduce"] - after.num_collectives()["all_reduce"] == num_merged
+    assert context.report.decisions[0].reason.startswith(f"parameters of one block move together{said}")
 
 
 def test_it_is_done_once_and_finds_nothing_to_do_in_one_process(sharded: Any, graph: Graph) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from torchspan.core.errors import InputError
 from torchspan.core.report import Attempt, Report
+from torchspan.core.topics import Standing
 from torchspan.report import Run, make_page, report_path, write_page
 from torchspan.report._html import to_html
 
@@ -26,7 +27,9 @@ def example(folder: Path, name: str = "train.py", text: str = 'import torch\nx =
     path.write_text(text, encoding="utf-8")
     report = Report()
     report.tally("device", "torch.ones(device='cuda')", "cpu", WHY, f"{path}:2").count += 3
-    report.decide("device", "torch.cuda.Stream()", "simulated", "simulated: work is done when it is asked for", f"{path}:2")
+    report.decide(
+        "device", "torch.cuda.Stream()", "simulated", "work is done when it is asked for", f"{path}:2", Standing.SIMULATED
+    )
     report.decide("backport", "torch.fx.traceback.annotate", "torchspan's annotate", "torch has it since 2.10.0", f"{path}:1")
     report.decide("compile", "Net", "whole → eager", "one region")
     report.decide("unsupported", "torch.distributed.thing", "an error", "no such operator", f"{path}:2")

@@ -44,6 +44,34 @@ RUNS = {
     "y = x.cuda()": "y = x.to(device)",
     "y = x.float().cuda(non_blocking=True).sum()": "y = x.float().to(device, non_blocking=True).sum()",
     "y = x.cuda(0)": "y = x.to(device)",
+    'kind = "cuda" if str(x.device).startswith("cuda") else "cpu"': "kind = torch.device(str(x.device)).type",
+    'kind = "cpu" if x.device.type == "cpu" else "cuda"': "kind = x.device.type",
+    'kind = "cpu" if not x.is_cuda else "cuda"': "kind = x.device.type",
+    'kind = "cuda" if "cuda:0".split(":")[0] == "cuda" else "cpu"': 'kind = torch.device("cuda:0").type',
+    'kind = "cuda" if rank else "cpu"': f'kind = ({HERE}) if rank else "cpu"',
+    "y = x.cuda(rank, True)": f"y = x.to(torch.device({KIND}, rank), non_blocking=True)",
+    "y = x.to(rank)": f"y = x.to(torch.device({KIND}, rank))",
+    "y = torch.zeros(2, device=0)": "y = torch.zeros(2, device=device)",
+    "y = x.to(torch.cuda.current_device())": "y = x.to(torch.device(device))",
+    'device = torch.device("cuda", rank)': f"device = torch.device({HERE}, rank)",
+    'y = x.to("cuda:%d" % rank)': f'y = x.to(f"{{{KIND}}}:%d" % rank)',
+    'y = x.to("cuda:{}".format(rank))': f'y = x.to(f"{{{KIND}}}:{{{{}}}}".format(rank))',
+    'y = x.to(f"cuda:{rank % torch.cuda.device_count()}")': (
+        f'y = x.to(f"{{{KIND}}}:{{rank % max(1, torch.accelerator.device_count())}}")'
+    ),
+    "n = 8 // torch.cuda.device_count()": "n = 8 // max(1, torch.accelerator.device_count())",
+    "if torch.cuda.device_count() > 1: rank = 1": "if torch.accelerator.device_count() > 1: rank = 1",
+    "x.record_stream(torch.cuda.current_stream())": f"{GUARD}x.record_stream({MODULE}.current_stream())",
+    "for y in [x]: y.record_stream(torch.cuda.current_stream())": (
+        f"for y in [x]: (y.record_stream({MODULE}.current_stream()) if torch.accelerator.is_available() else None)"
+    ),
+    "torch.cuda.current_stream().synchronize()": f"{GUARD}{MODULE}.current_stream().synchronize()",
+    "with torch.random.fork_rng(devices=[0]): pass": (
+        f"with torch.random.fork_rng(devices=[0] if torch.accelerator.is_available() else [], device_type={KIND}): pass"
+    ),
+    'with torch.random.fork_rng(device_type="cuda"): pass': (
+        f"with torch.random.fork_rng(device_type={KIND}, devices=None if torch.accelerator.is_available() else []): pass"
+    ),
     "y = x.cuda(rank)": f"y = x.to(torch.device({KIND}, rank))",
     'y = x.to(f"cuda:{rank}")': f'y = x.to(f"{{{KIND}}}:{{rank}}")',
     'y = x.to(torch.device("cuda", rank))': f"y = x.to(torch.device({KIND}, rank))",
@@ -94,6 +122,18 @@ NOT_RUN = {
     'dist.init_process_group("nccl", rank=rank)': (
         "dist.init_process_group(torch.distributed.get_default_backend_for_device(device), rank=rank)"
     ),
+    'dist.init_process_group("nccl", device_id=torch.device("cuda:0"))': (
+        "dist.init_process_group(torch.distributed.get_default_backend_for_device(device), "
+        f"device_id=torch.device({KIND}, 0) if torch.accelerator.is_available() else None)"
+    ),
+    'dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo", device_id=dev)': (
+        "dist.init_process_group(backend=torch.distributed.get_default_backend_for_device(device), "
+        "device_id=dev if torch.accelerator.is_available() else None)"
+    ),
+    "model = DDP(model, device_ids=[rank], output_device=rank)": (
+        "model = DDP(model, device_ids=[rank] if torch.accelerator.is_available() else None, "
+        "output_device=rank if torch.accelerator.is_available() else None)"
+    ),
     "model = DDP(model, device_ids=[rank])": (
         "model = DDP(model, device_ids=[rank] if torch.accelerator.is_available() else None)"
     ),
@@ -117,6 +157,24 @@ NONE = {
     "y = torch.cuda.is_available() and torch.cuda.is_bf16_supported()": "Stays as it is",
     "torch.cuda.synchronize = print": "Changes torch.cuda itself",
     "wait = torch.cuda.synchronize": "Handed on",
+    'devices = ["cuda:0", "cuda:1"]': "in a list",
+    "y = torch.version.cuda.split('.')": "None where torch was built without CUDA",
+    "print(torch.version.cuda)": "None where torch was built without CUDA",
+    "os.system('nvidia-smi')": "nvidia-smi is of NVIDIA's driver",
+    "import triton": "with NVIDIA's driver alone",
+    'y = torch.utils.cpp_extension.load_inline("a", "", cuda_sources="")': "NVIDIA's compiler",
+}
+# What is left to do, of lines for which there is no portable one or only a part of it.
+WORK = {
+    "torch.backends.cudnn.benchmark = True": "nothing",
+    "if torch.cuda.is_available(): print(torch.cuda.get_device_name())": "nothing",
+    "print(torch.version.cuda)": "nothing",
+    'if x.device.type == "cuda": pass': "nothing",
+    'if x.device.type != "cuda": raise SystemExit': "by hand",
+    "assert torch.cuda.is_available()": "by hand",
+    "if not torch.cuda.is_available(): raise SystemExit": "by hand",
+    "name = torch.cuda.get_device_name(0)": "by hand",
+    "torch.cuda.synchronize()": "replace",
 }
 # Lines that name no device, though they may look so.
 UNTOUCHED = (
@@ -163,6 +221,40 @@ def test_where_there_is_no_portable_form_it_is_said(line: str, word: str) -> Non
     _, portable, notes = ported(line)
     assert portable is None
     assert any(word in note for note in notes)
+
+
+@pytest.mark.parametrize(("line", "work"), WORK.items(), ids=lambda value: value[:40])
+def test_what_is_to_be_done_by_hand_is_told_from_nothing_to_do(line: str, work: str) -> None:
+    porter = Porter(Source("program.py", TOP + line))
+    first = TOP.count("\n") + 1
+    assert porter.port((first, first)).work == work
+
+
+def test_a_name_that_is_no_device_is_left_to_be_what_it_is() -> None:
+    number = Porter(Source("a.py", "import torch\ndevice = 0\nx = torch.ones(1).cuda(device)"))
+    assert number.port((3, 3)).portable == "x = torch.ones(1).to(torch.device(torch.device(device_here).type, device))"
+    assert number.header() == f"device_here = {HERE}"
+    later = Porter(Source("a.py", 'import torch\ndef f(x):\n    y = x.cuda()\n    device = "cuda"\n    return y.cuda()'))
+    assert later.port((3, 3)).portable == "    y = x.to(device_here)"
+    assert later.port((5, 5)).portable == "    return y.to(device)"
+    default = Porter(Source("a.py", 'import torch\ndef f(n, device="cuda"):\n    return torch.ones(n, device=device)'))
+    assert default.port((2, 2)).portable == "def f(n, device=device):" and default.header() == f"device = {HERE}"
+    unless_given = Porter(Source("a.py", "import torch\ndef f(x, device=None):\n    return x.cuda()"))
+    assert unless_given.port((3, 3)).portable == "    return x.to(device_here)"
+
+
+def test_a_line_whose_device_is_set_elsewhere_says_where() -> None:
+    text = "import torch\ndevice = torch.accelerator.current_accelerator()\nx = torch.ones(1).to(device)"
+    port = Porter(Source("a.py", text)).port((3, 3), ["Tensor.to(device='cuda')"])
+    assert port.work == "nothing" and port.notes == (
+        "Nothing to do in this line: device is set in line 2, which is portable as it is",
+    )
+    port = Porter(Source("a.py", text.replace("torch.accelerator.current_accelerator()", '"cuda"'))).port(
+        (3, 3), ["Tensor.to(device='cuda')"]
+    )
+    assert port.work == "nothing" and "line 2, which is to be ported" in port.notes[0]
+    port = Porter(Source("a.py", "import torch\ndef f(x, where):\n    x.to(where)")).port((3, 3), ["Tensor.to(device='0')"])
+    assert port.work == "by hand" and "by its number" in port.notes[0]
 
 
 @pytest.mark.parametrize("line", UNTOUCHED)

@@ -61,7 +61,7 @@ def test_a_run_is_on_the_page_by_file_and_line(run_python, tmp_path: Path) -> No
     assert lines_of(page, "layers/noise.py")[7]["entries"] == []  # never called, to be ported all the same
     statements = lines_of(page, "program.py")
     assert statements[3]["portable"].startswith("device = str(torch.accelerator.current_accelerator(")
-    assert statements[5]["portable"] is None and "comes from elsewhere" in statements[5]["notes"][0]
+    assert statements[5]["portable"] is None and "Nothing to do in this line" in statements[5]["notes"][0]
     assert statements[6]["entries"][0]["standing"] == "simulated"
     assert page["summary"]["lines"] == 3 and page["summary"]["calls"] == 7 and page["summary"]["simulated"] == 1
     assert page["summary"]["named_only"] == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
+import typing
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -76,7 +78,10 @@ def test_every_public_name_is_in_the_database(names: Names, here: int, modules: 
 
 def _public_names(module: ModuleType) -> set[str]:
     listed = {name for name in getattr(module, "__all__", ()) if hasattr(module, name)}  # some list what they lack
-    return listed | {name for name in vars(module) if not name.startswith("_")}
+    found = {name for name in vars(module) if not name.startswith("_")}
+    if sys.version_info >= (3, 12):  # with ``from typing import *`` a module has what a Python later than the database's adds
+        found -= {name for name in found.intersection(typing.__all__) if vars(module)[name] is getattr(typing, name)}
+    return listed | found
 
 
 def test_every_argument_of_a_public_function_is_in_the_database(names: Names, here: int, modules: list[ModuleType]) -> None:

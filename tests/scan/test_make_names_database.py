@@ -42,6 +42,7 @@ def made(link: ModuleType) -> Made:
         for release in read:
             link.link(release)
         link.settle_operators(read)
+        link.settle_kinds(read)
         return Names(link.encode(read))
 
     return make
@@ -169,3 +170,55 @@ def test_operators_come_from_the_list_and_from_registrations(made: Made) -> None
     assert database.look_up("torch.ops.aten.mm.out").mask == 0b11
     assert database.look_up("torch.ops.space.mine").mask == 0b01
     assert not database.look_up("torch.ops.space.other").is_known
+
+
+CLASSES = (
+    "class Tensor:\n  def sum(self) -> 'Tensor': ...\n  @property\n  def mesh(self) -> 'Mesh | None': ...\n"
+    "class Mesh:\n  size: int\n  def f(self) -> Optional[Tensor]: ...\n"
+    "def init(a: Sequence[Tag] = ()) -> Mesh: ...\ndef either(a) -> Mesh | Tensor: ...\nthing = init()\n"
+)
+
+
+def test_what_calls_and_attributes_give_is_followed_to_its_members(made: Made) -> None:
+    late = CLASSES.replace("size: int\n", "size: int\n  def late(self): ...\n")
+    database = made({"torch/m.py": CLASSES}, {"torch/m.py": late})
+    for path in (
+        "m.init().late",
+        "m.Tensor().mesh.late",
+        "m.Tensor().sum().mesh.late",
+        "m.Mesh().f().mesh.late",
+        "m.thing.late",
+    ):
+        name = database.resolve(f"torch.{path}")
+        assert database.look_up_member(name).mask == 0b10, path
+    assert database.resolve("torch.m.either().late") == database.resolve("torch.m.absent().late") == ""
+    assert database.look_up_member("torch.m.Mesh.size").mask == 0b11
+
+
+def test_a_kind_that_a_parameter_takes_later_is_kept(made: Made) -> None:
+    database = made({"torch/m.py": CLASSES}, {"torch/m.py": CLASSES.replace("Sequence[Tag]", "Tag | Sequence[Tag]")})
+    masks = {kind: database.taking("torch.m.init", "a", kind) for kind in ("Tag", "list", "str")}
+    assert masks == {"Tag": 0b10, "list": 0b11, "str": 0}
+    assert database.accepting("torch.m.init", "a").mask == 0b11 and database.taking("torch.m.either", "a", "str") == 0b11
+
+
+def test_settings_are_told_from_other_values(made: Made) -> None:
+    module = (
+        "import sys, types\nclass ContextProp: ...\nclass One:\n  def __getattr__(self, name):\n"
+        "    if name == 'mode':\n      return 1\n    else:\n      raise AttributeError(name)\n"
+        "class M(types.ModuleType):\n  enabled = ContextProp(1, 2)\n  one = One()\n"
+        "sys.modules[__name__] = M()\nflag = True\nother = f()\n"
+    )
+    database = made({"torch/m.py": module})
+    assert [name for name in ("enabled", "flag", "other", "one") if database.is_setting(f"torch.m.{name}")] == [
+        "enabled",
+        "flag",
+    ]
+    assert database.look_up("torch.m.one.mode").mask and not database.look_up("torch.m.one.absent").mask
+
+
+def test_an_enum_whose_stub_is_complete_lacks_what_its_stub_lacks(made: Made) -> None:
+    stub = "torch/_C/__init__.pyi"
+    early, late = "class Tag(Enum):\n  core = 0\n", "class Tag(Enum):\n  core = 0\n  reduction = 1\n"
+    database = made({stub: early}, {stub: late}, mentioned=(b"reduction\0", b"reduction\0"))
+    assert database.look_up("torch._C.Tag.reduction").mask == 0b10

@@ -165,8 +165,8 @@ def test_hidden_folders_and_environments_are_not_scanned(scanned: Scanned, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent.py"], "no file or folder 'absent.py' to scan"),
-        (["progam.py"], "no file or folder 'progam.py' to scan; did you mean 'program.py'?"),
+        (["absent.py"], "no file or folder 'absent.py' to scan, nor an installed package"),
+        (["progam.py"], "nor an installed package of that name; did you mean 'program.py'?"),
         (["empty"], "no Python file in 'empty'"),
         (["bad.py"], "none of 1 files can be read; bad.py: line 1:"),
         (["program.py", "--torch", "banana"], "no torch release 'banana'; expected one from 2.6 to 2.15, such as 2.8"),

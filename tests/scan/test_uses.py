@@ -152,9 +152,15 @@ def test_members_of_instances_are_followed_by_annotation_and_by_making() -> None
         "from torch import C\ndef f(x: C, y=None, *z: C):\n  a = C(1)\n  a.p(k=2)\n  x.q.beyond\n  y.r\n  z.s\n  a.set = 1\n"
     )
     found = [(use.line, use.name + use.keyword) for use in read_uses(program).uses if use.line > 3]
-    assert found == [(4, "torch.C.p"), (4, "torch.C.pk"), (5, "torch.C.q")]
+    assert found == [
+        (4, "torch.C().p"),
+        (4, "torch.C().pk"),
+        (5, "torch.C().q.beyond"),
+        (5, "torch.C().q"),
+        (8, "torch.C().set"),
+    ]
     assert [name for _, name in needs("from torch import C\na = C()\na = D()\na.p")] == ["torch.C"]
-    assert guards("from torch import C\na = C()\nif hasattr(a, 'p'): a.p") == {"torch.C.p": "hasattr()"}
+    assert guards("from torch import C\na = C()\nif hasattr(a, 'p'): a.p") == {"torch.C().p": "hasattr()"}
 
 
 def test_what_a_program_sets_on_torch_is_known() -> None:

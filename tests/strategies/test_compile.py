@@ -20,7 +20,8 @@ from torchspan.core.errors import InputError, UnknownNameError
 from torchspan.core.numerics import difference
 from torchspan.core.report import Report
 from torchspan.environment.scope import Environment
-from torchspan.strategies import Budget, compile_bounded, report_of, torch_compile_patch
+from torchspan.jobs.budget import Budget
+from torchspan.strategies import compile_bounded, report_of, torch_compile_patch
 
 Wait = Callable[..., None]
 pytestmark = pytest.mark.filterwarnings(
@@ -524,7 +525,8 @@ def test_a_script_is_never_run_again_by_the_compile_process(run_python: Callable
     done = run_python(
         """
         import os, torch
-        from torchspan.strategies import Budget, compile_bounded
+        from torchspan.strategies import compile_bounded
+        from torchspan.jobs.budget import Budget
         print("started", flush=True)
         SHIFT = 3
         def helper(x):
@@ -532,7 +534,7 @@ def test_a_script_is_never_run_again_by_the_compile_process(run_python: Callable
         class Model(torch.nn.Module):
             def forward(self, x):
                 return helper(x) * 2
-        model = compile_bounded(Model(), wait=True, budget=Budget(seconds=200))
+        model = compile_bounded(Model(), backend="aot_eager", wait=True, budget=Budget(seconds=200))
         print(model(torch.ones(2)).tolist(), [a.outcome for a in model.report.attempts])
         """,
         env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},

@@ -12,7 +12,8 @@ from torch import nn
 
 import torchspan
 from torchspan.core.errors import InputError, UnknownNameError
-from torchspan.strategies import Budget, _measured
+from torchspan.jobs.budget import Budget
+from torchspan.strategies import _measured
 
 Wait = Callable[..., None]
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,8 @@ from torch import nn
 
 import torchspan
 from torchspan.core.numerics import difference
-from torchspan.strategies import Budget, report_of
+from torchspan.jobs.budget import Budget
+from torchspan.strategies import report_of
 
 Wait = Callable[..., None]
 pytestmark = pytest.mark.filterwarnings(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -28,3 +30,22 @@ def launch() -> Callable[..., str]:
         return done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ask_two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]
+) -> Callable[[str], list[dict[str, Any]]]:
+    """Run the text of a program on two ranks; what each wrote as ``<rank>.json``.
+
+    It is given a folder for that, and one for caches.
+    """
+
+    def ask(program: str) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        script = folder / "ranks.py"
+        script.write_text(program)
+        launch(2, str(script), str(folder), str(tmp_path_factory.mktemp("caches")))
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+    return ask

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchspan.core.report import Report
-from torchspan.strategies import Budget, server_pids
+from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import server_pids
 from torchspan.train._handing_over import HandingOver
 from torchspan.train.config import Compile, Parallelism, TrainConfig, Training
 from torchspan.train.job import joined
@@ -60,12 +60,8 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory, launch: Any) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "ranks.py"
-    script.write_text(RANKS)
-    launch(2, str(script), str(folder), str(tmp_path_factory.mktemp("caches")))
-    return [json.loads(Path(folder / f"{rank}.json").read_text()) for rank in range(2)]
+def answers(ask_two_ranks: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return ask_two_ranks(RANKS)
 
 
 def test_rank_0_compiles_and_the_other_rank_loads_and_compiles_nothing(answers: list[dict[str, Any]]) -> None:

@@ -6,29 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchspan.artifacts._inputs import parse_dynamic as parse_dynamic
-    from torchspan.artifacts._inputs import parse_inputs as parse_inputs
-    from torchspan.artifacts._inspect import describe as describe
-    from torchspan.artifacts._inspect import diff as diff
-    from torchspan.artifacts._inspect import verify as verify
-    from torchspan.artifacts._load import load as load
-    from torchspan.artifacts._make import Artifact as Artifact
-    from torchspan.artifacts._make import Precompile as Precompile
-    from torchspan.artifacts._make import precompile as precompile
-    from torchspan.artifacts._sign import read_key as read_key
+    from torchspan.artifacts.artifact import Artifact as Artifact
+    from torchspan.artifacts.artifact import precompile as precompile
+    from torchspan.artifacts.input_text import parse_dynamic as parse_dynamic
+    from torchspan.artifacts.input_text import parse_inputs as parse_inputs
+    from torchspan.artifacts.inspection import describe as describe
+    from torchspan.artifacts.inspection import diff as diff
+    from torchspan.artifacts.inspection import verify as verify
+    from torchspan.artifacts.loading import load as load
+    from torchspan.artifacts.signing import read_key as read_key
+    from torchspan.artifacts.two_stages import Precompile as Precompile
 
 # Where each name comes from, imported when it is first looked up: loading an artifact must not import what compiles one.
 _PUBLIC = {
-    "Artifact": "_make",
-    "Precompile": "_make",
-    "describe": "_inspect",
-    "diff": "_inspect",
-    "load": "_load",
-    "parse_dynamic": "_inputs",
-    "parse_inputs": "_inputs",
-    "precompile": "_make",
-    "read_key": "_sign",
-    "verify": "_inspect",
+    "Artifact": "artifact",
+    "Precompile": "two_stages",
+    "describe": "inspection",
+    "diff": "inspection",
+    "load": "loading",
+    "parse_dynamic": "input_text",
+    "parse_inputs": "input_text",
+    "precompile": "artifact",
+    "read_key": "signing",
+    "verify": "inspection",
 }
 
 __all__ = list(_PUBLIC)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchspan.artifacts._sizes import Expression, encode_size, is_size
+from torchspan.artifacts.size_conditions import Expression, encode_size, is_size
 from torchspan.capture._torch import source_name
 from torchspan.capture.dynamo import spoken
 from torchspan.core.errors import UnsupportedError

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -47,9 +47,10 @@ class Backport:
 
     `since` is the first torch release that has it (none if torch has none), `upstream` a link to the change that brought it,
     `differs` what is not as upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the
-    module itself is what is missing. `replaces` are changes to what is there in `target` (such as a function that lacks an
-    argument); `redefines` are the same for functions that other modules hold too, which stay the objects they are. `also` are
-    changes elsewhere that the rest needs, made when the module in question is imported.
+    module itself is what is missing. `elsewhere` are names that belong to it in other modules, which are made where this torch
+    lacks them. `replaces` are changes to what is there in `target` (such as a function that lacks an argument); `redefines` are
+    the same for functions that other modules hold too, which stay the objects they are. `also` are changes elsewhere that the
+    rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
     where `target` has none of `names` (with `is_module`, not all). `impossible` gives the reason why it cannot work here, or
@@ -65,6 +66,7 @@ class Backport:
     differs: str = "nothing known"
     names: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     is_module: bool = False
+    elsewhere: Mapping[str, Mapping[str, Callable[[], object]]] = field(default_factory=dict)
     replaces: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
     redefines: Mapping[str, Callable[[Any], Callable[..., Any]]] = field(default_factory=dict)
     also: Sequence[Change] = ()
@@ -83,6 +85,10 @@ class Backport:
             yield MissingModule(self.name, self.target, self._build_module, self.reason)
         for attribute in self.names:  # a torch that has the module may still lack some
             yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
+        for module, names in self.elsewhere.items():
+            yield MissingModule(self.name, module, partial(self._build_module, module), self.reason)
+            for attribute in names:
+                yield MissingName(self.name, module, attribute, partial(self._build_name, attribute, module), self.reason)
         for attribute, rebuild in self.replaces.items():
             yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
         for attribute, redefine in self.redefines.items():
@@ -105,16 +111,17 @@ class Backport:
 
         return change
 
-    def _build_module(self) -> Mapping[str, object]:
-        return {name: self._build_name(name) for name in self.names}
+    def _build_module(self, module: str = "") -> Mapping[str, object]:
+        return {name: self._build_name(name, module) for name in (self.elsewhere[module] if module else self.names)}
 
-    def _build_name(self, attribute: str) -> object:
+    def _build_name(self, attribute: str, module: str = "") -> object:
         cause = self.impossible()
         if cause is None:
-            built = self.names[attribute]()
+            built = (self.elsewhere[module] if module else self.names)[attribute]()
         else:
-            built = unavailable(f"{self.target}.{attribute}", cause, self.since, self.instead)
-        _built[self.name, attribute] = built
+            built = unavailable(f"{module or self.target}.{attribute}", cause, self.since, self.instead)
+        if not module:
+            _built[self.name, attribute] = built
         return built
 
 
@@ -124,7 +131,7 @@ class Shim(Backport):
 
     factory: Callable[[], ModuleType | Mapping[str, object]] = dict
 
-    def _build_module(self) -> Mapping[str, object]:
+    def _build_module(self, module: str = "") -> Mapping[str, object]:
         made = self.factory()
         names = vars(made) if isinstance(made, ModuleType) else made
         return {name: value for name, value in names.items() if not (name.startswith("__") and name.endswith("__"))}
@@ -199,6 +206,8 @@ def _native_spec(name: str) -> ModuleSpec | None:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:  # not even the package that it would be in
         return None
+    except ValueError:  # torch put an object in the module's place, which has no spec
+        return ModuleSpec(name, None)
     return None if spec is None or spec.origin == "torchspan" else spec
 
 
@@ -249,7 +258,7 @@ def index_entry(backport: Backport) -> list[dict[str, Any]]:
 def _late(owner: str, kind: str, **fields: Any) -> Patch:
     def build(*old: Any) -> Any:
         place = fields["target"], fields.get("attribute")
-        found = (patch for patch in get_backport(owner).patches() if type(patch).__name__ == kind)
+        found: Iterator[Any] = (patch for patch in get_backport(owner).patches() if type(patch).__name__ == kind)
         return next(patch for patch in found if (patch.target, getattr(patch, "attribute", None)) == place).build(*old)
 
     patch: Patch = _KINDS[kind](owner=owner, build=build, **fields)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from torchspan.core.collectives import (
     GATHER,
@@ -21,9 +19,9 @@ from torchspan.core.collectives import (
     merge_scatters,
     origin_of,
     reorder,
-    value_of,
     wait_for,
 )
+from torchspan.core.overlap import Bucket, size_of
 from torchspan.core.report import current_report, user_site
 
 _KEPT = ("partitioner_tag", "seq_nr", "autograd_backward", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "custom")
@@ -86,15 +84,6 @@ def is_inside(node: Node, names: Sequence[str], module_stack: Any = None) -> boo
 # merging and ordering
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """What moves together: the nodes up to its beginning, those from its wait on, and how many bytes it moves."""
-
-    begin: Sequence[Node]
-    end: Sequence[Node]
-    size_bytes: int
-
-
 def merge(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str, places: dict[Node, float]) -> list[Bucket]:
     """Merge each group of equal collectives; one of a single member stays as it is."""
     merged: list[Bucket] = []
@@ -110,46 +99,6 @@ def merge(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str, pl
     return merged
 
 
-def size_of(members: Iterable[Collective]) -> int:
-    """How many bytes the whole tensors have, gathered or not yet scattered."""
-    whole = (value_of(member.wait if is_call(member.node, GATHER) else member.source) for member in members)
-    return sum(value.numel() * value.element_size() for value in whole)
-
-
-def overlap(buckets: Mapping[str, list[Bucket]], places: dict[Node, float], limit_bytes: float) -> None:
-    """Begin each gather before the wait for the one before it, and wait for each scatter after the next has begun.
-
-    So a gather runs while the parameters before it are computed with, and a scatter while the gradients after it are computed;
-    two together are at most `limit_bytes`.
-    """
-    gathers = sorted(buckets.get(GATHER, ()), key=lambda bucket: places[bucket.begin[-1]])
-    for before, after in pairwise(gathers):
-        if before.size_bytes + after.size_bytes <= limit_bytes:
-            _move(after.begin, places[before.end[0]] - 0.5, places, with_inputs=True)
-    scatters = sorted(buckets.get(SCATTER, ()), key=lambda bucket: places[bucket.begin[-1]])
-    for before, after in pairwise(scatters):
-        if before.size_bytes + after.size_bytes <= limit_bytes:
-            _move(before.end, places[after.begin[-1]] + 0.5, places)
-
-
-def _move(nodes: Sequence[Node], place: float, places: dict[Node, float], *, with_inputs: bool = False) -> None:
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder":
-            continue
-        places[node] = min(places[node], place) if with_inputs else place
-        if with_inputs:
-            todo += node.all_input_nodes
-
-
-def sink_waits(graph: Graph, places: dict[Node, float]) -> None:
-    """Wait for every collective just before what needs it."""
-    for node in graph.nodes:
-        if is_call(node, "wait_tensor") and node.users:
-            places[node] = max(places[node], min(places[user] for user in node.users) - 0.25)
-
-
 def finish(gm: GraphModule, places: Mapping[Node, float]) -> GraphModule:
     """Put the nodes at their places, as far as they can run there."""
     reorder(gm.graph, places)
@@ -157,11 +106,6 @@ def finish(gm: GraphModule, places: Mapping[Node, float]) -> GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
-
-
-def places_of(graph: Graph) -> dict[Node, float]:
-    """Where each node stands."""
-    return {node: float(index) for index, node in enumerate(graph.nodes)}
 
 
 def has_waits(gm: GraphModule) -> bool:

@@ -497,6 +497,28 @@ def share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     return StorageWeakRef(one.untyped_storage()) == StorageWeakRef(two.untyped_storage())
 
 
+def keep_forward_traces(outputs: Sequence[Any]) -> None:
+    """Make the backward of these tensors note for its nodes which nodes of the forward they belong to."""
+    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
+
+    roots: list[Any] = [tensor.grad_fn for tensor in outputs if isinstance(tensor, torch.Tensor)]
+    setup_stacktrace_preservation_hooks(roots)
+
+
+def partitioners() -> Any:
+    """The module that cuts a joint graph into forward and backward."""
+    import torch._functorch.partitioners as module
+
+    return module
+
+
+def unbacked_fallback() -> int:
+    """The size that inductor takes for one that nobody knows."""
+    from torch._inductor import config
+
+    return int(config.unbacked_symint_fallback)
+
+
 def constant_to_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose result dynamo takes for a constant; torch._dynamo.assume_constant_result, without an import."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

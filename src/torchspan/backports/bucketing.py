@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torchspan.backports import _overlap, _torch
 from torchspan.backports._base import Backport, Change, has_module
 from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, wait_for
+from torchspan.core.overlap import places_of, size_of
 
 _PLACE = "torch._inductor.fx_passes.bucketing"
 
@@ -107,7 +108,7 @@ def _bucket(gm: GraphModule, kind: str, cap_mb: Callable[[int], float]) -> None:
     buckets: list[list[Collective]] = []
     for member in members:
         bucket = open_buckets.get(member.key)
-        if bucket is None or _overlap.size_of([*bucket, member]) > cap_mb(buckets.index(bucket)) * 2**20:
+        if bucket is None or size_of([*bucket, member]) > cap_mb(buckets.index(bucket)) * 2**20:
             bucket = open_buckets[member.key] = []
             buckets.append(bucket)
         bucket.append(member)
@@ -124,7 +125,7 @@ def _merge(gm: GraphModule, buckets: Sequence[Sequence[Node]], kind: str) -> Non
 
 
 def _write(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str) -> None:
-    places = _overlap.places_of(gm.graph)
+    places = places_of(gm.graph)
     _overlap.merge(gm, groups, kind, places)
     _overlap.finish(gm, places)
 

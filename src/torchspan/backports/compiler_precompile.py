@@ -15,7 +15,7 @@ _NAMES = ("Capture", "MakeFxTracer", "PrecompileError", "PrecompileSummary", "Pr
 
 def _named(name: str) -> object:
     """One of the names, looked up as a plug-in is: artifacts stand above backports."""
-    return getattr(importlib.import_module("torchspan.artifacts._peer"), name)
+    return getattr(importlib.import_module("torchspan.artifacts.single_call"), name)
 
 
 class _Submodule(Backport):

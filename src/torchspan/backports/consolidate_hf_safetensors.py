@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,11 +97,43 @@ def _on_every_rank(work: Callable[[], T], process_group: ProcessGroup | None) ->
     return [result for result, _ in outcomes]
 
 
+def _write_sub_tensor_to_file_optimized(
+    full_tensor_mv: memoryview,
+    sub_tensor_bytes: bytes,
+    element_size: int,
+    tensor_shape: list[int],
+    sub_tensor_offsets: list[int],
+    sub_tensor_shape: list[int],
+) -> None:
+    """Write part of a tensor to its place in the bytes of the whole, as many at a time as lie side by side in both.
+
+    Args:
+        full_tensor_mv: the bytes of the whole tensor, which are written to.
+        sub_tensor_bytes: those of the part.
+        element_size: bytes of one element.
+        tensor_shape: of the whole.
+        sub_tensor_offsets: where in it the part begins.
+        sub_tensor_shape: of the part.
+    """
+    if not tensor_shape or 0 in sub_tensor_shape:
+        return
+    inner = len(tensor_shape) - 1  # from this dimension on the part is as wide as the whole, or it is the last
+    while inner > 0 and sub_tensor_shape[inner] == tensor_shape[inner]:
+        inner -= 1
+    length = math.prod(sub_tensor_shape[inner:]) * element_size
+    strides = [math.prod(tensor_shape[dim + 1 :]) * element_size for dim in range(len(tensor_shape))]
+    start = sum(offset * stride for offset, stride in zip(sub_tensor_offsets, strides))
+    outer = itertools.product(*(range(0, size * stride, stride) for size, stride in zip(sub_tensor_shape[:inner], strides)))
+    for number, places in enumerate(outer):
+        at = start + sum(places)
+        full_tensor_mv[at : at + length] = sub_tensor_bytes[number * length : (number + 1) * length]
+
+
 class _WithShimsSpelling(Backport):
     """The module also answers to the name that torchtitan's own shim of it has; torch has never had that."""
 
-    def _build_module(self) -> Mapping[str, object]:
-        return {**super()._build_module(), "consolidate_safetensor_files": consolidate_safetensors_files}
+    def _build_module(self, module: str = "") -> Mapping[str, object]:
+        return {**super()._build_module(module), "consolidate_safetensor_files": consolidate_safetensors_files}
 
 
 for _public in (consolidate_safetensors_files, consolidate_safetensors_files_on_every_rank):
@@ -119,6 +153,7 @@ BACKPORT = _WithShimsSpelling(
     is_module=True,
     names={
         "consolidate_safetensors_files": lambda: consolidate_safetensors_files,
+        "_write_sub_tensor_to_file_optimized": lambda: _write_sub_tensor_to_file_optimized,
         "consolidate_safetensors_files_on_every_rank": lambda: consolidate_safetensors_files_on_every_rank,
     },
 )

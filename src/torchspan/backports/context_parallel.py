@@ -290,6 +290,7 @@ def _context_parallel_style() -> type:
             return tuple(map(_as_local, outputs))
 
     _ContextParallel.__module__, _ContextParallel.__qualname__ = _PLACE, "_ContextParallel"
+    _gathering_operator()
     return _ContextParallel
 
 

@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 from torchspan.backports._base import Backport
+from torchspan.core.replaced import replaced
 
 _PLACE = "torch.distributed.distributed_c10d"
 
@@ -30,7 +30,7 @@ def _with_ranks(init_process_group: Callable[..., None]) -> Callable[..., None]:
         def of_ranks(ranks: list[int], use_hashed_name: bool) -> str:
             return name_of(ranks, use_hashed_name) if ranks else name_of(_ranks, True)
 
-        with patch.object(distributed_c10d, "_process_group_name", of_ranks):
+        with replaced(distributed_c10d, "_process_group_name", of_ranks):
             init_process_group(*args, **kwargs)
 
     return init

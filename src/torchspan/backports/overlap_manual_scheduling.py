@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torchspan.backports import _overlap
 from torchspan.backports._base import Backport, unavailable
 from torchspan.core.collectives import GATHER, SCATTER, Collective
+from torchspan.core.overlap import overlap, places_of
 
 _PLACE = "torch._inductor.fx_passes.overlap_manual_scheduling"
 _SINCE = "2.10.0"
@@ -39,12 +40,12 @@ def manual_overlap_bucketing(
         cause = "this torch's inductor has no control dependencies; it keeps the order of the graph where it does not fuse"
         _overlap.say(BACKPORT.name, "insert_overlap_deps=True", "the order is not enforced", cause)
     plans = [[plan] if isinstance(plan, str) else plan for plan in module_bucket_plans]
-    places = _overlap.places_of(gm.graph)
+    places = places_of(gm.graph)
     buckets = {}
     for kind in (GATHER, SCATTER):
         members = _overlap.fsdp_collectives(gm.graph.nodes, kind)
         buckets[kind] = _overlap.merge(gm, _by_plan(members, plans, module_stack_fn), kind, places)
-    _overlap.overlap(buckets, places, limit_bytes=float("inf"))
+    overlap(buckets, places, limit_bytes=float("inf"))
     return _overlap.finish(gm, places)
 
 
@@ -70,7 +71,7 @@ BACKPORT = Backport(
     upstream="https://github.com/pytorch/pytorch/pull/165487",
     differs=(
         "insert_overlap_deps does not make inductor keep the order; buckets are copied with plain operators; "
-        "ManualOverlapScheduler itself is not there"
+        "the classes of torch's pass are not there"
     ),
     names={
         "manual_overlap_bucketing": lambda: manual_overlap_bucketing,
@@ -80,6 +81,21 @@ BACKPORT = Backport(
             _SINCE,
             "call manual_overlap_bucketing",
         ),
+        "ManualOverlapPreservingBucketer": lambda: unavailable(
+            f"{_PLACE}.ManualOverlapPreservingBucketer",
+            "torchspan has the pass as a function",
+            _SINCE,
+            "call manual_overlap_bucketing",
+        ),
+    },
+    elsewhere={
+        "torch._inductor.fx_passes.control_dependencies": {
+            "preserve_node_ordering": lambda: unavailable(
+                "torch._inductor.fx_passes.control_dependencies.preserve_node_ordering",
+                "this torch's inductor has no operator that orders others",
+                _SINCE,
+            )
+        }
     },
     is_module=True,
 )

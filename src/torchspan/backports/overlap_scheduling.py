@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torchspan.backports import _overlap, _torch
 from torchspan.backports._base import Backport, Change, unavailable
 from torchspan.core.collectives import GATHER, SCATTER, Collective
+from torchspan.core.overlap import overlap, places_of, sink_waits, size_of
 
 _PLACE = "torch._inductor.fx_passes.overlap_scheduling"
 _SINCE = "2.10.0"
@@ -82,14 +83,14 @@ def schedule_overlap_bucketing(
         _overlap.say(BACKPORT.name, "insert_overlap_deps=True", "the order is not enforced", cause)
     limit_bytes = max_in_flight_gb * 2**30
     cap_bytes = min(limit_bytes / 2, (pre_bucketing_fsdp_collectives_bucket_cap_mb or _BUCKET_MB) * 2**20)
-    places = _overlap.places_of(gm.graph)
+    places = places_of(gm.graph)
     buckets = {}
     for kind in (GATHER, SCATTER):
         members = _overlap.fsdp_collectives(gm.graph.nodes, kind)
         groups = _neighbours(members, cap_bytes, max_coll_distance) if collective_bucketing else [[one] for one in members]
         buckets[kind] = _overlap.merge(gm, groups, kind, places)
-    _overlap.sink_waits(gm.graph, places)
-    _overlap.overlap(buckets, places, limit_bytes)
+    sink_waits(gm.graph, places)
+    overlap(buckets, places, limit_bytes)
     return _overlap.finish(gm, places)
 
 
@@ -99,7 +100,7 @@ def _neighbours(members: list[Collective], cap_bytes: float, max_members: int) -
     groups: list[list[Collective]] = []
     for member in members:
         group = open_groups.get(member.key)
-        if group is None or len(group) >= max_members or _overlap.size_of([*group, member]) > cap_bytes:
+        if group is None or len(group) >= max_members or size_of([*group, member]) > cap_bytes:
             group = open_groups[member.key] = []
             groups.append(group)
         group.append(member)

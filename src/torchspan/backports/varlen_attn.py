@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,32 @@ def varlen_attn(
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
-for _public in (AuxRequest, varlen_attn):
+def varlen_attn_out(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: AuxRequest | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `varlen_attn` does, written to `out`, ``(Tq, Hq, D)``; it has no gradient.
+
+    Takes and raises what `varlen_attn` does, but `is_causal`; returns `out`, and the statistics if they were asked for.
+    """
+    place: Any = importlib.import_module(_PLACE)  # torch's own varlen_attn, where it has that and not this
+    with torch.no_grad():
+        given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+        found = place.varlen_attn(*given, return_aux=place.AuxRequest(lse=True), **options)
+        out.copy_(found[0])
+    return (out, found[1]) if return_aux is not None and return_aux.lse else out
+
+
+for _public in (AuxRequest, varlen_attn, varlen_attn_out):
     _public.__module__ = _PLACE
 
 
@@ -394,6 +420,6 @@ BACKPORT = Backport(
         "works on a CPU too, a sequence at a time; takes is_causal (torch 2.10 to 2.12) and window_size (later); on CUDA "
         "pages are gathered first, and num_splits runs a sequence at a time"
     ),
-    names={"varlen_attn": _build, "AuxRequest": lambda: AuxRequest},
+    names={"varlen_attn": _build, "varlen_attn_out": lambda: varlen_attn_out, "AuxRequest": lambda: AuxRequest},
     is_module=True,
 )

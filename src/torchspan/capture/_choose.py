@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim import Optimizer
 
 from torchspan.core.errors import unknown_name
 from torchspan.core.graph import Graph
@@ -29,12 +30,18 @@ def choose_capture(wanted: str, has_joint: bool) -> tuple[str, str]:
     return "train_step", "this torch exports no joint graph (2.10 and later do)"
 
 
-def capture_training(program: Program, wanted: str = "auto", report: Report | None = None) -> Graph:
-    """The training step of `program` as one Graph, captured as `wanted` says; the choice is a Decision in `report`."""
+def capture_training(
+    program: Program, wanted: str = "auto", report: Report | None = None, optimizer: Optimizer | None = None
+) -> Graph:
+    """The training step of `program` as one Graph, captured as `wanted` says; the choice is a Decision in `report`.
+
+    With `optimizer` its step is in the Graph.
+    """
     from torchspan.capture.joint import capture_joint, is_supported
     from torchspan.capture.train_step import capture_train_step
 
     report = report or Report(parent=current_report())
     choice, reason = choose_capture(wanted, is_supported())
     report.decide("capture", f"{program.name} on torch {torch.__version__}", choice, reason)
-    return capture_joint(program) if choice == "joint" else capture_train_step(program)
+    capture = capture_joint if choice == "joint" else capture_train_step
+    return capture(program, optimizer=optimizer)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, traceback
 
+from torchspan.core.graph import PHASE
+
 MODULE = "module"
-PHASE = "phase"
 
 
 @contextmanager
@@ -74,7 +75,10 @@ def _set_custom(value: Any) -> None:
 
 
 def copy_origins_to_backward(module: GraphModule) -> None:
-    """Give each backward node what its forward node carries; autograd's sequence numbers say which belongs to which."""
+    """Give each backward node what its forward node carries; autograd's sequence numbers say which belongs to which.
+
+    Of FlexAttention they do not: a compiler of its own traces the forward. Its backward takes what its forward gave.
+    """
     forward: dict[int, dict[str, Any]] = {}
     for node in module.graph.nodes:
         custom = node.meta.get("custom", {})
@@ -83,9 +87,15 @@ def copy_origins_to_backward(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.meta.get("custom", {}).get(PHASE) == "backward":
             node.meta["custom"] = {**forward.get(node.meta.get("seq_nr", -1), {}), PHASE: "backward"}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and str(node.target) == "flex_attention_backward":
+            for one in (node, *node.users):
+                one.meta["custom"] = {**_maker_of(node.args[3]).meta.get("custom", {}), PHASE: "backward"}
 
 
-def module_path(node: torch.fx.Node) -> str | None:
-    """The path of the module that made this node, or None."""
-    path = node.meta.get("custom", {}).get(MODULE)
-    return path if isinstance(path, str) else None
+def _maker_of(result: Any) -> torch.fx.Node:
+    """The node of FlexAttention that gave `result`, of which detaches may stand between."""
+    assert isinstance(result, torch.fx.Node), f"{result!r} is no result of FlexAttention"
+    while str(result.target) != "flex_attention":
+        (result,) = result.all_input_nodes
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import threading
 import warnings
@@ -72,6 +73,62 @@ def _with_kernel_and_composite() -> tuple[Any, ...]:
 
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and "." not in name)
     return tuple(getattr(torch.ops.aten, name.removeprefix("aten::")).default for name in names if has_all(name))
+
+
+@contextmanager
+def views_of_any_size() -> Iterator[None]:
+    """While this is open, a fake tensor of a size that depends on data can be viewed; old torch (2.8) cannot by itself."""
+    from torch._subclasses import fake_impls
+
+    known = fake_impls.op_implementations_dict
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    with _TRACING:
+        if views[0] in known:
+            yield
+            return
+        known.update(dict.fromkeys(views, _contiguous_view))
+        try:
+            yield
+        finally:
+            for view in views:
+                del known[view]
+
+
+def _contiguous_view(fake_mode: Any, _: Any, tensor: Tensor, shape: Sequence[Any]) -> Any:
+    """A view of a contiguous tensor with symbols among its sizes; of any other tensor, what torch does."""
+    if not any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *shape)) or not _is_contiguous(tensor):
+        return NotImplemented
+    given = math.prod(size for size in shape if not (isinstance(size, int) and size == -1))
+    sizes = [tensor.numel() // given if isinstance(size, int) and size == -1 else size for size in shape]
+    with fake_mode:
+        return tensor.as_strided(sizes, _contiguous_strides(sizes), tensor.storage_offset())
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(
+        statically_known_true(found == expected)
+        for found, expected in zip(tensor.stride(), _contiguous_strides(tensor.shape), strict=True)
+    )
+
+
+def _contiguous_strides(sizes: Sequence[Any]) -> list[Any]:
+    return [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+
+
+def below_functionalization(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator inside ``torch.func.functionalize`` as if that were not there: right if it neither writes nor aliases.
+
+    Functionalization decomposes some operators that could also be called whole, such as ``silu_backward`` in torch 2.8.
+    """
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+    from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+
+    api = FunctorchFunctionalizeAPI(retrieve_current_functorch_interpreter())  # type: ignore[arg-type]
+    plain_args, plain_kwargs = api.unwrap_tensors(args), api.unwrap_tensors(dict(kwargs))  # type: ignore[arg-type]
+    with api.redispatch_to_next():
+        return api.wrap_tensors(operator(*plain_args, **plain_kwargs))
 
 
 # dynamo: one frame traced, without running it
@@ -386,6 +443,17 @@ def joint_export() -> Any:
     if compile_joint is None or "partition_fn" not in inspect.signature(compile_joint).parameters:
         return None
     return aot_autograd.aot_export_joint_with_descriptors
+
+
+@contextmanager
+def sizes_may_depend_on_data() -> Iterator[None]:
+    """While this is open, a joint export takes a number that a program reads from a tensor for a symbol, not for an error."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):
+        yield
 
 
 def joint_gradient_placements(joint: Any) -> list[Any] | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph as FxGraph
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.optim import Optimizer
 
-from torchspan.capture._clean import clean
+from torchspan.capture._clean import clean, keep_checks
+from torchspan.capture._inputs import Inputs, keep_inputs
+from torchspan.capture._optimizer import with_optimizer
 from torchspan.capture._origins import stamped_with_module_paths
-from torchspan.capture._state import check_loss, check_program, slots
+from torchspan.capture._state import call_for_loss, check_program, check_written, slots, tensors_of, values_told
 from torchspan.core.errors import CaptureError, UnsupportedError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec, output_node
 from torchspan.core.program import Program
@@ -26,11 +30,28 @@ def is_supported() -> bool:
     return _torch.joint_export() is not None
 
 
-def capture_joint(program: Program) -> Graph:
+def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Graph:
     """The joint graph of a module whose forward gives a scalar loss.
 
-    The Graph takes the parameters and buffers (of a DTensor: this rank's part), the inputs, and a tangent, which is one for the
-    gradients of the loss itself; it gives the loss, then the gradients. UnsupportedError where torch has no joint export.
+    The Graph takes the parameters and buffers (of a DTensor: this rank's part), the tensors among the inputs, and a tangent,
+    which is one for the gradients of the loss itself; it gives the new value of each buffer that the step changes, the loss,
+    then the gradients. Inputs, sizes that depend on data, buffers, tied parameters and the `optimizer` are treated as
+    `capture_train_step` does.
+    UnsupportedError where torch has no joint export; InputError and CaptureError as there.
+
+    >>> class Loss(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.norm = nn.BatchNorm1d(2, affine=False)
+    ...         self.weight = nn.Parameter(torch.ones(2))
+    ...     def forward(self, x, *, target=None):
+    ...         return (self.norm(x) * self.weight - target).square().sum()
+    >>> if is_supported():
+    ...     graph = capture_joint(Program(Loss(), (torch.ones(3, 2),), {"target": torch.ones(3, 2)}))
+    ...     assert [f"{spec.kind} {spec.name}" for spec in graph.inputs[-3:]] == ["input 0", "input target", "tangent loss"]
+    ...     assert [spec.name for spec in graph.outputs if spec.kind == "mutation"] == [
+    ...         "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"
+    ...     ]
     """
     from torchspan.capture import _torch
 
@@ -41,40 +62,79 @@ def capture_joint(program: Program) -> Graph:
             f"torch {torch.__version__} cannot export a joint graph with descriptors (2.10 and later can); "
             "capture with train_step, which every supported torch can"
         )
-    with ExitStack() as stack, torch.fx.traceback.preserve_node_meta(), stamped_with_module_paths(module):
-        joint = export(stack, _Flat(module), program.args)
+    if any(slot.layout is not None and tensor.is_meta for slot, tensor in zip(slots(module), tensors_of(module).values())):
+        raise CaptureError(
+            f"{program.name} has DTensors on the meta device, of which torch {torch.__version__} exports no joint graph; "
+            "capture with train_step"
+        )
+    inputs = Inputs.of(program)
+    given = tuple(inputs.wrap(inputs.tensors(program.args, program.kwargs)))
+    with values_told(program.name), ExitStack() as stack:
+        stack.enter_context(torch.fx.traceback.preserve_node_meta())
+        stack.enter_context(stamped_with_module_paths(module))
+        stack.enter_context(_torch.sizes_may_depend_on_data())
+        joint = export(stack, _Flat(module, inputs), given, ignore_shape_env=True)  # sizes of inputs are fixed
     _check_placements(module, _torch.joint_gradient_placements(joint))
-    names = {f"_{index}": slot.spec.name for index, slot in enumerate(slots(module))}
-    inputs, outputs = _input_specs(joint.graph_module.graph, names), _output_specs(joint.graph_module.graph, names)
-    _drop_meshes(joint.graph_module.graph)
-    joint.graph_module.graph.set_codegen(CodeGen())  # flat arguments, and not a list of primals and one of tangents
-    clean(joint.graph_module)
-    graph = Graph(joint.graph_module, inputs, outputs, kind="joint")
+    graph = _signed(joint.graph_module, module, inputs)
     graph.verify()
-    return graph
+    return graph if optimizer is None else with_optimizer(graph, module, optimizer)
+
+
+def _signed(traced: GraphModule, module: nn.Module, inputs: Inputs) -> Graph:
+    """The Graph of a traced module: flat, without meshes, and with names for what it takes and gives."""
+    named = _Names({f"_{index}": slot.spec for index, slot in enumerate(slots(module))}, inputs.specs, type(module).__name__)
+    taken = _input_specs(traced.graph, named)
+    returned = _output_specs(traced.graph, named)
+    _drop_meshes(traced.graph)
+    traced.graph.set_codegen(CodeGen())  # flat arguments, and not a list of primals and one of tangents
+    clean(traced)
+    keep_checks(traced)
+    keep_inputs(traced, inputs)
+    return Graph(traced, taken, returned, kind="joint")
 
 
 class _Flat(nn.Module):
-    """A module with all of its state on one level, each tensor once, under its index in `slots`.
+    """A module with all of its state on one level, each tensor once, under its index in `slots`; called with flat tensors.
 
     AOTAutograd would make two inputs, with a gradient each, of a parameter that is tied.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self._module = (module,)  # in a tuple, so that it is no submodule
+        self._inputs = inputs
         self._names = [slot.spec.name for slot in slots(module)]
-        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        tensors = tensors_of(module)
         for index, name in enumerate(self._names):
-            if name in parameters:
-                self.register_parameter(f"_{index}", parameters[name])
+            tensor = tensors[name]
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(f"_{index}", tensor)
             else:
-                self.register_buffer(f"_{index}", buffers[name])
+                self.register_buffer(f"_{index}", tensor)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         state = {name: getattr(self, f"_{index}") for index, name in enumerate(self._names)}
-        module = self._module[0]
-        return check_loss(torch.func.functional_call(module, state, inputs), type(module).__name__)
+        return call_for_loss(self._module[0], state, *self._inputs.unflatten(tensors))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the descriptors of a joint graph mean: the state by the name it has in `_Flat`, the inputs by their index."""
+
+    state: dict[str, InputSpec]
+    inputs: tuple[InputSpec, ...]
+    program: str
+
+    def spec(self, descriptor: Any) -> InputSpec:
+        """What a descriptor of an input stands for."""
+        kind = type(descriptor).__name__
+        if kind in ("ParamAOTInput", "BufferAOTInput"):
+            return self.state[descriptor.target]
+        if kind == "PlainAOTInput":
+            return self.inputs[descriptor.idx]
+        if kind == "TangentAOTInput":
+            return InputSpec("tangent", "loss")
+        raise CaptureError(f"the joint graph takes {descriptor}, which a training step has not; capture with train_step")
 
 
 def _check_placements(module: nn.Module, found: list[Any] | None) -> None:
@@ -102,38 +162,25 @@ def _plain(descriptor: Any) -> Any:
     return descriptor
 
 
-def _input_specs(graph: FxGraph, names: dict[str, str]) -> tuple[InputSpec, ...]:
+def _input_specs(graph: FxGraph, names: _Names) -> tuple[InputSpec, ...]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and not _is_mesh(node.meta["desc"])]
-    return tuple(_input_spec(_plain(node.meta["desc"]), names) for node in placeholders)
+    return tuple(names.spec(_plain(node.meta["desc"])) for node in placeholders)
 
 
-def _input_spec(descriptor: Any, names: dict[str, str]) -> InputSpec:
-    kind = type(descriptor).__name__
-    if kind == "ParamAOTInput":
-        return InputSpec("parameter", names[descriptor.target])
-    if kind == "BufferAOTInput":
-        return InputSpec("buffer", names[descriptor.target])
-    if kind == "PlainAOTInput":
-        return InputSpec("input", str(descriptor.idx))
-    if kind == "TangentAOTInput":
-        return InputSpec("tangent", "loss")
-    raise CaptureError(f"the joint graph takes {descriptor}, which a training step has not; capture with train_step")
-
-
-def _output_specs(graph: FxGraph, names: dict[str, str]) -> tuple[OutputSpec, ...]:
+def _output_specs(graph: FxGraph, names: _Names) -> tuple[OutputSpec, ...]:
     descriptors, values = _outputs(graph)
     kept = [(d, value) for d, value in zip(descriptors, values) if not _is_mesh(d) and value is not None]
     return tuple(_output_spec(_plain(descriptor), names) for descriptor, _ in kept)
 
 
-def _output_spec(descriptor: Any, names: dict[str, str]) -> OutputSpec:
+def _output_spec(descriptor: Any, names: _Names) -> OutputSpec:
     kind = type(descriptor).__name__
     if kind == "PlainAOTOutput":
         return OutputSpec("loss", "loss")
     if kind == "GradAOTOutput":
-        return OutputSpec("gradient", names[_plain(descriptor.grad_of).target])
+        return OutputSpec("gradient", names.spec(_plain(descriptor.grad_of)).name)
     if kind == "InputMutationAOTOutput":
-        return OutputSpec("mutation", names[_plain(descriptor.mutated_input).target])
+        return OutputSpec("mutation", check_written(names.spec(_plain(descriptor.mutated_input)), names.program))
     raise CaptureError(f"the joint graph gives {descriptor}, which a training step has not; capture with train_step")
 
 

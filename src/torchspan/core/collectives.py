@@ -1,4 +1,4 @@
-"""Collectives in an FX graph: several all-gathers or reduce-scatters become one, and nodes get another order.
+"""Collectives in an FX graph: several all-gathers, reduce-scatters or all-reduces become one, and nodes get another order.
 
 A merged collective moves what its members moved, in one buffer; every number stays bitwise what it was. Nodes are placed by
 numbers: a place is where a node wants to stand, and `reorder` gives an order in which the graph can run.
@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from torchspan.core.errors import PassError
 
-GATHER, SCATTER = "all_gather_into_tensor", "reduce_scatter_tensor"
+GATHER, SCATTER, REDUCE = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
 
 
 def is_call(node: object, name: str) -> bool:
@@ -50,14 +50,14 @@ def origin_of(node: Any) -> Node | None:
 
 @dataclass(frozen=True)
 class Collective:
-    """One all-gather or reduce-scatter: its `node`, and the `wait` for it."""
+    """One all-gather, reduce-scatter or all-reduce: its `node`, and the `wait` for it."""
 
     node: Node
     wait: Node
 
     @property
     def source(self) -> Node:
-        """What is gathered or scattered."""
+        """What is gathered, scattered or reduced."""
         source = self.node.args[0]
         assert isinstance(source, Node)
         return source
@@ -107,11 +107,30 @@ def merge_scatters(graph: Graph, bucket: Sequence[Collective], places: dict[Node
         writer = _Writer(graph, meta, places[last], places)
         rows = writer.call(torch.ops.aten.cat.default, [writer.rows(m.source, num_ranks) for m in bucket], 1)
         scattered = writer.call(last.target, writer.view(rows, [-1]), *last.args[1:])  # type: ignore[arg-type]
-        begin = writer.written()
-        mine = writer.call(torch.ops._c10d_functional.wait_tensor.default, scattered)
-        pieces = writer.cut(mine, 0, [value_of(member.wait).numel() for member in bucket])
-        results = [writer.view(piece, list(value_of(member.wait).shape)) for member, piece in zip(bucket, pieces)]
-    _replace(graph, bucket, results)
+        return _given_out(writer, scattered, bucket)
+
+
+def merge_reduces(graph: Graph, bucket: Sequence[Collective], places: dict[Node, float], meta: Mapping[str, Any]) -> Merged:
+    """Reduce what the members reduce, none of it made of another's result, in one buffer where the last of them stands.
+
+    Bitwise where the group has two ranks, whose sum has one order. Of three or more, a ring adds up the ranks in an order that
+    depends on where in the buffer a number stands (seen on gloo, four ranks).
+    """
+    last = bucket[-1].node
+    with graph.inserting_before(last):
+        writer = _Writer(graph, meta, places[last], places)
+        flat = writer.call(torch.ops.aten.cat.default, [writer.flat(member.source) for member in bucket])
+        reduced = writer.call(last.target, flat, *last.args[1:])  # type: ignore[arg-type]
+        return _given_out(writer, reduced, bucket)
+
+
+def _given_out(writer: _Writer, moved: Node, bucket: Sequence[Collective]) -> Merged:
+    """Wait for the buffer `moved`, in which the members' results stand one after the other, and put each in its place."""
+    begin = writer.written()
+    whole = writer.call(torch.ops._c10d_functional.wait_tensor.default, moved)
+    pieces = writer.cut(whole, 0, [value_of(member.wait).numel() for member in bucket])
+    results = [writer.view(piece, list(value_of(member.wait).shape)) for member, piece in zip(bucket, pieces)]
+    _replace(writer.graph, bucket, results)
     return Merged(begin, writer.written()[len(begin) :])
 
 

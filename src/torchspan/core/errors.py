@@ -6,15 +6,16 @@
     ├── InputError                 what was given cannot be used (exit code 2)
     │   └── UnknownNameError       a name that nothing answers to; says what was meant (also a KeyError)
     ├── UnsupportedError           this torch, this device or this platform cannot do it (also a NotImplementedError)
+    │   └── UnknownSettingError    a setting that this torch does not know was set (also an AttributeError)
     ├── CaptureError               a program could not be captured as one graph
     ├── GuardError                 a captured graph was called with what it was not captured for
     ├── GraphError                 a graph is not valid
     │   └── PassError              a pass gave back a graph that is not valid
     ├── CompileError               a backend did not give a callable
-    │   └── BudgetExceededError    it ran out of seconds or of bytes
     └── ArtifactError              an artifact cannot be used
         ├── ManifestMismatchError  it was made for something else; names the entries that differ
         └── IntegrityError         its bytes are not those that were written
+            └── UntrustedError     no key that is trusted here signed it
 
 A message says what happened with values, what was expected, and what to do.
 """
@@ -57,6 +58,10 @@ class UnsupportedError(TorchspanError, NotImplementedError):
     """This torch, this device or this platform cannot do it; the message names what can."""
 
 
+class UnknownSettingError(UnsupportedError, AttributeError):
+    """A setting was set that this torch does not know; the message names the releases that do."""
+
+
 class CaptureError(TorchspanError):
     """A program could not be captured as one graph; the message names the user's file and line."""
 
@@ -75,10 +80,6 @@ class PassError(GraphError):
 
 class CompileError(TorchspanError):
     """A backend did not give a callable."""
-
-
-class BudgetExceededError(CompileError):
-    """A compile ran out of seconds or of bytes and was ended."""
 
 
 class ArtifactError(TorchspanError):

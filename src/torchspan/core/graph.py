@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from torchspan.core.errors import GraphError
 
-InputKind = Literal["parameter", "buffer", "input", "tangent"]
+_COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single", "all_to_all_rows")
+InputKind = Literal["parameter", "buffer", "input", "tangent", "optimizer"]
 OutputKind = Literal["output", "loss", "gradient", "saved", "mutation"]
+PHASE = "phase"
+"""Under this key of ``meta["custom"]`` a node says ``backward`` or ``optimizer``; what is of the forward has none."""
+GRADIENT_OF = "gradient_of"
+"""Under this key, a node's metadata name the parameter whose gradient it is, where an optimizer in the graph takes it."""
+
+COLLECTIVES_INSIDE = "collectives_inside"
+"""Under this key, the metadata of a node that calls compiled code say how often that calls each collective."""
 
 
 def output_node(graph: FxGraph) -> Any:
@@ -24,7 +31,10 @@ def output_node(graph: FxGraph) -> Any:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What one placeholder stands for: its `kind`, and the `name` by which the program knows it."""
+    """What one placeholder stands for: its `kind`, and the `name` by which the program knows it.
+
+    Of kind ``optimizer`` are the states of an optimizer in the graph, and the numbers that it takes, such as the learning rate.
+    """
 
     kind: InputKind
     name: str
@@ -60,17 +70,26 @@ class Graph:
         value = output_node(self.module.graph).args[0]
         return list(value) if isinstance(value, (tuple, list)) else [value]
 
+    def gradients(self) -> dict[Node, str]:
+        """The nodes that are the gradients of parameters, by which: those that are given, and those that an optimizer takes."""
+        given = zip(self.output_values(), self.outputs)
+        found = {value: spec.name for value, spec in given if spec.kind == "gradient" and isinstance(value, Node)}
+        taken = {node: node.meta[GRADIENT_OF] for node in self.module.graph.nodes if GRADIENT_OF in node.meta}
+        return {**found, **taken}
+
     def count_targets(self) -> Counter[str]:
         """How often each operator is called, by the operator's printed name."""
         return Counter(str(node.target) for node in self.module.graph.nodes if node.op == "call_function")
 
     def num_collectives(self) -> Counter[str]:
-        """How often each collective is called: all-gathers, reduce-scatters, all-reduces, all-to-alls."""
+        """How often each collective is called, inside of compiled code too: all-gathers, reduce-scatters, and so on."""
         counts: Counter[str] = Counter()
         for target, count in self.count_targets().items():
-            for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
-                if f"_c10d_functional.{name}" in target:
+            for name in _COLLECTIVES:
+                if target.startswith((f"_c10d_functional.{name}.", f"torchspan.{name}.")):
                     counts[name] += count
+        for node in self.module.graph.nodes:
+            counts.update(node.meta.get(COLLECTIVES_INSIDE, {}))
         return counts
 
     def with_module(self, module: GraphModule, note: str) -> Graph:
@@ -98,19 +117,27 @@ def _check_count(what: str, found: int, specs: Sequence[object]) -> None:
 
 def _check_waits(module: GraphModule) -> None:
     """An asynchronous collective whose result is read without a wait is a data race: refuse it."""
-    wait = torch.ops._c10d_functional.wait_tensor.default
     for node in module.graph.nodes:
-        if node.op != "call_function" or not _is_async_collective(node):
-            continue
-        for user in node.users:
-            if user.op == "output" or (user.op == "call_function" and user.target is not wait and not _unpacks(user)):
-                raise GraphError(f"{user.name} reads the collective {node.name} ({node.target}) before any wait_tensor")
+        if is_async_collective(node):
+            for user in node.users:
+                if not _waits_or_asks_size(user):
+                    raise GraphError(f"{user.name} reads the collective {node.name} ({node.target}) before any wait_tensor")
 
 
-def _unpacks(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
+def is_async_collective(node: Node) -> bool:
+    """Whether `node` calls a collective whose result may be read after a wait only.
 
-
-def _is_async_collective(node: Node) -> bool:
+    Those are torch's functional collectives, and the all-to-all of rows that expert parallelism brings.
+    """
     name = str(node.target)
-    return name.startswith("_c10d_functional.") and not name.startswith("_c10d_functional.wait_tensor")
+    if node.op != "call_function" or name.startswith("_c10d_functional.wait_tensor"):
+        return False
+    return name.startswith(("_c10d_functional.", "torchspan.all_to_all_rows."))
+
+
+def _waits_or_asks_size(user: Node) -> bool:
+    """Whether a user of a collective reads none of its numbers: a wait, a size, one of several results."""
+    if user.op != "call_function":
+        return False
+    name = str(user.target)
+    return name.startswith(("_c10d_functional.wait_tensor", "aten.sym_")) or getattr(user.target, "__name__", "") == "getitem"

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from torchspan.core.errors import unknown_name
+from torchspan.core.topics import Topic
 
-_FOLDERS = {"device": "devices", "backport": "backports", "compile": "strategies", "precompile": "artifacts", "pass": "passes"}
 _LEVELS = ("debug", "info", "warning", "error")
 _FORMAT = "%(levelname).1s %(name)s%(where)s] %(message)s"
 
@@ -24,7 +24,7 @@ def logger_of(topic: str) -> logging.Logger:
     >>> logger_of("device").name
     'torchspan.devices'
     """
-    return logging.getLogger(f"torchspan.{_FOLDERS.get(topic, topic)}")
+    return logging.getLogger(f"torchspan.{Topic.of(topic).folder}")
 
 
 def is_logged_each(topic: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -30,6 +31,7 @@ TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(4e-3, 1e-5),
 }
 EXACT = Tolerance(0.0, 0.0)
+_PIECE = 1 << 18  # elements that are compared at a time
 _COARSE = Tolerance(1.25e-1, 1e-3)  # 8-bit floats: two or three bits of mantissa
 
 
@@ -127,10 +129,15 @@ def but_rounding(
     >>> but_rounding([torch.ones(1), noise], [torch.ones(1), other])
     ([tensor([1.]), tensor([0.])], [tensor([1.]), tensor([0.])])
     """
-    known = [one for one in expected if one is not None and one.layout is torch.strided and one.numel()]
-    limit = max((tolerance(one.dtype, *through).relative * _rms(one) for one in known), default=0.0)
-    is_noise = [_is_below(a, limit) and _is_below(b, limit) for a, b in zip(actual, expected, strict=True)]
+    limit = rounding_limit(expected, *through)
+    is_noise = [is_below(a, limit) and is_below(b, limit) for a, b in zip(actual, expected, strict=True)]
     return _zeroed(actual, is_noise), _zeroed(expected, is_noise)
+
+
+def rounding_limit(expected: Iterable[torch.Tensor | None], *through: torch.dtype) -> float:
+    """The root mean square up to which a gradient beside these is rounding: the precision of the largest of them."""
+    known = [one for one in expected if one is not None and one.layout is torch.strided and one.numel()]
+    return max((tolerance(one.dtype, *through).relative * _rms(one) for one in known), default=0.0)
 
 
 def _zeroed(values: list[torch.Tensor | None], which: list[bool]) -> list[torch.Tensor | None]:
@@ -140,12 +147,19 @@ def _zeroed(values: list[torch.Tensor | None], which: list[bool]) -> list[torch.
     ]
 
 
-def _is_below(value: torch.Tensor | None, limit: float) -> bool:
+def is_below(value: torch.Tensor | None, limit: float) -> bool:
+    """Whether a gradient is rounding, see :func:`rounding_limit`."""
     return value is not None and value.layout is torch.strided and value.numel() > 0 and _rms(value) <= limit
 
 
 def _rms(value: torch.Tensor) -> float:
-    return float(as_real(value.detach()).double().square().mean().sqrt())
+    real = as_real(value.detach())
+    return math.sqrt(sum(float(one.double().square().sum()) for (one,) in _pieces(real)) / max(real.numel(), 1))
+
+
+def _pieces(*values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape, a part of each at a time: what is computed of them in double precision stays small."""
+    return zip(*(one.reshape(-1).split(_PIECE) for one in values), strict=True)
 
 
 def _tensor_difference(actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
@@ -167,20 +181,35 @@ def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tol
         if num_wrong:
             yield f"{name}: {num_wrong} of {expected.numel()} elements differ"
         return
+    if expected.layout is not torch.strided:
+        actual, expected = actual.to_dense(), expected.to_dense()
     wide = torch.complex128 if expected.dtype.is_complex else torch.float64
-    actual, expected = actual.to(wide), expected.to(wide)
-    finite = expected.isfinite()
-    size = torch.where(finite, expected, 0).abs()
-    limit = allowed.relative * (size + size.square().mean().sqrt()) + allowed.absolute
+    rms = math.sqrt(sum(float(_size(one.to(wide)).square().sum()) for (one,) in _pieces(expected)) / expected.numel())
+    num_wrong, worst, at_most = 0, 0.0, 0.0
+    for mine, theirs in _pieces(actual, expected):
+        gap, limit = _gap_and_limit(mine.to(wide), theirs.to(wide), rms, allowed)
+        wrong = ~(gap <= limit)
+        if wrong.any():
+            num_wrong += int(wrong.sum())
+            worst, at_most = _larger(worst, float(gap[wrong].max())), max(at_most, float(limit[wrong].max()))
+    if num_wrong:
+        yield f"{name}: {num_wrong} of {expected.numel()} elements differ, by up to {worst:.4g} (tolerance {at_most:.3g})"
+
+
+def _larger(one: float, other: float) -> float:
+    return one if math.isnan(one) else max(other, one)
+
+
+def _size(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value.isfinite(), value, 0).abs()
+
+
+def _gap_and_limit(
+    actual: torch.Tensor, expected: torch.Tensor, rms: float, allowed: Tolerance
+) -> tuple[torch.Tensor, torch.Tensor]:
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     gap = torch.where(same, 0, (actual - expected).abs())
-    wrong = ~(same | (gap <= limit))
-    if wrong.any():
-        worst = gap[wrong].max()
-        yield (
-            f"{name}: {int(wrong.sum())} of {expected.numel()} elements differ, by up to {worst:.4g} "
-            f"(tolerance {limit[wrong].max():.3g})"
-        )
+    return gap, allowed.relative * (_size(expected) + rms) + allowed.absolute
 
 
 def _short(value: Any) -> str:

@@ -34,12 +34,21 @@ class Program:
     @property
     def name(self) -> str:
         """The class of a module, the qualified name of a function."""
-        if isinstance(self.target, torch.nn.Module):
-            return type(self.target).__name__
-        return getattr(self.target, "__qualname__", type(self.target).__name__)
+        return program_name(self.target)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name; empty for a function."""
         if not isinstance(self.target, torch.nn.Module):
             return {}
         return {**dict(self.target.named_parameters()), **dict(self.target.named_buffers())}
+
+
+def program_name(program: Callable[..., Any]) -> str:
+    """The class of a module, the qualified name of a function.
+
+    >>> program_name(torch.nn.Linear(1, 1)), program_name(len)
+    ('Linear', 'len')
+    """
+    if isinstance(program, torch.nn.Module):
+        return type(program).__name__
+    return getattr(program, "__qualname__", type(program).__name__)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from functools import cache, cached_property
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +42,19 @@ class Registry:
         if name not in self._targets:
             raise unknown_name(self.kind, name, self._targets, f"there are: {', '.join(self.names()) or 'none'}")
         return self._targets[name]
+
+    def docstring(self, name: str) -> str:
+        """What the plug-in `name` says of itself, its first line a summary; read from its file, which is not imported.
+
+        >>> Registry("torchspan.strategies", "strategy").docstring("eager")
+        'Nothing is compiled: the last rung of every ladder.'
+        """
+        spec = importlib.util.find_spec(self.target(name))
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"the {self.kind} {name!r} is {self.target(name)}, which is no file; expected a module that can be found"
+            )
+        return ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
 
     @cached_property
     def _targets(self) -> dict[str, str]:

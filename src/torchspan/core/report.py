@@ -8,18 +8,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 from torchspan.core.logs import is_logged_each, log_at
+from torchspan.core.topics import Standing, Topic
 
 log = logging.getLogger("torchspan")
 
 Outcome = Literal["compiled", "loaded", "failed", "timeout", "memory", "crashed", "cancelled", "skipped"]
-
-SIMULATED = "simulated"
-"""How the reason of a Decision begins that gave only a part of what was asked for."""
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[1])
 _FOREIGN = (
@@ -38,22 +37,23 @@ _FOREIGN = (
 class Decision:
     """A choice with its reason.
 
-    `topic` is the part of torchspan that chose (``backport``, ``device``, ``compile``, ``precompile``, ``pass``, …), `subject`
-    what was asked for, `choice` what was given, `site` the user's ``file:line``, `function` where that is, `count` how often.
+    `topic` is the part of torchspan that chose, `subject` what was asked for, `choice` what was given, `site` the user's
+    ``file:line``, `function` where that is, `count` how often, `standing` how the choice stands to what was asked for.
     """
 
-    topic: str
+    topic: Topic
     subject: str
     choice: str
     reason: str
     site: str | None = None
     count: int = 1
     function: str | None = None
+    standing: Standing = Standing.REDIRECTED
 
-    @property
-    def is_simulated(self) -> bool:
-        """Whether only a part of what was asked for is given: the reason says which."""
-        return self.reason.startswith(SIMULATED)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """The Decision of what :meth:`Report.to_dict` gave for it."""
+        return cls(**{**values, "topic": Topic.of(values["topic"]), "standing": Standing.of(values["standing"])})
 
 
 @dataclass(frozen=True)
@@ -144,31 +144,52 @@ class Report:
         with self._lock:
             return dict(self._figures)
 
-    def decide(self, topic: str, subject: str, choice: str, reason: str, site: str | None = None) -> None:
-        """Record a choice; the same choice at the same site is counted, not repeated."""
+    def decide(
+        self,
+        topic: str,
+        subject: str,
+        choice: str,
+        reason: str,
+        site: str | None = None,
+        standing: Standing = Standing.REDIRECTED,
+    ) -> None:
+        """Record a choice; the same choice at the same site is counted, not repeated.
+
+        Raises InputError for a `topic` that is none of :class:`Topic`.
+        """
+        topic = Topic.of(topic)
         key = (topic, subject, choice, reason, site)
         with self._lock:
             known = self._entries.get(key)
             if isinstance(known, Decision):
                 entry = replace(known, count=known.count + 1)
             else:
-                entry = Decision(topic, subject, choice, reason, site, function=_function_at(site))
+                entry = Decision(topic, subject, choice, reason, site, function=_function_at(site), standing=standing)
             self._entries[key] = entry
         if self._parent is not None:
-            self._parent.decide(topic, subject, choice, reason, site)
+            self._parent.decide(topic, subject, choice, reason, site, standing)
         else:
             _log(entry, "INFO" if entry.count == 1 else "DEBUG")
         if entry.count == 1:
             self._on_new(entry)
 
-    def tally(self, topic: str, subject: str, choice: str, reason: str, site: str | None = None) -> Tally:
+    def tally(
+        self,
+        topic: str,
+        subject: str,
+        choice: str,
+        reason: str,
+        site: str | None = None,
+        standing: Standing = Standing.REDIRECTED,
+    ) -> Tally:
         """A count of the same choice at the same site, for its maker to add to."""
+        topic = Topic.of(topic)
         key = (topic, subject, choice, reason, site, "tally")
         with self._lock:
             known = self._entries.get(key)
             if isinstance(known, Tally):
                 return known
-        decision = Decision(topic, subject, choice, reason, site, function=_function_at(site))
+        decision = Decision(topic, subject, choice, reason, site, function=_function_at(site), standing=standing)
         tally = _LoggedTally(decision) if is_logged_each(topic) else Tally(decision)
         _log(decision, "INFO")
         with self._lock:
@@ -213,6 +234,32 @@ class Report:
     def watch(self, on_new: Callable[[Decision | Attempt], None]) -> None:
         """Call `on_new` with each entry when it is first made, from now on."""
         self._on_new = on_new
+
+    def __str__(self) -> str:
+        """The report as text: what was decided, by topic, and what was tried.
+
+        >>> report = Report()
+        >>> report.decide("device", "cuda", "cpu", "no CUDA device here")
+        >>> print(report)
+        redirected
+          cuda → cpu (no CUDA device here)
+        """
+        lines = []
+        for topic in Topic:
+            of_topic = [decision for decision in self.decisions if decision.topic is topic]
+            lines += [topic.heading] if of_topic else []
+            for one in of_topic:
+                times = f" {one.count}×" if one.count > 1 else ""
+                lines.append(f"  {one.subject} → {one.choice}{times} ({one.reason})")
+        for attempt in self.attempts:
+            why = f": {attempt.cause}" if attempt.cause else ""
+            lines.append(f"{attempt.outcome} {attempt.region} by {attempt.strategy} in {attempt.seconds:.1f} s{why}")
+        lines += [f"{name} = {value:.3g}" for name, value in self.figures.items()]
+        return "\n".join(lines) or "nothing was changed"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""

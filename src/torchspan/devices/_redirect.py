@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -16,11 +17,12 @@ import torch
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
+from torchspan.core.topics import Standing, Topic
+from torchspan.devices._memories import DEVICE, HOST, PLAIN, UNKNOWN, Answers, Memory, mark, memory_of, memory_of_storage
 from torchspan.devices._policy import ACCELERATORS, KEEP_CPU, DeviceRequest, choose
 from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
-TOPIC = "device"
 _SHARED = "; one device stands in for"
 
 in_force: Redirection | None = None
@@ -32,14 +34,23 @@ comptime: Any = None
 _DEVICE = torch.device
 _DEVICE_OF = torch._C.TensorBase.device.__get__
 NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
-_NO_STORAGE = (RuntimeError, NotImplementedError, ValueError)  # of what is sparse, functorch's, or a lazy module's
-_MARKED = (torch.Tensor, torch.nn.Parameter)
+_CPU = torch.device("cpu")
+_num_modes = torch._C._len_torch_function_stack
+_HERE = os.path.dirname(__file__) + os.sep
 # What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
 _ON_BEHALF = "torch._dynamo.variables"
 _HANDLERS = "torch._dynamo.variables.torch"  # of the calls in it
 _OWN = ("torch.", "torchspan.", "triton.")  # Triton asks as the compiler's part that it is
 # What stands between the asker and the function that it called.
-_BETWEEN = ("torchspan.devices", "torchspan.environment.patch", "torch.cuda", "torch.library", "torch._library")
+_BETWEEN = (
+    "torchspan.devices",
+    "torchspan.environment.patch",
+    "torchspan.backports.accelerator",
+    "torchspan.backports.cuda",
+    "torch.cuda",
+    "torch.library",
+    "torch._library",
+)
 
 _REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
 
@@ -56,6 +67,7 @@ class Redirection:
         self.mode = mode
         self.report = report
         self.masquerade = masquerade
+        self.knows_keep_cpu = mode == "torchdevice"
         self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
@@ -64,9 +76,13 @@ class Redirection:
         )
         self.originals: dict[int, Any] = {}
         self._devices: dict[object, torch.device | None] = {}
-        self._tallies: dict[tuple[CodeType, int, str, object], Tally] = {}
-        self._is_foreign: dict[CodeType, bool] = {}
+        self._tallies: dict[tuple[int, int, str, object], Tally] = {}
+        self._is_foreign: dict[int, tuple[bool, CodeType]] = {}  # by identity, as a code's own hash reads all of it
         self._has_warned = False
+        self._has_said_copied = False
+        self.in_use = False
+        self.answers = Answers()
+        self._asking = _Asking()
         self._quiet = _Depth()
         self._keeping_cpu = _Depth()
 
@@ -94,17 +110,23 @@ class Redirection:
         request = self._request(device)
         if request is None or (request.kind == "cpu" and self._keeping_cpu.depth):
             return None
+        if request.index == -1:
+            return torch.device("cpu")
         choice = choose(self.facts, request, self.mode)
         reason = choice.reason if not choice.is_possible else self._out_of_range(request)
         if reason:
             raise self._invalid_ordinal(request, reason)
-        return torch.device(choice.device) if request.kind in self.kinds or request.index == -1 else None
+        if request.kind not in self.kinds:
+            return None
+        if request.kind in ACCELERATORS:
+            self.begin_use()
+        return torch.device(choice.device)
 
     def _request(self, device: Any) -> DeviceRequest | None:
         """What `device` asks for; None for what torch will say is wrong."""
         if isinstance(device, int):
             return DeviceRequest("cuda", device) if device >= 0 else None
-        if device == KEEP_CPU and self.mode == "torchdevice":
+        if device == KEEP_CPU and self.knows_keep_cpu:
             return DeviceRequest("cpu", -1)
         try:
             asked = torch.device(device)
@@ -129,7 +151,7 @@ class Redirection:
     def _invalid_ordinal(self, request: DeviceRequest, reason: str) -> RuntimeError:
         """The error that CUDA gives for an index that is not there, in torch's words and of torch's type."""
         site = user_site()
-        self.report.decide(TOPIC, f"the device {request}", "refused", reason, site)
+        self.report.decide(Topic.DEVICE, f"the device {request}", "refused", reason, site, Standing.UNSUPPORTED)
         kind: Callable[[str], RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
         return kind(f"CUDA error: invalid device ordinal ({site}: {request}: {reason})")
 
@@ -144,6 +166,8 @@ class Redirection:
             return torch.cuda.current_device()
         if isinstance(device, str):
             device = torch.device(device)
+        if self.knows_keep_cpu and isinstance(device, torch.device) and device.type == self.target.partition(":")[0]:
+            return torch.cuda.current_device()  # such a program's label is of the device that it was given
         if isinstance(device, torch.device) and device.type in self.kinds and device.type in ACCELERATORS:
             self.lookup(device)
             if device.index is not None or is_optional:
@@ -153,67 +177,105 @@ class Redirection:
         self.lookup(device)
         return device
 
-    # what was placed: a mark on the storage, which views and `.data` share with their tensor and pickles do not keep
+    # which memory, where one stands in for the device's and the host's
 
-    def mark(self, tensor: Any) -> Any:
-        """Remember that the program believes this tensor to be on the device it asked for; returns it."""
-        if type(tensor) in _MARKED:
-            try:
-                storage = tensor.untyped_storage()
-                storage._torchspan_placed = True
-                if self.masquerade:  # a decomposition in torch's Python code may have made it by a call without a device
-                    vars(storage).pop("_torchspan_host", None)
-            except _NO_STORAGE:
-                return tensor  # sparse tensors and functorch's have no storage: a later move copies more than it had to
-        return tensor
+    def begin_use(self) -> None:
+        """Something asks for the device: what is there so far lies in the host's memory, and moves copy from now on."""
+        if self.in_use or self.target != "cpu":
+            return
+        self.in_use = True
+        for thing in () if torch.compiler.is_compiling() else gc.get_objects():
+            if type(thing) in PLAIN and _DEVICE_OF(thing) == _CPU:
+                mark(thing, HOST)
 
-    def is_marked(self, tensor: Any) -> bool:
-        """Whether the program is known to have placed this tensor on the device it asked for."""
+    def memory_asked(self, asked: object, is_programs: bool | None = None, depth: int = 2) -> Memory | None:
+        """The memory that a request for `asked` means, a device or a tensor; None for one that is neither of the two.
+
+        Only the program names the CPU and means it (`is_programs`; by default, whether its code is what called the wrapper, at
+        that `depth`): torch's code, and what its compilers generate, names it for the device as well.
+        """
+        if type(asked) is _DEVICE:
+            answered = self.answers.memories.get(id(asked))
+            if answered is not None:
+                return answered
+        elif isinstance(asked, torch.Tensor):
+            return memory_of(asked) if _DEVICE_OF(asked) == _CPU else None
+        if is_cpu(asked):
+            if asked == KEEP_CPU:
+                return HOST
+            if is_programs is None:
+                frame = sys._getframe(depth)
+                known = self._is_foreign.get(id(frame.f_code))
+                is_programs = (known is not None and not known[0]) or self._is_programs(frame)
+            return HOST if is_programs else self._asking.memory
+        return DEVICE if self.lookup(asked) is not None else None
+
+    def _is_programs(self, frame: FrameType | None) -> bool:
+        """Whether the first frame from here on that is not torchspan's is the program's."""
+        while frame is not None and self._is_torchs(frame):
+            if not frame.f_code.co_filename.startswith(_HERE):
+                return False
+            frame = frame.f_back
+        return frame is not None
+
+    @contextmanager
+    def asking(self, memory: Memory | None) -> Iterator[None]:
+        """Inside, in this thread, what torch's code names the CPU for is in `memory`: the program said so."""
+        before, self._asking.memory = self._asking.memory, memory or UNKNOWN
         try:
-            return hasattr(tensor.untyped_storage(), "_torchspan_placed")
-        except _NO_STORAGE:
-            return False
+            yield
+        finally:
+            self._asking.memory = before
+
+    def default_memory(self) -> Memory | None:
+        """Where what names no device is made."""
+        mode = self._default_context() if _num_modes() else None
+        if mode is not None:
+            memory: Memory | None = getattr(mode, "_torchspan_memory", UNKNOWN)
+            return memory
+        return DEVICE if self.is_cuda_default else HOST
+
+    @staticmethod
+    def _default_context() -> Any:
+        """The ``with torch.device(…)`` or ``torch.set_default_device`` that is in force in this thread."""
+        for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+            if isinstance(mode, torch.utils._device.DeviceContext):
+                return mode
+        return None
+
+    def answer(self, tensor: Any, truth: torch.device) -> torch.device:
+        """What a tensor or storage that is on `truth` says of its device: the truth, as an object that tells the memory."""
+        memory = memory_of(tensor) if isinstance(tensor, torch.Tensor) else memory_of_storage(tensor)
+        return self.answers.of(truth, memory) if truth == _CPU else truth
+
+    def say_result_copied(self) -> None:
+        """Record, once, that a move of a result copies: where it lies is not followed."""
+        if self._has_said_copied:
+            return
+        self._has_said_copied = True
+        reason = "what an operator computes is not followed: it may lie in the other memory, and then a move is a copy"
+        self.report.decide(Topic.DEVICE, "moves of results", "copies", reason, user_site())
 
     def may_be_placed(self, tensor: Any) -> bool:
-        """Whether the program may believe this tensor to be there: what is computed carries no mark, nor does compiled code."""
-        if torch.compiler.is_compiling() or _DEVICE_OF(tensor).type != "cpu":
-            return False
-        try:
-            return not hasattr(tensor.untyped_storage(), "_torchspan_host")
-        except _NO_STORAGE:
-            return False
-
-    def mark_host(self, made: Any) -> Any:
-        """Remember that the program believes this tensor or storage to be on the CPU, unless it placed it; returns it."""
-        if not self.masquerade:
-            return made
-        try:
-            marks: Any = made.untyped_storage() if isinstance(made, torch.Tensor) else getattr(made, "_untyped_storage", made)
-        except _NO_STORAGE:
-            return made  # no storage: it is taken to be on the device
-        if not hasattr(marks, "_torchspan_placed"):
-            marks._torchspan_host = True
-        return made
+        """Whether the program may believe this tensor to be on the device."""
+        return self.in_use and _DEVICE_OF(tensor).type == "cpu" and memory_of(tensor) is not HOST
 
     def believed(self, holder: Any) -> torch.device | None:
-        """The device that the program believes a tensor or a storage to be on; None where that is where it is."""
-        marks = holder
-        if isinstance(holder, torch.Tensor):
-            if _DEVICE_OF(holder).type != self.target:
-                return None
-            try:
-                marks = holder.untyped_storage()
-            except _NO_STORAGE:
-                return self.ordinal()
-        marks = getattr(marks, "_untyped_storage", marks)  # of a typed one
-        return None if hasattr(marks, "_torchspan_host") else self.ordinal()
+        """The device that a program in disguise believes a tensor or a storage to be on; None where that is where it is."""
+        is_tensor = isinstance(holder, torch.Tensor)
+        if is_tensor and _DEVICE_OF(holder).type != self.target:
+            return None
+        memory = memory_of(holder) if is_tensor else memory_of_storage(holder)
+        if self.target == "cpu" and (not self.in_use or memory is HOST):
+            return None
+        return self.ordinal() if memory is DEVICE else self.answers.of(self.ordinal(), UNKNOWN)
 
     def asked_default(self) -> torch.device | None:
         """The default device that the program asked for, if it was redirected."""
-        for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+        mode = self._default_context()
+        if mode is not None:
             asked: torch.device | None = getattr(mode, "_torchspan_asked", None)
-            if asked is not None:
-                return asked
+            return asked
         return self.ordinal() if self.is_cuda_default else None
 
     def ordinal(self) -> torch.device:
@@ -222,35 +284,50 @@ class Redirection:
 
     # who asks, and what is recorded
 
-    def note(self, name: str, asked: object = None, reason: str | None = None, choice: str | None = None) -> None:
+    def note(
+        self,
+        name: str,
+        asked: object = None,
+        reason: str | None = None,
+        choice: str | None = None,
+        standing: Standing = Standing.REDIRECTED,
+        depth: int = 2,
+    ) -> None:
         """Count one redirection of ``name(device=asked)`` at the line of the program that asked for it.
 
-        A plain `reason` is the policy's; `choice` is the target device.
+        A plain `reason` is the policy's; `choice` is the target device. The program is looked for from `depth` frames on.
         """
         if self._quiet.depth:
             return
-        frame = sys._getframe(2)
-        foreign = self._is_foreign
-        while True:
-            code = frame.f_code
-            known = foreign.get(code)
-            if known is None:
-                known = foreign[code] = is_torchs(frame.f_globals, code)
-            if not known or frame.f_back is None:
-                break
+        frame = sys._getframe(depth)
+        code = frame.f_code
+        known = self._is_foreign.get(id(code))
+        is_foreign = self._is_torchs(frame) if known is None else known[0]
+        while is_foreign and frame.f_back is not None:
             frame = frame.f_back
-        key = (code, frame.f_lasti, name, asked)
+            is_foreign = self._is_torchs(frame)
+            code = frame.f_code
+        key = (id(code), frame.f_lasti, name, asked)
         tally = self._tallies.get(key)
         if tally is None:
-            site = f"{code.co_filename}:{frame.f_lineno}" if not known else user_site()
-            tally = self._tallies[key] = self._tally(site, name, asked, reason, choice)
+            site = f"{code.co_filename}:{frame.f_lineno}" if not is_foreign else user_site()
+            tally = self._tallies[key] = self._tally(site, name, asked, reason, choice, standing)
         tally.count += 1
+
+    def _is_torchs(self, frame: FrameType) -> bool:
+        code = frame.f_code
+        known = self._is_foreign.get(id(code))
+        if known is None:
+            known = self._is_foreign[id(code)] = (is_torchs(frame.f_globals, code), code)
+        return known[0]
 
     def note_at(self, site: str, name: str, asked: object) -> None:
         """Count one redirection at the given line."""
-        self._tally(site, name, asked, None, None).count += 1
+        self._tally(site, name, asked, None, None, Standing.REDIRECTED).count += 1
 
-    def _tally(self, site: str | None, name: str, asked: object, reason: str | None, choice: str | None) -> Tally:
+    def _tally(
+        self, site: str | None, name: str, asked: object, reason: str | None, choice: str | None, standing: Standing
+    ) -> Tally:
         subject = name if asked is None else f"{name}(device={str(asked)!r})"
         request = None if asked is None or reason else self._request(asked)
         if request is not None:
@@ -264,7 +341,7 @@ class Redirection:
             )
         if reason and _SHARED in reason:
             self._warn_once(f"{subject}: {reason}", site)
-        return self.report.tally(TOPIC, subject, choice or self.target, reason or self.choice.reason, site)
+        return self.report.tally(Topic.DEVICE, subject, choice or self.target, reason or self.choice.reason, site, standing)
 
     def _shared(self, request: DeviceRequest) -> str:
         """What to add to the reason where the program asks for one of several devices, and one stands in for all."""
@@ -311,9 +388,17 @@ class Redirection:
         finally:
             self._keeping_cpu.depth -= 1
 
+    def keep_cpu(self, is_kept: bool) -> None:
+        """The same in this thread from now on, or no more."""
+        self._keeping_cpu.depth = max(0, self._keeping_cpu.depth + (1 if is_kept else -1))
+
+    def leave_out(self, name: str, choice: str, reason: str | None = None, asked: object = None) -> None:
+        """Count one request that has nothing to stand for here, and is left out."""
+        self.note(name, asked, reason, choice, Standing.LEFT_OUT)
+
     def simulate(self, name: str, what: str) -> None:
         """Count one use of `name`, of which only `what` is given here."""
-        self.note(name, None, f"simulated: {what}", "simulated")
+        self.note(name, None, what, "simulated", Standing.SIMULATED)
 
     def simulate_for_program(self, name: str, what: str) -> None:
         """The same, unless torch's own code uses it."""
@@ -323,6 +408,17 @@ class Redirection:
 
 class _Depth(threading.local):
     depth = 0
+
+
+class _Asking(threading.local):
+    memory = UNKNOWN
+
+
+def is_cpu(device: object) -> bool:
+    """Whether a request, a name or a ``torch.device``, is for the CPU."""
+    if type(device) is _DEVICE:
+        return device == _CPU or device.type == "cpu"
+    return isinstance(device, str) and (device == "cpu" or device.startswith("cpu:"))
 
 
 def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:

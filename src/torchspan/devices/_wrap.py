@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
+from torchspan.devices._memories import DEVICE, Memory, mark, memory_of
 from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition
 
 Function = Callable[..., Any]
 is_compiling = torch.compiler.is_compiling
+is_read_by_dynamo = torch.compiler.is_dynamo_compiling
 
 # Functions of torch that make tensors and take a device.
 FACTORIES = [
@@ -61,6 +66,8 @@ FACTORIES = [
     "_empty_per_channel_affine_quantized",
 ]
 
+_BESIDE = ("_like", "torch.tensor", "torch.normal")  # made where their argument is, if that is a tensor
+
 # Methods that make a tensor where another is, if no device is named.
 NEW = ["new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
@@ -96,32 +103,40 @@ def named_like(new: Function, old: Any, module: str) -> Function:
     return new
 
 
-def placing(redirection: Redirection, old: Function, name: str, module: str = "torch", *, is_view: bool = False) -> Function:
+def placing(redirection: Redirection, old: Function, name: str, module: str = "torch") -> Function:
     """A function that makes a tensor, `old`, with a device or pinned memory that is not here redirected.
 
     Without ``device`` and ``pin_memory`` it is one call of `old`. The branch for compilers is what dynamo reads: plain values,
-    no bookkeeping. With `is_view`, `old` may give its argument back, where a GPU would have made a copy.
+    no bookkeeping.
     """
-    kinds, target = redirection.kinds, redirection.target
+    kinds, target = redirection.kinds, torch.device(redirection.target)
     traced = partial(_note_traced, redirection, name)
+    made_where = _where_its_argument_is if name.startswith("Tensor.") or name.endswith(_BESIDE) else None
 
     def note_traced(context: Any) -> None:
         traced(context)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            return old(*args)
-        if "device" not in kwargs and "pin_memory" not in kwargs:
-            return old(*args, **kwargs)
+        if not kwargs or ("device" not in kwargs and "pin_memory" not in kwargs):
+            made = old(*args, **kwargs) if kwargs else old(*args)
+            if is_read_by_dynamo() or not redirection.in_use or "out" in kwargs:  # dynamo guards on what it reads
+                return made
+            return mark(made, redirection.default_memory() if made_where is None else made_where(redirection, args))
         if is_compiling():
             device = kwargs.get("device")
             if _redirect.comptime is not None:
                 _redirect.comptime(note_traced, lambda: _note_run(redirection, name, device))
             return old(*args, **_constants(kwargs, kinds, target))
-        return _place(redirection, old, name, args, kwargs, is_view)
+        return _place(redirection, old, name, made_where, args, kwargs)
 
     redirection.originals[id(function)] = old
     return named_like(function, old, module)
+
+
+def _where_its_argument_is(redirection: Redirection, args: tuple[Any, ...]) -> Memory | None:
+    if args and isinstance(args[0], torch.Tensor):
+        return memory_of(args[0])
+    return redirection.default_memory()
 
 
 def _note_traced(redirection: Redirection, name: str, context: Any) -> None:
@@ -140,7 +155,7 @@ def _note_run(redirection: Redirection, name: str, device: object) -> None:
         redirection.note(name, device)
 
 
-def _constants(kwargs: dict[str, Any], kinds: tuple[str, ...], target: str) -> dict[str, Any]:
+def _constants(kwargs: dict[str, Any], kinds: tuple[str, ...], target: torch.device) -> dict[str, Any]:
     kwargs.pop("pin_memory", None)
     device = kwargs.get("device")
     if isinstance(device, torch.device):
@@ -155,35 +170,57 @@ def _constants(kwargs: dict[str, Any], kinds: tuple[str, ...], target: str) -> d
 
 
 def _place(
-    redirection: Redirection, old: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_view: bool
+    redirection: Redirection,
+    old: Function,
+    name: str,
+    made_where: Callable[[Redirection, tuple[Any, ...]], Memory | None] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     if _redirect.in_force is not redirection:
         return old(*args, **kwargs)
     device = kwargs.get("device")
     target = redirection.lookup(device)
-    if kwargs.pop("pin_memory", False):
-        redirection.note(f"{name}(pin_memory=True)", None, "simulated: memory is not pinned without an accelerator")
-        tensor = old(*args, **kwargs)
+    is_pinned = kwargs.pop("pin_memory", False)
+    if is_pinned:
+        reason = "memory is not pinned without an accelerator"
+        redirection.note(f"{name}(pin_memory=True)", None, reason, standing=Standing.SIMULATED)
+    elif target is not None:
+        redirection.note(name, device, depth=3)
+        kwargs["device"] = target
+        if "dtype" in kwargs:
+            kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
+    tensor = old(*args, **kwargs) if target is None else _or_out_of_memory(old, args, kwargs)
+    if is_pinned:
         tensor.untyped_storage()._torchspan_pinned = True
+    if not redirection.in_use or "out" in kwargs:
         return tensor
-    if target is None:
-        return old(*args, **kwargs)
-    kwargs["device"] = target
-    redirection.note(name, device)
-    if "dtype" in kwargs:
-        kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
+    if device is None:
+        return mark(tensor, redirection.default_memory() if made_where is None else made_where(redirection, args))
+    is_device = target is not None and redirection.mode != "torchdevice"  # there, the CPU itself may have been asked for
+    return mark(tensor, DEVICE if is_device else redirection.memory_asked(device, depth=3))
+
+
+def _or_out_of_memory(old: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        tensor = old(*args, **kwargs)
+        return old(*args, **kwargs)
     except RuntimeError as cause:
-        if "allocate memory" not in str(cause):
-            raise
-        raise torch.OutOfMemoryError(f"{cause}") from cause  # what a program for a GPU catches
-    if is_view and target.type == "cpu" and not _is_placed(redirection, args, kwargs):
-        tensor = tensor.clone() if tensor.is_leaf and not tensor.requires_grad else tensor.to(tensor.device, copy=True)
-    return redirection.mark(tensor)
+        raise_out_of_memory(cause)
+        raise
 
 
-def _is_placed(redirection: Redirection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the data is a tensor that the program believes to be there already."""
-    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
-    return isinstance(data, torch.Tensor) and redirection.is_marked(data)
+def raise_out_of_memory(cause: RuntimeError) -> None:
+    """Where the CPU's memory did not suffice, raise what a program for a GPU catches, by type or by its text; else return.
+
+    Raises:
+        torch.OutOfMemoryError: `cause` says that memory could not be allocated.
+    """
+    asked = re.search(r"you tried to allocate (\d+) bytes", str(cause))
+    if asked is None and "allocate memory" not in str(cause):
+        return
+    size = f"{int(asked[1]) / 2**30:.2f} GiB" if asked else "more than there is"
+    memory = machine_memory()
+    here = f"{memory.total / 2**30:.2f} GiB, of which {memory.available / 2**30:.2f} GiB are free"
+    raise torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {size}. The CPU, which stands in for the GPU, has {here}. ({cause})"
+    ) from cause

@@ -5,6 +5,7 @@ As with ``torch.cuda``, torch's own code is told the truth. Where there is anoth
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
@@ -27,6 +28,7 @@ _MEMORY = (
     "reset_accumulated_memory_stats",
     "reset_peak_memory_stats",
 )
+_RANDOM = ("initial_seed", "get_rng_state", "get_rng_state_all")
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
@@ -39,6 +41,10 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name in (*_MEMORY, "get_memory_info"):
         memory = partial(_memory, "mem_get_info" if name == "get_memory_info" else name)
         yield Redefinition("accelerator", "torch.accelerator.memory", name, partial(unless_torch_asks, memory, name=name))
+    yield from stand_ins(
+        "accelerator", "torch.accelerator.memory", {"empty_host_cache": partial(_empty_host_cache, redirection)}
+    )
+    yield from stand_ins("accelerator", "torch.accelerator.random", {name: partial(_random, name) for name in _RANDOM})
     yield Replacement("accelerator", "torch.accelerator", "device_index.__enter__", lambda old: _enter)
     yield Replacement("accelerator", "torch.accelerator", "device_index.__exit__", lambda old: _exit)
     yield Redefinition("accelerator", "torch", "get_device_module", _get_device_module)
@@ -110,7 +116,9 @@ def _dtypes() -> Iterable[torch.dtype]:
         dtype = getattr(torch, name)
         if isinstance(dtype, torch.dtype) and name == str(dtype).partition(".")[2] and not name.startswith(("q", "bits")):
             try:
-                torch.empty(1, dtype=dtype).to(torch.float32)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of complex numbers' imaginary parts, which nobody will miss
+                    torch.empty(1, dtype=dtype).to(torch.float32)
             except (RuntimeError, NotImplementedError):
                 continue  # such as packed types, which nothing is turned from
             yield dtype
@@ -124,6 +132,17 @@ def _index(device: Any) -> Any:
 def _memory(name: str, device_index: Any = None, /) -> Any:
     function = getattr(torch.cuda, name)
     return function() if name == "empty_cache" else function(_index(device_index))
+
+
+def _empty_host_cache(redirection: Redirection) -> None:
+    redirection.simulate_for_program("torch.accelerator.empty_host_cache()", "memory of the host is not cached")
+
+
+def _random(name: str, device: Any = None, /) -> Any:
+    """What ``torch.cuda.random`` says of a device: one generator stands in for those of all."""
+    if name != "get_rng_state":
+        return getattr(torch.cuda, name)()
+    return torch.cuda.get_rng_state("cuda" if device is None else device)
 
 
 def _get_device_module(old: Function) -> Function:

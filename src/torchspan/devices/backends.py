@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import Function
+from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 
@@ -19,6 +19,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name in ("preferred_linalg_library", "preferred_blas_library", "preferred_rocm_fa_library"):
         yield Redefinition("backends", "torch.backends.cuda", name, partial(_preferred, redirection, name))
     yield Replacement("backends", "torch.backends.cuda", "cufft_plan_cache", lambda old: PlanCaches(old))
+    yield from stand_ins("backends", "torch.backends.cuda", _workspaces(redirection))
 
 
 def _math_stays(redirection: Redirection, old: Function) -> Function:
@@ -29,6 +30,31 @@ def _math_stays(redirection: Redirection, old: Function) -> Function:
             old(enabled)
 
     return enable_math_sdp
+
+
+def _workspaces(redirection: Redirection) -> dict[str, Function]:
+    """The workspaces of CUDA's matrix libraries: their sizes are remembered."""
+    kept = {"cublas": 8519680, "cublaslt": 1 << 20}
+
+    def remember(library: str, size: int | None) -> int:
+        if size is not None:
+            redirection.simulate_for_program(
+                f"torch.backends.cuda.{library}_workspace_size({size})", "remembered: no cuBLAS here"
+            )
+            kept[library] = size
+        return kept[library]
+
+    def cublas_workspace_size(size: int | None = None) -> int:
+        return remember("cublas", size)
+
+    def cublaslt_workspace_size(size: int | None = None) -> int:
+        return remember("cublaslt", size)
+
+    def blas_workspace_size(size: int | None = None, backend: Any = None) -> int:
+        return remember("cublaslt" if str(backend).lower().endswith("lt") else "cublas", size)
+
+    local = locals()
+    return {name: local[name] for name in local if name.endswith("workspace_size")} | {"is_ck_sdpa_available": lambda: False}
 
 
 def _attention(redirection: Redirection, old: Function) -> Function:
@@ -47,7 +73,7 @@ def _attention(redirection: Redirection, old: Function) -> Function:
 def _preferred(redirection: Redirection, name: str, old: Function) -> Function:
     def preferred(backend: Any = None) -> Any:
         if backend is not None:
-            redirection.note(f"torch.backends.cuda.{name}({backend!r})", None, "a CUDA library", "nothing is set")
+            redirection.leave_out(f"torch.backends.cuda.{name}({backend!r})", "nothing is set", "a CUDA library")
         return old()
 
     return preferred

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
+from torchspan.devices._memories import DEVICE, HOST, mark_storage, memory_of_storage
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Replacement
@@ -32,7 +34,7 @@ def _loader(redirection: Redirection, old: Any) -> Function:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         old(self, *args, **kwargs)
         if self.pin_memory:
-            redirection.note("DataLoader(pin_memory=True)", None, f"simulated: {WHAT}", "copies")
+            redirection.note("DataLoader(pin_memory=True)", None, WHAT, "copies", Standing.SIMULATED)
 
     return init
 
@@ -72,15 +74,16 @@ def _storage(value: Any) -> Any:
 
 def _pin(redirection: Redirection, holder: str, old: Any) -> Function:
     def pin_memory(self: Any, device: Any = None) -> Any:
-        redirection.note(f"{holder}.pin_memory()", None, f"simulated: {WHAT}", "a copy")
+        redirection.note(f"{holder}.pin_memory()", None, WHAT, "a copy", Standing.SIMULATED)
         if hasattr(_storage(self), "_torchspan_pinned"):
             return self
-        if redirection.masquerade and hasattr(_storage(self), "_torchspan_placed"):
+        if redirection.masquerade and memory_of_storage(_storage(self)) is DEVICE:
             kind = self.type() if holder == "Tensor" else holder
             raise RuntimeError(f"cannot pin '{kind}' only dense CPU tensors can be pinned")
         copy = self.clone()
         _storage(copy)._torchspan_pinned = True
-        return redirection.mark_host(copy)
+        mark_storage(_storage(copy), HOST)
+        return copy
 
     redirection.originals[id(pin_memory)] = old
     pin_memory.__doc__ = old.__doc__

@@ -54,7 +54,7 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
             kwargs["backend"] = given
             kwargs.pop("pg_options", None)  # they are NCCL's
         if redirection.lookup(kwargs.get("device_id")) is not None:
-            redirection.note(f"torch.distributed.{name}(device_id)", kwargs["device_id"], choice="no device")
+            redirection.leave_out(f"torch.distributed.{name}(device_id)", "no device", asked=kwargs["device_id"])
             kwargs["device_id"] = None
         return old(*args, **kwargs)
 
@@ -64,7 +64,7 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
 def _barrier(redirection: Redirection, old: Function) -> Function:
     def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None, **kwargs: Any) -> Any:
         if device_ids:
-            redirection.note("torch.distributed.barrier(device_ids)", None, "gloo takes no devices", "no devices")
+            redirection.leave_out("torch.distributed.barrier(device_ids)", "no devices", "gloo takes no devices")
         return old(group, async_op, **kwargs)
 
     return barrier
@@ -95,7 +95,7 @@ def _ddp(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def init(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any, **kwargs: Any) -> None:
         if device_ids is not None or output_device is not None:
-            redirection.note(f"DistributedDataParallel(device_ids={device_ids})", choice="device_ids=None")
+            redirection.leave_out(f"DistributedDataParallel(device_ids={device_ids})", "device_ids=None")
         old(self, module, None, None, *args, **kwargs)
 
     return init

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from torchspan.devices import _redirect
+from torchspan.devices._memories import HOST, UNKNOWN, Memory, mark, memory_of
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import FACTORIES, NEW, Function, named_like, placing
+from torchspan.devices._wrap import FACTORIES, NEW, Function, is_compiling, named_like, placing
 from torchspan.environment.patch import Patch, Replacement
 
 ELSEWHERE = {"torch.fft": ("fftfreq", "rfftfreq"), "torch.nested": ("nested_tensor", "as_nested_tensor")}
@@ -51,13 +53,53 @@ def _wrapped(redirection: Redirection, old: Function, *, name: str, module: str 
 
 
 def _converting(redirection: Redirection, old: Function, *, name: str) -> Function:
-    """``as_tensor`` and ``asarray``: the device may be positional, and what is given may be given back."""
-    placed = placing(redirection, old, name, is_view=True)
+    """``as_tensor`` and ``asarray``: what is given may be given back, if it lies there."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 3 and "device" not in kwargs:
-            *args, kwargs["device"] = args  # type: ignore[assignment]
-        return placed(*args, **kwargs)
+        device = kwargs.get("device")
+        if is_compiling():
+            if device is not None and args and isinstance(args[0], torch.Tensor):
+                args = (args[0].clone(), *args[1:])  # nothing says where it lies while the graph runs
+            return placed(*args, **kwargs)
+        target = redirection.lookup(device)
+        if _redirect.in_force is not redirection or not (redirection.in_use or target):
+            return old(*args, **kwargs)
+        if target is not None:
+            redirection.note(name, device)
+            kwargs["device"] = target
+        if not redirection.in_use:
+            return old(*args, **kwargs)
+        return _converted(redirection, old, args, kwargs, _asked(redirection, device))
 
+    placed = placing(redirection, old, name)
     redirection.originals[id(function)] = old
     return named_like(function, old, torch.__name__)
+
+
+def _asked(redirection: Redirection, device: Any) -> Memory | None:
+    """The memory that is asked for; None for that of what is given, which is the host's for what is no tensor."""
+    if device is not None:
+        return redirection.memory_asked(device)
+    memory = redirection.default_memory()
+    return None if memory is HOST else memory
+
+
+def _converted(
+    redirection: Redirection, old: Function, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory | None
+) -> Any:
+    """``old(data, …)`` in `memory`: a copy, unless the data is known to lie there."""
+    name = "obj" if "obj" in kwargs else "data"
+    data: Any = args[0] if args else kwargs.get(name)
+    is_tensor = isinstance(data, torch.Tensor)
+    lies = memory_of(data) if is_tensor else HOST
+    if memory is None or (memory is lies is not UNKNOWN):
+        return mark(old(*args, **kwargs), lies)
+    if kwargs.get("copy") is False:
+        if lies is UNKNOWN or memory is UNKNOWN:
+            return old(*args, **kwargs)
+        raise ValueError(f"can't alias tensor from {lies.value} memory to {memory.value}: copy=False was asked for")
+    if is_tensor:
+        data = data.clone() if data.is_leaf and not data.requires_grad else data.to(data.device, copy=True)
+        args, kwargs = ((data, *args[1:]), kwargs) if args else ((), {**kwargs, name: data})
+        return mark(old(*args, **kwargs), memory)
+    return mark(old(*args, **kwargs).clone(), memory)  # numpy's memory, say, is the host's

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
@@ -23,6 +25,7 @@ class Graph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._recorder: _Recorder | None = None
+        self._hooks: defaultdict[str, OrderedDict[int, Callable[[Graph], object]]] = defaultdict(OrderedDict)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -30,6 +33,7 @@ class Graph:
 
     def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
         """Start writing down."""
+        self._run_hooks("capture_start")
         self._recorder = _Recorder()
         self._recorder.begin()
         _capturing.append(self)
@@ -40,6 +44,8 @@ class Graph:
             raise RuntimeError("capture_end() was called without capture_begin()")
         _capturing.remove(self)
         self._recorder.end()
+        self._run_hooks("capture_end")
+        self._run_hooks("post_instantiate")
 
     def replay(self) -> None:
         """Compute what was captured, from what the captured tensors hold now, into the captured tensors.
@@ -49,7 +55,9 @@ class Graph:
         """
         if self._recorder is None:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
+        self._run_hooks("replay_start")
         self._recorder.replay()
+        self._run_hooks("replay_end")
 
     def reset(self) -> None:
         """Forget what was captured."""
@@ -64,6 +72,57 @@ class Graph:
 
     def enable_debug_mode(self) -> None:
         """Nothing to do."""
+
+    def register_generator_state(self, generator: object) -> None:
+        """Nothing to do: a replay draws from the generators that there are."""
+
+    def register_capture_start_hook(self, hook: Callable[[Graph], object]) -> RemovableHandle:
+        """Run `hook` with this graph before a capture; its handle removes it."""
+        return self._register("capture_start", hook)
+
+    def register_capture_end_hook(self, hook: Callable[[Graph], object]) -> RemovableHandle:
+        """Run `hook` with this graph after a capture."""
+        return self._register("capture_end", hook)
+
+    def register_post_instantiate_hook(self, hook: Callable[[Graph], object]) -> RemovableHandle:
+        """Run `hook` with this graph when it can be replayed: after a capture."""
+        return self._register("post_instantiate", hook)
+
+    def register_replay_start_hook(self, hook: Callable[[Graph], object]) -> RemovableHandle:
+        """Run `hook` with this graph before each replay."""
+        return self._register("replay_start", hook)
+
+    def register_replay_end_hook(self, hook: Callable[[Graph], object]) -> RemovableHandle:
+        """Run `hook` with this graph after each replay."""
+        return self._register("replay_end", hook)
+
+    def _register(self, moment: str, hook: Callable[[Graph], object]) -> RemovableHandle:
+        handle = RemovableHandle(self._hooks[moment])
+        self._hooks[moment][handle.id] = hook
+        return handle
+
+    def _run_hooks(self, moment: str) -> None:
+        for hook in list(self._hooks[moment].values()):
+            hook(self)
+
+
+class AcceleratorGraph(Graph):
+    """A stand-in for ``torch.accelerator.Graph``, which captures inside a block of its own."""
+
+    def __init__(self, keep_graph: bool = False, *, pool: Any = None, capture_error_mode: str = "default") -> None:
+        super().__init__(keep_graph)
+        self.graph_pool = pool
+        self.capture_error_mode = capture_error_mode
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.accelerator.Graph
+
+    def __enter__(self) -> None:
+        self.capture_begin()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.capture_end()
 
     def debug_dump(self, debug_path: str) -> None:
         """Write the captured operations as text."""
@@ -134,7 +193,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """The graph, its context manager, and the functions around them."""
-    yield Replacement("graphs", "torch.cuda.graphs", "CUDAGraph.__new__", partial(_new_graph, redirection))
+    yield Replacement("graphs", "torch.cuda.graphs", "CUDAGraph.__new__", partial(_new_graph, redirection, Graph))
+    if redirection.target == "cpu":
+        yield Replacement(
+            "graphs", "torch.accelerator.graphs", "Graph.__new__", partial(_new_graph, redirection, AcceleratorGraph)
+        )
     context = {"__init__": _context_init, "__enter__": _context_enter, "__exit__": _context_exit}
     for name, function in context.items():
         yield Replacement("graphs", "torch.cuda.graphs", f"graph.{name}", partial(_given, function))
@@ -156,10 +219,10 @@ def _given(function: Any, old: object) -> Any:
     return function
 
 
-def _new_graph(redirection: Redirection, old: object) -> staticmethod[..., Graph]:
+def _new_graph(redirection: Redirection, kind: type[Graph], old: object) -> staticmethod[..., Graph]:
     def new(cls: type, *args: Any, **kwargs: Any) -> Graph:
-        redirection.simulate("torch.cuda.CUDAGraph()", WHAT)
-        return Graph()
+        redirection.simulate("torch.cuda.CUDAGraph()" if kind is Graph else "torch.accelerator.Graph()", WHAT)
+        return kind(*args, **kwargs)
 
     return staticmethod(new)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchspan.devices._memories import DEVICE, HOST, mark
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -25,6 +26,10 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     if "cuda" not in redirection.kinds:
         return
     yield Redefinition("labels", "torch", "set_default_tensor_type", partial(_default_type, redirection))
+    for name in dir(torch.cuda.sparse):
+        if name.endswith("Tensor") and hasattr(torch.sparse, name):
+            kind = partial(_tensor_type, redirection, getattr(torch.sparse, name), is_cuda=True, prefix="torch.cuda.sparse")
+            yield Replacement("labels", "torch.cuda.sparse", name, kind, follow=True)
     for name in dir(torch.cuda):
         if name.endswith("Storage") and hasattr(torch, name):
             yield Replacement("labels", "torch.cuda", name, partial(_given, getattr(torch, name)), follow=True)
@@ -39,9 +44,10 @@ def _given(value: object, old: object) -> object:
     return value
 
 
-def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool) -> type:
+def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool, prefix: str = "torch.cuda") -> type:
     """A legacy type of tensors, which are made by `real`, that of the CPU; what is believed to be there is of it."""
-    is_exact = redirection.masquerade
+    is_exact = redirection.masquerade and prefix == "torch.cuda"  # what is sparse carries no mark
+    name = real.__name__.rpartition(".")[2]
 
     class Meta(type):
         def __instancecheck__(cls, instance: object) -> bool:
@@ -50,15 +56,16 @@ def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool
             return redirection.may_be_placed(instance) == is_cuda if is_exact else is_cuda
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            made = real(*args, **kwargs)
             if is_cuda:
-                redirection.note(f"torch.cuda.{real.__name__}()")
-            return redirection.mark(made) if is_cuda else redirection.mark_host(made)
+                redirection.begin_use()
+                redirection.note(f"{prefix}.{name}()")
+            made = real(*args, **kwargs)
+            return mark(made, DEVICE if is_cuda else HOST) if redirection.in_use else made
 
         def __getattr__(cls, name: str) -> Any:
             return getattr(old, name)
 
-    kind = Meta(real.__name__, (), {"__module__": "torch.cuda" if is_cuda else "torch", "__doc__": real.__doc__})
+    kind = Meta(name, (), {"__module__": prefix if is_cuda else "torch", "__doc__": real.__doc__})
     redirection.originals[id(kind)] = real
     return kind
 
@@ -70,6 +77,8 @@ def _device_context(redirection: Redirection, old: Any) -> Function:
         if target is not None:
             redirection.note("the default device", device)
             self._torchspan_asked = torch.device(device)
+        if device is not None:
+            self._torchspan_memory = redirection.memory_asked(device, is_programs=True)
         old(self, device if target is None else target)
 
     return init
@@ -80,6 +89,7 @@ def _default_type(redirection: Redirection, old: Function) -> Function:
         name = t if isinstance(t, str) else f"{getattr(t, '__module__', '')}.{getattr(t, '__name__', '')}"
         redirection.is_cuda_default = name.startswith(_CUDA_TYPE)
         if redirection.is_cuda_default:
+            redirection.begin_use()
             redirection.note(f"torch.set_default_tensor_type({name!r})")
             name = name.replace(_CUDA_TYPE, "torch.")
         found = getattr(torch, name.removeprefix("torch."), t)

@@ -1,8 +1,8 @@
 """``masquerade=True``: the program's own code is told that its tensors are on the device that it asked for; torch's never is.
 
-What a tensor was computed from is not followed: a tensor is taken to be on the device unless the program made it on the CPU
-(a factory without a device, ``from_numpy``, a load to the CPU) or moved it there. So a result of such tensors alone answers for
-the device as well; a move of it copies all the same, so its values are right.
+What a tensor was computed from is not followed: a tensor is taken to be on the device unless it is known to lie in the host's
+memory. So a result of such tensors alone answers for the device as well; a move of it copies all the same, so its values are
+right.
 """
 
 from __future__ import annotations
@@ -15,29 +15,23 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
+from torchspan.devices._memories import HOST, mark
 from torchspan.devices._redirect import Redirection, asked_by_torch
-from torchspan.devices._wrap import FACTORIES, NEW, Function, is_compiling, named_like
+from torchspan.devices._wrap import Function, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 RNN = "torch.nn.utils.rnn"
 C10D = "torch.distributed.distributed_c10d"
 TENSOR_VARIABLE = "torch._dynamo.variables.tensor"
-_MAKERS = [*FACTORIES, "as_tensor", "asarray", "from_numpy", "frombuffer"]
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """What answers for a device; nothing unless it was asked for."""
     if not redirection.masquerade:
         return
-    for name in _MAKERS:
-        yield Replacement("masquerade", "torch", name, partial(_made, redirection), follow=True)
-    for name in NEW:
-        yield Replacement("masquerade", "torch", f"Tensor.{name}", partial(_made, redirection), follow=True)
-    yield Replacement("masquerade", "torch", "Tensor.__new__", partial(_constructed, redirection))
     yield Replacement("masquerade", RNN, "PackedSequence.__new__", partial(_packed, redirection))
     yield Replacement("masquerade", RNN, "PackedSequence.is_cuda", partial(_packed_is_cuda, redirection))
     yield Redefinition("masquerade", RNN, "pad_packed_sequence", partial(_lengths, redirection))
-    yield Redefinition("masquerade", "torch.serialization", "default_restore_location", partial(_restored, redirection))
     properties: dict[str, Callable[[torch.device], object]] = {
         "device": lambda device: device,
         "is_cuda": lambda device: device.type == "cuda",
@@ -63,43 +57,15 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield Redefinition("masquerade", C10D, "is_nccl_available", partial(_yes))
 
 
-# which tensors are on the CPU
-
-
-def _made(redirection: Redirection, old: Any) -> Function:
-    """A function that makes tensors on the CPU where it is given no device, nor a tensor that is on one."""
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        made = old(*args, **kwargs)
-        if is_compiling():
-            return made
-        if kwargs.get("device") is None:
-            is_like = bool(args) and isinstance(args[0], torch.Tensor)
-            if redirection.may_be_placed(args[0]) if is_like else redirection.asked_default() is not None:
-                return made
-        return redirection.mark_host(made)  # what was placed stays so
-
-    redirection.originals[id(function)] = redirection.originals.get(id(old), old)
-    return named_like(function, old, "torch" if old.__name__ not in NEW else "torch._tensor")
-
-
-def _constructed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
-    """``torch.Tensor([1.])``: on the CPU, as is what a subclass makes so."""
-
-    @wraps(old)
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        made = old(cls, *args, **kwargs)
-        is_data = bool(args) and isinstance(args[0], torch.Tensor)
-        return made if is_data or redirection.asked_default() is not None else redirection.mark_host(made)
-
-    return staticmethod(new)
+# what is always on the CPU
 
 
 def _packed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
     @wraps(old)
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         made = old(cls, *args, **kwargs)
-        redirection.mark_host(made.batch_sizes)  # always of the CPU
+        if redirection.in_use:
+            mark(made.batch_sizes, HOST)  # always
         return made
 
     return staticmethod(new)
@@ -115,19 +81,9 @@ def _packed_is_cuda(redirection: Redirection, old: Any) -> property:
 def _lengths(redirection: Redirection, old: Function) -> Function:
     def pad_packed_sequence(*args: Any, **kwargs: Any) -> Any:
         padded, lengths = old(*args, **kwargs)
-        return padded, redirection.mark_host(lengths)
+        return padded, mark(lengths, HOST) if redirection.in_use else lengths
 
     return pad_packed_sequence
-
-
-def _restored(redirection: Redirection, old: Function) -> Function:
-    def default_restore_location(storage: Any, location: str) -> Any:
-        restored = old(storage, location)
-        if location == "cpu":
-            redirection.mark_host(restored)
-        return restored
-
-    return default_restore_location
 
 
 # what a tensor answers
@@ -137,8 +93,11 @@ def _property(redirection: Redirection, answer: Callable[[torch.device], object]
     read = old.__get__
 
     def get(self: Any) -> object:
-        if asked_by_torch() or _redirect.in_force is not redirection:
+        if _redirect.in_force is not redirection:
             return read(self)
+        if asked_by_torch():
+            truth = read(self)
+            return redirection.answer(self, truth) if redirection.in_use and type(truth) is torch.device else truth
         device = redirection.believed(self)
         return read(self) if device is None else answer(device)
 

@@ -235,7 +235,12 @@ def _settings(redirection: Redirection) -> dict[str, Function]:
         redirection.simulate_for_program("torch.cuda.use_mem_pool()", "memory is not pooled")
         yield
 
+    def caching_allocator_disabled() -> Iterator[None]:
+        redirection.simulate_for_program("torch.cuda.caching_allocator_disabled()", "nothing is cached")
+        yield
+
     return {
+        "caching_allocator_disabled": caching_allocator_disabled,
         **{name: nothing(name, what) for name, what in _NOTHING.items()},
         "memory_snapshot": memory_snapshot,
         "_snapshot": memory_snapshot,

@@ -1,7 +1,7 @@
 """Movement of tensors and modules: ``.to("cuda")``, ``.cuda()``, ``.cpu()``, ``.type("torch.cuda.FloatTensor")``.
 
-On a GPU a move between devices is a copy, and a move to where a tensor is already gives the tensor itself. What the program
-moved or made there is marked: a move there copies what is not, a move back what may be there (docs/decisions/0003).
+On a GPU a move between the host's memory and the device's is a copy, and a move to where a tensor is already gives the tensor
+itself. So it is here: a move copies, unless the tensor is known to lie there (docs/decisions/0008).
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
+from torchspan.devices._memories import DEVICE, HOST, UNKNOWN, Memory, mark, memory_of
 from torchspan.devices._policy import KEEP_CPU
-from torchspan.devices._redirect import NARROW, Redirection
-from torchspan.devices._wrap import Function, is_compiling, named_like
+from torchspan.devices._redirect import NARROW, Redirection, is_cpu
+from torchspan.devices._wrap import Function, is_compiling, is_read_by_dynamo, named_like
 from torchspan.environment.patch import Patch, Replacement
 
 _TO_POSITIONAL = ("device", "dtype", "non_blocking", "copy")
 _CUDA_TYPE = "torch.cuda."
+_CPU = torch.device("cpu")
+_tracing_state = torch._C._get_tracing_state
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
@@ -29,7 +32,8 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         methods["double"] = _double
     for name, build in methods.items():
         yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
-    yield Replacement("movement", "torch.nn.utils.rnn", "PackedSequence.cpu", partial(_packed_cpu, redirection))
+    for name, build in {"cpu": _packed_cpu, "to": _packed_to}.items():
+        yield Replacement("movement", "torch.nn.utils.rnn", f"PackedSequence.{name}", partial(build, redirection))
     for name in ("to", "cuda"):
         yield Replacement("movement", "torch.nn.modules.module", f"Module.{name}", partial(_module_method, redirection, name))
     lazy = "UninitializedTensorMixin._allowed_methods"
@@ -53,7 +57,7 @@ def _to(redirection: Redirection, old: Function) -> Function:
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args and type(args[0]) is dtype:
             return old(self, *args)
-        first = args[0] if args else kwargs.get("device", kwargs.get("other"))
+        first = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
         if first is None or type(first) is dtype:
             return old(self, *args, **kwargs)
         return _move(redirection, old, self, first, args, kwargs)
@@ -78,56 +82,65 @@ def _narrowing(redirection: Redirection, to: Function) -> Function:
 def _move(
     redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """``tensor.to(first, …)``, where `first` is a device or a tensor."""
     if _redirect.in_force is not redirection:
         return old(tensor, *args, **kwargs)
     target = redirection.lookup(first)
+    if target is None and not redirection.in_use:
+        return old(tensor, *args, **kwargs)
+    if is_read_by_dynamo():
+        return _move_compiled(redirection, old, tensor, first, target, args, kwargs)
     if target is None:
-        return _move_elsewhere(redirection, old, tensor, first, args, kwargs)
-    if len(args) > 1:
-        kwargs.update(zip(_TO_POSITIONAL, args))
-    kwargs["device"] = target
-    redirection.note("Tensor.to", first)
-    if redirection.mode == "torchdevice" and first == KEEP_CPU:
-        return old(tensor, **kwargs)
-    return _placed(redirection, old, tensor, kwargs)
-
-
-def _move_elsewhere(
-    redirection: Redirection, old: Function, tensor: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """To where another tensor is, or back to the CPU.
-
-    A name is what the program asks for: what may be on its device is copied. A ``torch.device`` of the CPU may be what a tensor
-    that is there answered truthfully, so only what is known to be there is copied; in disguise, tensors answer otherwise.
-    """
-    if isinstance(first, torch.Tensor):
-        comes = not redirection.is_marked(tensor) and redirection.is_marked(first)
-        if redirection.masquerade and not comes:  # what is known there is that a tensor is on the host, not that it is placed
-            comes = redirection.may_be_placed(first) and not redirection.may_be_placed(tensor)
-        if comes or (redirection.masquerade and redirection.may_be_placed(tensor) and not redirection.may_be_placed(first)):
-            mark = redirection.mark if comes else redirection.mark_host
-            return mark(old(tensor, first, **{**dict(zip(_TO_POSITIONAL[2:], args[1:])), **kwargs, "copy": True}))
-    elif _is_cpu(first):
-        is_sure = isinstance(first, str) or redirection.masquerade
-        if redirection.may_be_placed(tensor) if is_sure else redirection.is_marked(tensor):
-            return redirection.mark_host(old(tensor, **{**dict(zip(_TO_POSITIONAL, args)), **kwargs, "copy": True}))
-    return old(tensor, *args, **kwargs)
-
-
-def _is_cpu(device: object) -> bool:
-    return (device.partition(":")[0] if isinstance(device, str) else getattr(device, "type", None)) == "cpu"
-
-
-def _placed(redirection: Redirection, to: Function, tensor: Any, kwargs: dict[str, Any]) -> Any:
-    """`tensor` moved as `kwargs` say: a copy, unless the program has it there already."""
-    if redirection.target == "cpu":
-        if (
-            not redirection.is_marked(tensor) or torch._C._get_tracing_state() is not None
-        ):  # a trace serves tensors of both kinds
-            kwargs["copy"] = True
+        memory = redirection.memory_asked(first, depth=3)
+        if memory is None:
+            return old(tensor, *args, **kwargs)
     else:
-        kwargs["dtype"] = redirection.narrowed("Tensor.to", kwargs.get("dtype") or tensor.dtype)
-    return redirection.mark(to(tensor, **kwargs))
+        redirection.note("Tensor.to", first, depth=3)
+        memory = HOST if first == KEEP_CPU else DEVICE
+    if len(args) > 1 or kwargs:
+        kwargs = _named(first, args, kwargs)
+    return _brought(redirection, old, tensor, memory, first if target is None else target, kwargs)
+
+
+def _named(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Tensor.to`` but the first, by name."""
+    names = _TO_POSITIONAL[2:] if isinstance(first, torch.Tensor) else _TO_POSITIONAL[1:]
+    return {key: value for key, value in (kwargs | dict(zip(names, args[1:]))).items() if key not in ("device", "tensor")}
+
+
+def _brought(redirection: Redirection, to: Function, tensor: Any, memory: Memory, place: Any, kwargs: dict[str, Any]) -> Any:
+    """``to(tensor, place, …)``, where `place` is in `memory`: a copy, unless the tensor is known to lie there."""
+    if not redirection.in_use:  # the target has a memory of its own, or nothing was put there
+        if memory is DEVICE:
+            kwargs["dtype"] = redirection.narrowed("Tensor.to", kwargs.get("dtype") or tensor.dtype)
+        return to(tensor, place, **kwargs)
+    lies = memory_of(tensor)
+    if lies is not memory or lies is UNKNOWN or _tracing_state() is not None:  # a trace serves both kinds
+        kwargs["copy"] = True
+        if lies is UNKNOWN:
+            redirection.say_result_copied()
+    moved = to(tensor, place, **kwargs)
+    return moved if moved is tensor else mark(moved, memory)
+
+
+def _move_compiled(
+    redirection: Redirection,
+    old: Function,
+    tensor: Any,
+    first: Any,
+    target: torch.device | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What a compiler reads: nothing says where a tensor lies while the graph runs, so each move between the two is a copy."""
+    if target is not None:
+        redirection.note("Tensor.to", first)
+    named = _named(first, args, kwargs)
+    if target is not None and not redirection.in_use:
+        named["dtype"] = redirection.narrowed("Tensor.to", named.get("dtype") or tensor.dtype)
+    elif target is not None or is_cpu(first.device if isinstance(first, torch.Tensor) else first):
+        named["copy"] = True
+    return old(tensor, first if target is None else target, **named)
 
 
 def _double(redirection: Redirection, old: Function) -> Function:
@@ -149,20 +162,21 @@ def _cuda(redirection: Redirection, old: Function) -> Function:
     def cuda(
         self: Any, device: Any = None, non_blocking: bool = False, memory_format: torch.memory_format = torch.preserve_format
     ) -> Any:
-        target = redirection.lookup("cuda" if device is None else device)
+        asked = "cuda" if device is None else device
+        target = redirection.lookup(asked)
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking, memory_format=memory_format)
-        redirection.note("Tensor.cuda", "cuda" if device is None else device)
-        wanted: dict[str, Any] = {"device": target}  # what is as by default is left out: torch reads each argument
-        if memory_format is not preserve:
-            wanted["memory_format"] = memory_format
-        return _placed(redirection, to, self, wanted)
+        redirection.note("Tensor.cuda", asked)
+        wanted: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
+        if is_read_by_dynamo():
+            return to(self, target, copy=redirection.in_use, **wanted)
+        return _brought(redirection, to, self, DEVICE, target, wanted)
 
     return cuda
 
 
 def _cpu(redirection: Redirection, old: Function) -> Function:
-    to = torch._C.TensorBase.to
+    to, preserve, host = torch._C.TensorBase.to, torch.preserve_format, torch.device("cpu")
 
     def cpu(self: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         if _redirect.in_force is not redirection:
@@ -170,10 +184,12 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
         target = redirection.lookup("cpu")
         if target is not None:
             redirection.note("Tensor.cpu", "cpu")
-            return to(self, device=target, memory_format=memory_format)
-        if redirection.may_be_placed(self):
-            return redirection.mark_host(to(self, device="cpu", copy=True, memory_format=memory_format))
-        return old(self, memory_format=memory_format)
+        if target is not None or not redirection.in_use:
+            return to(self, device=target or host, memory_format=memory_format)
+        wanted: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
+        if is_read_by_dynamo():
+            return to(self, host, copy=True, **wanted)
+        return _brought(redirection, to, self, HOST, host, wanted)
 
     return cpu
 
@@ -185,12 +201,17 @@ def _type(redirection: Redirection, old: Function) -> Function:
         name = dtype if isinstance(dtype, str) else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
         if not name.endswith("Tensor") or _redirect.in_force is not redirection:
             return old(self, dtype, *args, **kwargs)
-        if not name.startswith(_CUDA_TYPE):
-            leaves = redirection.may_be_placed(self) if redirection.masquerade else redirection.is_marked(self)
-            return redirection.mark_host(old(self.clone() if leaves else self, name, *args, **kwargs))
-        redirection.note(f"Tensor.type({name!r})")
-        moved = self if redirection.is_marked(self) else self.clone()
-        return redirection.mark(old(moved, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs))
+        if name.startswith(_CUDA_TYPE):
+            redirection.begin_use()
+            redirection.note(f"Tensor.type({name!r})")
+            memory = DEVICE
+        else:  # a name may be what a tensor on the device answered, a class is the program's own
+            memory = UNKNOWN if isinstance(dtype, str) else HOST
+        if not redirection.in_use:
+            return old(self, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs)
+        is_there = not is_compiling() and memory is memory_of(self) is not UNKNOWN
+        moved = self if is_there else self.clone()
+        return mark(old(moved, name.replace(_CUDA_TYPE, "torch."), *args, **kwargs), memory)
 
     return type_
 
@@ -199,9 +220,9 @@ def _type_as(redirection: Redirection, old: Function) -> Function:
     to = torch._C.TensorBase.to
 
     def type_as(self: Any, other: Any) -> Any:
-        if is_compiling() or not isinstance(other, torch.Tensor) or _redirect.in_force is not redirection:
+        if not redirection.in_use or not isinstance(other, torch.Tensor) or _redirect.in_force is not redirection:
             return old(self, other)
-        return _move_elsewhere(redirection, to, self, other, (other,), {})
+        return _move(redirection, to, self, other, (other,), {})
 
     return type_as
 
@@ -211,11 +232,22 @@ def _packed_cpu(redirection: Redirection, old: Any) -> Function:
 
     @wraps(old)
     def cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if redirection.may_be_placed(self.data):
-            return self.to(*args, **{**kwargs, "device": "cpu"})
-        return old(self, *args, **kwargs)
+        if not redirection.in_use:
+            return old(self, *args, **kwargs)
+        return self.to(*args, **{**kwargs, "device": redirection.answers.of(_CPU, HOST)})
 
     return cpu
+
+
+def _packed_to(redirection: Redirection, old: Any) -> Function:
+    @wraps(old)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not redirection.in_use:
+            return old(self, *args, **kwargs)
+        with redirection.asking(redirection.memory_asked(args[0] if args else kwargs.get("device"))):
+            return old(self, *args, **kwargs)
+
+    return to
 
 
 def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
@@ -223,12 +255,12 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
 
     @wraps(old)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = args[0] if args else kwargs.get("device")
+        asked = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
         asked = "cuda" if asked is None and name == "cuda" else asked
-        if name == "to" and isinstance(kwargs.get("tensor", asked), torch.Tensor):
-            asked, args, kwargs = _like(redirection, kwargs.get("tensor", asked), args, kwargs)
-        if redirection.lookup(asked) is None:
+        if asked is None or isinstance(asked, torch.dtype):
             return old(self, *args, **kwargs)
+        if redirection.lookup(asked) is None:
+            return _module_elsewhere(redirection, old, self, asked, args, kwargs)
         redirection.note(f"Module.{name}", asked)
         if isinstance(asked, int) and name == "to":  # torch takes a number only where there is an accelerator
             args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "device"}
@@ -239,12 +271,19 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
     return method
 
 
-def _like(redirection: Redirection, tensor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """What ``Module.to(tensor)`` asks for: the device that the program believes the tensor to be on."""
-    is_there = redirection.may_be_placed(tensor) if redirection.masquerade else redirection.is_marked(tensor)
-    if not is_there:
-        return tensor, args, kwargs
-    asked = redirection.ordinal()
-    rest = {key: value for key, value in kwargs.items() if key != "tensor"}
-    dtype = tensor.dtype if tensor.dtype.is_floating_point or tensor.dtype.is_complex else None
-    return asked, (asked, dtype, *(args[1:] if args else ())), rest
+def _module_elsewhere(
+    redirection: Redirection, old: Any, module: Any, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``Module.to`` of the CPU, of a device that a tensor answered, or of a tensor: torch passes an equal device on."""
+    memory = redirection.memory_asked(asked) if redirection.in_use else None
+    if memory is None:
+        return old(module, *args, **kwargs)
+    if memory is not DEVICE:
+        with redirection.asking(memory):
+            return old(module, *args, **kwargs)
+    if isinstance(asked, torch.Tensor):
+        dtype = asked.dtype if asked.dtype.is_floating_point or asked.dtype.is_complex else None
+        args = (None, dtype, *args[1:])
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "tensor")}
+    with redirection.quiet():
+        return old(module, redirection.ordinal(), *args[1:], **kwargs)

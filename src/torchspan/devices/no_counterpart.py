@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from torchspan.core.errors import UnsupportedError
+from torchspan.core.topics import Standing, Topic
+from torchspan.devices._memories import DEVICE, HOST, mark
 from torchspan.devices._redirect import Redirection, asked_by_torch, is_torchs
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -38,7 +40,8 @@ _STORAGE = (
 _GREEN = ("there are no multiprocessors to divide", "leave it out: work is done when it is asked for, on all cores")
 _TUNING = ("there are no libraries of a GPU to choose kernels from", "leave it out: the CPU's library chooses by itself")
 _SENSOR = ("NVIDIA's driver is what reads it", "leave it out; psutil has figures of the processor")
-_BLAS = ("there is no cuBLAS here", "leave it out: it is for CUDA libraries of one's own")
+_BLAS = ("there is no cuBLAS here", "leave it out: it is for your own CUDA libraries")
+_SOLVER = ("there is no cuSOLVER here", "leave it out: it is for your own CUDA libraries")
 _NCCL = ("NCCL is for CUDA devices", "torch.distributed with the backend 'gloo' works here, and 'nccl' is given it")
 
 REFUSED = {
@@ -51,6 +54,7 @@ REFUSED = {
     ("torch.cuda.memory", "caching_allocator_alloc"): _ALLOCATOR,
     ("torch.cuda.memory", "caching_allocator_delete"): _ALLOCATOR,
     ("torch.cuda", "current_blas_handle"): _BLAS,
+    ("torch.cuda", "current_solver_handle"): _SOLVER,
     ("torch.cuda", "temperature"): _SENSOR,
     ("torch.cuda", "power_draw"): _SENSOR,
     ("torch.cuda", "clock_rate"): _SENSOR,
@@ -61,7 +65,6 @@ REFUSED = {
     ("torch.cuda.green_contexts", "SMPartition.from_device"): _GREEN,
     ("torch.cuda.tunable", "tune_gemm_in_file"): _TUNING,
     ("torch.cuda.tunable", "mgpu_tune_gemm_in_file"): _TUNING,
-    ("torch.cuda.nccl", "version"): _NCCL,
     ("torch.cuda.nccl", "unique_id"): _NCCL,
     ("torch.cuda.nccl", "init_rank"): _NCCL,
     ("torch.mps", "compile_shader"): _METAL,
@@ -97,7 +100,7 @@ def refuse(redirection: Redirection, name: str, reason: str, remedy: str, cause:
         UnsupportedError: always.
     """
     site = _site()
-    redirection.report.decide("device", name, "refused", reason, site)
+    redirection.report.decide(Topic.DEVICE, name, "refused", reason, site, Standing.UNSUPPORTED)
     raise UnsupportedError(f"{site}: {name}: {reason}; {remedy}") from cause
 
 
@@ -232,7 +235,7 @@ def _comm(redirection: Redirection) -> dict[str, Function]:
 
     def placed(tensor: torch.Tensor, destination: Any) -> torch.Tensor:
         device = redirection.lookup("cuda" if destination is None else destination)
-        result: torch.Tensor = redirection.mark_host(tensor) if device is None else redirection.mark(tensor)
+        result: torch.Tensor = mark(tensor, HOST if device is None else DEVICE)
         return result
 
     def broadcast(tensor: Any, devices: Any = None, *, out: Any = None) -> tuple[torch.Tensor, ...]:

@@ -31,7 +31,7 @@ def _profile(redirection: Redirection, old: Any) -> Function:
         if activities is not None:
             kept = [activity for activity in activities if activity.name not in ("CUDA", "XPU", "MTIA")]
             if len(kept) < len(list(activities)):
-                redirection.note("ProfilerActivity.CUDA", None, WHY, "left out")
+                redirection.leave_out("ProfilerActivity.CUDA", "left out", WHY)
                 kwargs["activities"] = kept or None
         old(self, *args, **kwargs)
 
@@ -42,9 +42,9 @@ def _old_profile(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.pop("use_cuda", False):
-            redirection.note("torch.autograd.profiler.profile(use_cuda=True)", None, WHY, "left out")
+            redirection.leave_out("torch.autograd.profiler.profile(use_cuda=True)", "left out", WHY)
         if kwargs.get("use_device") in redirection.kinds:
-            redirection.note("torch.autograd.profiler.profile(use_device)", kwargs["use_device"], WHY, "left out")
+            redirection.leave_out("torch.autograd.profiler.profile(use_device)", "left out", WHY, asked=kwargs["use_device"])
             kwargs["use_device"] = None
         old(self, *args, **kwargs)
 
@@ -54,7 +54,7 @@ def _old_profile(redirection: Redirection, old: Any) -> Function:
 def _emit(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def init(self: Any, enabled: bool = True, *args: Any, **kwargs: Any) -> None:
-        redirection.note("torch.autograd.profiler.emit_nvtx", None, WHY, "left out")
+        redirection.leave_out("torch.autograd.profiler.emit_nvtx", "left out", WHY)
         old(self, False, *args, **kwargs)
 
     return init

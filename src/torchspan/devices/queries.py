@@ -41,6 +41,9 @@ class DeviceProperties(NamedTuple):
     shared_memory_per_block_optin: int = 166912
     shared_memory_per_multiprocessor: int = 167936
     L2_cache_size: int = 41943040
+    clock_rate: int = 1410000
+    memory_clock_rate: int = 1215000
+    memory_bus_width: int = 5120
     gcnArchName: str = ""
     uuid: str = "00000000-0000-0000-0000-000000000000"
     pci_bus_id: int = 0

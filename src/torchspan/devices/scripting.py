@@ -58,8 +58,8 @@ def _of_modules(redirection: Redirection, old: Function) -> Function:
 def rewrite(redirection: Redirection, graph: Any) -> None:
     """Give the operators of `graph` the target where they ask for a device that is not here."""
     for node in list(_nodes(graph)):
-        if node.kind() == "aten::cuda":
-            _rewrite_cuda(redirection, graph, node)
+        if node.kind() in ("aten::cuda", "aten::cpu"):
+            _rewrite_move(redirection, graph, node)
         elif node.kind().startswith("aten::") and node.schema() != "(no schema)":
             _rewrite_arguments(redirection, graph, node)
 
@@ -71,9 +71,10 @@ def _nodes(block: Any) -> Iterator[Any]:
             yield from _nodes(inner)
 
 
-def _rewrite_cuda(redirection: Redirection, graph: Any, node: Any) -> None:
-    """``x.cuda()`` is a copy on the target."""
-    _note(redirection, node, "cuda")
+def _rewrite_move(redirection: Redirection, graph: Any, node: Any) -> None:
+    """``x.cuda()`` and ``x.cpu()`` are copies on the target."""
+    if node.kind() == "aten::cuda":
+        _note(redirection, node, "cuda")
     constants = [_constant(graph, node, value) for value in (torch.device("cpu"), None, False, True)]
     moved = graph.create("aten::to", [node.inputsAt(0), *constants], 1)
     moved.insertBefore(node)
@@ -85,9 +86,15 @@ def _rewrite_cuda(redirection: Redirection, graph: Any, node: Any) -> None:
 
 def _rewrite_arguments(redirection: Redirection, graph: Any, node: Any) -> None:
     names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
-    if "device" not in names:
-        return
-    position = names.index("device")
+    if "device" in names:
+        _rewrite_device(redirection, graph, node, names.index("device"))
+    if node.kind() == "aten::to" and "copy" in names and ("device" in names or "other" in names):
+        place = node.inputsAt(names.index("device" if "device" in names else "other"))
+        if not (place.node().kind() == "prim::Constant" and place.toIValue() is None):  # else only the type is changed
+            node.replaceInput(names.index("copy"), _constant(graph, node, True))  # where a tensor lies is known to no graph
+
+
+def _rewrite_device(redirection: Redirection, graph: Any, node: Any, position: int) -> None:
     value = node.inputsAt(position)
     asked = value.toIValue() if value.node().kind() == "prim::Constant" else None
     if asked is not None:
@@ -95,10 +102,9 @@ def _rewrite_arguments(redirection: Redirection, graph: Any, node: Any) -> None:
             return
         _note(redirection, node, asked)
         node.replaceInput(position, _constant(graph, node, torch.device("cpu")))
-        if "copy" in names:
-            node.replaceInput(names.index("copy"), _constant(graph, node, True))
     elif value.node().kind() not in ("prim::Constant", "prim::device") and not value.debugName().startswith(_MARK):
         is_optional = "Optional" in str(value.type()) or "?" in str(value.type())
+        redirection.begin_use()  # it may be the device
         graph.setInsertPoint(node)
         (here,) = graph.insertGraph(_here(redirection.kinds, is_optional), [value])
         here.setDebugName(_MARK)

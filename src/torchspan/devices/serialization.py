@@ -6,15 +6,17 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from torchspan.devices._memories import DEVICE, HOST, mark_storage
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
-    """The one function that every location in a checkpoint goes through, and TorchScript's loader."""
+    """The one function that every location in a checkpoint goes through, what chooses it, and TorchScript's loader."""
     restore = partial(_restore, redirection)
     yield Redefinition("serialization", "torch.serialization", "default_restore_location", restore)
+    yield Redefinition("serialization", "torch.serialization", "_get_restore_location", partial(_chosen, redirection))
     yield Redefinition("serialization", "torch.jit._serialization", "load", partial(_jit_load, redirection))
 
 
@@ -22,16 +24,36 @@ def _restore(redirection: Redirection, old: Function) -> Function:
     def default_restore_location(storage: Any, location: str) -> Any:
         target = redirection.lookup(location)
         if target is None:
-            return old(storage, location)
+            restored = old(storage, location)
+            return mark_storage(restored, HOST) if redirection.in_use and location == "cpu" else restored
         redirection.note("torch.load, storage at", location)
-        restored: Any = old(storage, str(target))
-        if redirection.target == "cpu":
-            marks = getattr(restored, "_untyped_storage", restored)
-            marks._torchspan_placed = True
-            vars(marks).pop("_torchspan_host", None)
-        return restored
+        restored = old(storage, str(target))
+        return mark_storage(restored, redirection.memory_asked(location)) if redirection.in_use else restored
 
     return default_restore_location
+
+
+def _chosen(redirection: Redirection, old: Function) -> Function:
+    """``map_location``: what a tensor answered is where that tensor lies; what a function is given is read to the host."""
+
+    def _get_restore_location(map_location: Any) -> Function:
+        memory = redirection.answers.memories.get(id(map_location))
+        if memory is DEVICE:
+            return old(redirection.ordinal())
+        if memory is None and not callable(map_location):
+            return old(map_location)
+        restore = old(map_location)
+
+        def restore_location(storage: Any, location: str) -> Any:
+            if memory is not None:
+                return storage  # where that tensor lies is not known
+            if redirection.in_use:
+                mark_storage(storage, HOST)
+            return restore(storage, location)
+
+        return restore_location
+
+    return _get_restore_location
 
 
 def _jit_load(redirection: Redirection, old: Function) -> Function:

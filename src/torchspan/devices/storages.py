@@ -12,7 +12,8 @@ from functools import partial, wraps
 from typing import Any
 
 from torchspan.devices import _redirect
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._memories import DEVICE, HOST, UNKNOWN, Memory, mark_storage, memory_of_storage
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Replacement
 
@@ -29,27 +30,25 @@ def _new(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         target = None if device is None or _redirect.in_force is not redirection else redirection.lookup(device)
-        if target is None:
-            made = old(cls, *args, **kwargs)
-            return made if asked_by_torch() else redirection.mark_host(made)  # a clone is torch's, of any storage
-        redirection.note("torch.UntypedStorage", device)
-        made = old(cls, *args, **{**kwargs, "device": target})
-        made._torchspan_placed = True
-        return made
+        if target is not None:
+            redirection.note("torch.UntypedStorage", device)
+            kwargs["device"] = target
+        made = old(cls, *args, **kwargs)
+        if not redirection.in_use:
+            return made
+        return mark_storage(made, HOST if device is None else redirection.memory_asked(device))
 
     return staticmethod(new)
 
 
-def _moved(redirection: Redirection, storage: Any, name: str, device: Any, move: Function) -> Any:
-    """`storage` moved to where a request for `device` goes: a copy, unless the program has it there already."""
-    redirection.note(f"UntypedStorage.{name}", device)
-    if redirection.target != "cpu":
-        return move()
-    if hasattr(storage, "_torchspan_placed"):
+def _brought(redirection: Redirection, storage: Any, memory: Memory) -> Any:
+    """`storage` moved to `memory`: a copy, unless it is known to lie there."""
+    lies = memory_of_storage(storage)
+    if lies is memory and lies is not UNKNOWN:
         return storage
-    moved = storage.clone()
-    moved._torchspan_placed = True
-    return moved
+    if lies is UNKNOWN:
+        redirection.say_result_copied()
+    return mark_storage(storage.clone(), memory)
 
 
 def _cuda(redirection: Redirection, old: Any) -> Function:
@@ -59,7 +58,10 @@ def _cuda(redirection: Redirection, old: Any) -> Function:
         target = redirection.lookup(asked)
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking)
-        return _moved(redirection, self, "cuda", asked, lambda: self.to(device=target, non_blocking=non_blocking))
+        redirection.note("UntypedStorage.cuda", asked)
+        if not redirection.in_use:
+            return self.to(device=target, non_blocking=non_blocking)
+        return _brought(redirection, self, DEVICE)
 
     return cuda
 
@@ -68,10 +70,14 @@ def _to(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def to(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
         target = redirection.lookup(device)
-        if target is None or _redirect.in_force is not redirection:
-            is_back = str(device).partition(":")[0] == "cpu"
-            return self.cpu() if is_back else old(self, device=device, non_blocking=non_blocking)
-        return _moved(redirection, self, "to", device, lambda: old(self, device=target, non_blocking=non_blocking))
+        if _redirect.in_force is not redirection or (target is None and not redirection.in_use):
+            return old(self, device=device, non_blocking=non_blocking)
+        memory = redirection.memory_asked(device)
+        if target is not None:
+            redirection.note("UntypedStorage.to", device)
+        if memory is None or not redirection.in_use:
+            return old(self, device=device if target is None else target, non_blocking=non_blocking)
+        return _brought(redirection, self, memory)
 
     return to
 
@@ -79,8 +85,8 @@ def _to(redirection: Redirection, old: Any) -> Function:
 def _cpu(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def cpu(self: Any) -> Any:
-        if not hasattr(self, "_torchspan_placed"):
+        if not redirection.in_use or self.device.type != "cpu":
             return old(self)
-        return redirection.mark_host(self.clone())
+        return _brought(redirection, self, HOST)
 
     return cpu

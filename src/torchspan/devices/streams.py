@@ -80,6 +80,15 @@ class Stream:
         event.record(self)
         return event
 
+    def is_capturing(self) -> bool:
+        """Whether a graph is being captured: there is one order of work for all streams."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
+    @property
+    def native_handle(self) -> int:
+        """The number of the stream, in place of a pointer."""
+        return self.cuda_stream
+
     def __enter__(self) -> Stream:
         _current.stack.append(self)
         return self

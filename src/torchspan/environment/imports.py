@@ -32,6 +32,7 @@ def when_imported(name: str, callback: Callable[[ModuleType], None]) -> Callable
 
 
 def _run_callbacks(module: ModuleType) -> None:
+    module = sys.modules.get(module.__name__, module)  # some put an object in their own place
     for callback in tuple(_waiting.get(module.__name__, ())):
         callback(module)
 
@@ -43,11 +44,24 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._fill = fill
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """A spec for a module that a backport provides."""
+        """A spec for a module that a backport provides; a package, where it provides modules in it."""
         if fullname not in self._fill:
             return None
-        return importlib.util.spec_from_loader(fullname, self, origin="torchspan")
+        is_package = any(name.startswith(f"{fullname}.") for name in self._fill)
+        return importlib.util.spec_from_loader(fullname, self, origin="torchspan", is_package=is_package)
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the module with what its backport provides."""
         self._fill[module.__name__](module)
+
+
+class AbsentModuleWatcher(importlib.abc.MetaPathFinder):
+    """Stands at the end too: it finds nothing, and says that a module was imported which nothing has."""
+
+    def __init__(self, told: dict[str, Callable[[], None]]) -> None:
+        self._told = told
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        """No spec, ever."""
+        if fullname in self._told:
+            self._told[fullname]()

@@ -1,11 +1,13 @@
 """Patches: reversible changes to a module's names or to an import, applied when their target is first there.
 
-Four kinds, all of them data::
+Six kinds, all of them data::
 
     MissingModule    a module that this torch lacks; built when it is imported
     MissingName      a name that a module lacks; built when it is first looked up
     Replacement      a name that is there and must behave otherwise; put in place when its module is imported
     Redefinition     the same for a Python function that stays the object it was
+    AbsentModule     a module that is not installed, and stays so: who imports it is told of
+    Variable         an environment variable, which child processes are given too
 
 `Patches` applies a list of them and undoes it exactly: every object that was there is there again.
 """
@@ -13,16 +15,17 @@ Four kinds, all of them data::
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torchspan.core.report import Report, user_site
-from torchspan.environment.imports import MissingModuleFinder, when_imported
+from torchspan.environment.imports import AbsentModuleWatcher, MissingModuleFinder, when_imported
 from torchspan.environment.rebind import rebind
 
 _ABSENT = object()
@@ -73,7 +76,8 @@ class Redefinition:
 
     So names that were bound to it before follow, and tables that know it by identity still do. `build` is given a copy that
     behaves as before, and may return it: then nothing is changed. Of a decorated function, what is inside the decorators is
-    redefined. What is not a plain function (a builtin, a closure) is replaced; a missing one is left alone.
+    redefined. What is no function or generator of Python (a builtin, a closure, an async function) is replaced; a missing one
+    is left alone.
     """
 
     owner: str
@@ -82,7 +86,25 @@ class Redefinition:
     build: Callable[[Any], Callable[..., Any]]
 
 
-Patch = MissingModule | MissingName | Replacement | Redefinition
+@dataclass(frozen=True)
+class AbsentModule:
+    """The module `target` may not be installed; `on_import` is called when it is imported then, which fails as it would."""
+
+    owner: str
+    target: str
+    on_import: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """The environment variable `target` has the value that `build` makes of the one that it had, or of None."""
+
+    owner: str
+    target: str
+    build: Callable[[str | None], str]
+
+
+Patch = MissingModule | MissingName | Replacement | Redefinition | AbsentModule | Variable
 
 
 class Patches:
@@ -98,17 +120,23 @@ class Patches:
     def apply(self) -> None:
         """Put every patch in force: now where its module is imported, later where it is not."""
         missing: dict[str, MissingModule] = {}
+        absent: dict[str, AbsentModule] = {}
         names: dict[str, list[MissingName]] = {}
         replacements: dict[str, list[Replacement | Redefinition]] = {}
         for patch in self._patches:
             if isinstance(patch, MissingModule):
                 missing[patch.target] = patch
+            elif isinstance(patch, AbsentModule):
+                absent[patch.target] = patch
+            elif isinstance(patch, Variable):
+                self._set_variable(patch)
             elif isinstance(patch, MissingName):
                 names.setdefault(patch.target, []).append(patch)
             else:
                 replacements.setdefault(patch.target, []).append(patch)
         with self._lock:
             self._offer_modules(missing)
+            self._watch_absent(absent)
             for target, wanted in names.items():
                 self._on_import(target, partial(self._offer_names, wanted))
             for target, changes in replacements.items():
@@ -132,7 +160,11 @@ class Patches:
     def _offer_modules(self, missing: dict[str, MissingModule]) -> None:
         if not missing:
             return
-        finder = MissingModuleFinder({name: partial(self._fill, patch) for name, patch in missing.items()})
+        fill: dict[str, Callable[[ModuleType], None]] = {}
+        for name in missing:
+            fill |= dict.fromkeys(_parents(name), self._make_package)
+        fill |= {name: partial(self._fill, patch) for name, patch in missing.items()}
+        finder = MissingModuleFinder(fill)
         sys.meta_path.append(finder)
         self._undo.append(lambda: sys.meta_path.remove(finder))
 
@@ -143,13 +175,41 @@ class Patches:
         self._used(patch, patch.target)
         self._undo.append(lambda: _forget_module(module))
 
+    def _watch_absent(self, absent: dict[str, AbsentModule]) -> None:
+        if absent:
+            finder = AbsentModuleWatcher({name: patch.on_import for name, patch in absent.items()})
+            sys.meta_path.append(finder)
+            self._undo.append(lambda: sys.meta_path.remove(finder))
+
+    def _set_variable(self, patch: Variable) -> None:
+        before = os.environ.get(patch.target)
+        os.environ[patch.target] = new = patch.build(before)
+
+        def restore() -> None:
+            if os.environ.get(patch.target) != new:
+                return  # the program has set it since
+            if before is None:
+                del os.environ[patch.target]
+            else:
+                os.environ[patch.target] = before
+
+        self._undo.append(restore)
+
+    def _make_package(self, module: ModuleType) -> None:
+        """A package that this torch lacks too: there is nothing in it but the modules that are offered."""
+        module.__doc__ = "Provided by torchspan, for the modules in it."
+        self._undo.append(lambda: _forget_module(module))
+
     # missing names: a module __getattr__, so that nothing is built before it is asked for
 
     def _offer_names(self, wanted: list[MissingName], module: ModuleType) -> None:
-        lacking = {patch.attribute: patch for patch in wanted if not hasattr(module, patch.attribute)}
+        # an option is not read to see whether it is there: that warns of one that is deprecated
+        is_there = lambda name: _is_option(module, name) or hasattr(module, name)  # noqa: E731
+        lacking = {patch.attribute: patch for patch in wanted if not is_there(patch.attribute)}
         if not lacking:
             return
-        before = vars(module).get("__getattr__", _ABSENT)
+        by_class = getattr(type(module), "__getattr__", None)  # of torch's configuration modules
+        before = vars(module).get("__getattr__", _ABSENT if by_class is None else partial(by_class, module))
 
         def __getattr__(name: str) -> object:
             patch = lacking.get(name)
@@ -177,18 +237,18 @@ class Patches:
                 *path, last = patch.attribute.split(".")
                 holder: Any = module
                 for part in path:
-                    holder = getattr(holder, part, None)
+                    holder = None if holder is None or _is_offered(holder, part) else getattr(holder, part, None)
                 if holder is not None:
                     self._replace(holder, last, patch)
 
     def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
         found = vars(holder).get(name, _ABSENT)
-        if name in getattr(vars(holder).get("__getattr__"), "offers", ()):
-            return  # one of ours, built when it is asked for: torch has nothing here to be replaced
+        if _is_offered(holder, name):
+            return
         current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
         if isinstance(patch, Redefinition) and callable(current):
             function = inspect.unwrap(current)
-            if type(function) is FunctionType and not function.__closure__:
+            if type(function) is FunctionType and not function.__closure__ and _kind(function.__code__) in _FORWARD:
                 self._undo.append(_redefine(function, patch.build))
                 return
         if current is None and not (isinstance(patch, Replacement) and patch.create):
@@ -207,10 +267,11 @@ class Patches:
         self._followed.clear()
 
     def _set(self, holder: Any, name: str, value: object) -> None:
-        before = vars(holder).get(name, _ABSENT)
+        before = holder.__class__ if name == "__class__" else vars(holder).get(name, _ABSENT)
         # in place: torch's configuration modules allow only options to be set
         if (
             isinstance(holder, ModuleType)
+            and name != "__class__"
             and type(holder).__setattr__ is not ModuleType.__setattr__
             and not _is_option(holder, name)
         ):
@@ -228,8 +289,26 @@ class Patches:
         self._undo.append(restore)
 
 
+def _is_offered(holder: Any, name: str) -> bool:
+    """Whether `name` is one of ours, built when it is asked for: torch has nothing here to be replaced."""
+    return name in getattr(vars(holder).get("__getattr__"), "offers", ())
+
+
 def _forward(*args: Any, __torchspan: Any = None, **kwargs: Any) -> Any:
     return __torchspan(*args, **kwargs)
+
+
+def _forward_generator(*args: Any, __torchspan: Any = None, **kwargs: Any) -> Any:
+    return (yield from __torchspan(*args, **kwargs))
+
+
+def _kind(code: CodeType) -> int:
+    """What a call of this code makes, as flags: 0 for a result; a generator, a coroutine or an async generator otherwise."""
+    return code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+
+
+# By the kind of the function that is redefined: from Python 3.13 on, a function's new code must be of the kind of its old one.
+_FORWARD = {_kind(code): code for code in (_forward.__code__, _forward_generator.__code__)}
 
 
 def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]) -> Callable[[], None]:
@@ -242,7 +321,7 @@ def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]
     if new is copy:
         return lambda: None
     function.__kwdefaults__ = {**(named or {}), "__torchspan": new}  # before the code that needs it: other threads may call
-    function.__code__ = _forward.__code__.replace(co_name=code.co_name)
+    function.__code__ = _FORWARD[_kind(code)].replace(co_name=code.co_name)
     function.__defaults__ = None
     vars(function)["__signature__"] = signature
 
@@ -259,6 +338,12 @@ def _redefine(function: FunctionType, build: Callable[[Any], Callable[..., Any]]
 def _is_option(module: Any, name: str) -> bool:
     """Whether a configuration module has an option of this name, which is set as any user sets it."""
     return name in vars(module).get("_config", ())
+
+
+def _parents(name: str) -> list[str]:
+    """The packages that the module `name` is in, outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _forget_module(module: ModuleType) -> None:

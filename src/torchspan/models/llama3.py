@@ -3,23 +3,35 @@
 Shapes, as suffixes of names: B batch, S sequence, D model width, H query heads, K key and value heads, E width of a head,
 F width of the feed-forward, V vocabulary.
 
-Sources: RMSNorm https://arxiv.org/abs/1910.07467, rotary embedding https://arxiv.org/abs/2104.09864 (in the layout that turns
-the two halves of a head against each other), grouped-query attention https://arxiv.org/abs/2305.13245, SwiGLU
-https://arxiv.org/abs/2002.05202, the sizes https://arxiv.org/abs/2407.21783.
+Sources: rotary embedding https://arxiv.org/abs/2104.09864 (in the layout that turns the two halves of a head against each
+other, as Transformers' checkpoints have it), grouped-query attention https://arxiv.org/abs/2305.13245, the sizes
+https://arxiv.org/abs/2407.21783. 8B and 70B are Llama 3, 405B is Llama 3.1, 1B is Llama 3.2, whose output weight is the
+embedding's.
+
+Logits and gradients are bitwise those of Transformers' Llama on a CPU, in float32 and in bfloat16, if both take the same dtype
+for the tables of the rotary embedding. A Transformers model that is built and then moved by ``.to(torch.bfloat16)`` also rounds
+the frequencies from which it computes its tables, and so turns by other angles; one that is loaded with
+``dtype=torch.bfloat16`` does not. Here the tables are computed once in float32, and only then rounded.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspan.core.errors import InputError, UnsupportedError
+from torchspan.core.errors import InputError
+from torchspan.models import _flex
 from torchspan.models._base import ModelSpec
+from torchspan.models._hf import HFWeight
+from torchspan.models._layers import FeedForward, RMSNorm, draw_weights, region, rotary_periods
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,10 @@ class ModelConfig:
 
     `annotate_regions` marks attention and feed-forward with ``torch.fx.traceback.annotate({"compile_with_inductor": …})``,
     which torch has since 2.10 and torchspan's backport gives to older ones; without it the model is plain torch.
+    With `tie_embeddings` the output's weight is the embedding's.
+    `rope_factor` stretches slow rotations as Llama 3.1 and later do; `max_seq_len` is how many positions the tables have.
+    `attention` is what computes attention, ``sdpa`` or ``flex``. With `mask` ``block_causal``, which needs ``flex``, a token
+    sees its own document only; the token `end_of_text` is the last of a document.
 
     >>> ModelConfig(dim=100, num_heads=3)
     Traceback (most recent call last):
@@ -42,10 +58,16 @@ class ModelConfig:
     hidden_dim: int = 14336
     max_seq_len: int = 8192
     rope_theta: float = 500000.0
+    rope_factor: float = 1.0
     norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention: _flex.Attention = "sdpa"
+    mask: _flex.Mask = "causal"
+    end_of_text: int = 128001
     annotate_regions: bool = False
 
     def __post_init__(self) -> None:
+        _flex.check_attention(self.attention, self.mask)
         if self.dim % self.num_heads:
             raise InputError(f"dim is {self.dim}, which {self.num_heads} heads do not divide; expected a multiple of num_heads")
         if self.num_heads % self.num_kv_heads:
@@ -62,32 +84,30 @@ class ModelConfig:
         return self.dim // self.num_heads
 
 
+ORIGINAL_SEQ_LEN = 8192
+MIN_TURNS, MAX_TURNS = 1.0, 4.0
+
 FLAVOURS = {
     "debugmodel": ModelConfig(
         vocab_size=256, dim=256, num_layers=6, num_heads=8, num_kv_heads=4, hidden_dim=768, max_seq_len=2048
     ),
     "tiny": ModelConfig(vocab_size=256, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=64, max_seq_len=128),
-    "1B": ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, hidden_dim=8192),
+    "1B": ModelConfig(
+        dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, hidden_dim=8192, rope_factor=32.0, tie_embeddings=True
+    ),
     "8B": ModelConfig(),
     "70B": ModelConfig(dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, hidden_dim=28672),
+    "405B": ModelConfig(dim=16384, num_layers=126, num_heads=128, num_kv_heads=8, hidden_dim=53248, rope_factor=8.0),
+}
+# tokens are bytes: a line is a document
+FLAVOURS |= {
+    f"{name}_flex_attn": replace(FLAVOURS[name], attention="flex", mask="block_causal", end_of_text=ord("\n"))
+    for name in ("debugmodel", "tiny")
 }
 
 
-class RMSNorm(nn.Module):
-    """Scales each position to a root mean square of one, then by a weight per feature."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        scale_BS1 = torch.rsqrt(x_BSD.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (x_BSD.float() * scale_BS1).to(x_BSD.dtype) * self.weight
-
-
 class Attention(nn.Module):
-    """Causal grouped-query attention with a rotary embedding of positions."""
+    """Causal grouped-query attention with a rotary embedding of positions; FlexAttention where it is given a mask."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -99,31 +119,19 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask: BlockMask | None = None) -> Tensor:
         # -1 and not num_heads: under tensor parallelism each rank has its share of the heads
         q_BHSE = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k_BKSE = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         v_BKSE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        with _region("attention", self.annotate_regions):
+        with region("attention" if mask is None else "flex_attention", self.annotate_regions):
             q_BHSE, k_BKSE = rotate(q_BHSE, cos_SE, sin_SE), rotate(k_BKSE, cos_SE, sin_SE)
-            y_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=True)
+            if mask is None:
+                y_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=True)
+            else:
+                y_BHSE = _flex.attend(q_BHSE, k_BKSE, v_BKSE, mask)
             y_BSD = y_BHSE.transpose(1, 2).flatten(-2)
         return self.wo(y_BSD)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: a gated feed-forward."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.annotate_regions = config.annotate_regions
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        with _region("feed_forward", self.annotate_regions):
-            return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
 
 
 class TransformerBlock(nn.Module):
@@ -134,10 +142,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.annotate_regions)
 
-    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
-        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SE, sin_SE)
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask: BlockMask | None = None) -> Tensor:
+        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SE, sin_SE, mask)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
@@ -159,7 +167,9 @@ class Llama3(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        cos_SE, sin_SE = rotary_tables(config.max_seq_len, config.head_dim, config.rope_theta)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos_SE, sin_SE = rotary_tables(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_factor)
         self.register_buffer("cos_SE", cos_SE, persistent=False)
         self.register_buffer("sin_SE", sin_SE, persistent=False)
 
@@ -167,35 +177,43 @@ class Llama3(nn.Module):
         """Logits (B, S, V) of the tokens (B, S)."""
         num_tokens = tokens_BS.shape[1]
         cos_SE, sin_SE = self.cos_SE[:num_tokens], self.sin_SE[:num_tokens]
+        mask = _flex.mask_of(tokens_BS, self.config)
         x_BSD = self.tok_embeddings(tokens_BS)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, cos_SE, sin_SE)
+            x_BSD = layer(x_BSD, cos_SE, sin_SE, mask)
         logits_BSV: Tensor = self.output(self.norm(x_BSD))
         return logits_BSV
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> Llama3:
         """Draw every weight from `seed` alone, whatever was drawn before: truncated normals, smaller in deeper blocks."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            deep = name.endswith(("wo.weight", "w2.weight"))
-            std = 0.02 / (2 * self.config.num_layers) ** 0.5 if deep else 0.02
-            nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+        draw_weights(self, self.config.num_layers, seed)
         return self
 
 
-def rotary_tables(num_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (S, E) of the angle by which each position turns each feature of a head.
+def rotary_tables(num_positions: int, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (S, E) of the angle by which each position turns each feature of a head, float32.
+
+    `factor` is that by which Llama 3.1 and later stretch slow rotations; 1 stretches none.
 
     >>> [t.shape for t in rotary_tables(7, 4, 1e4)]
     [torch.Size([7, 4]), torch.Size([7, 4])]
     """
-    frequency_E = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequency_E = _stretched(1.0 / rotary_periods(head_dim, theta), factor)
     angle_SE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequency_E).repeat(1, 2)
     return angle_SE.cos(), angle_SE.sin()
+
+
+def _stretched(frequency_E: Tensor, factor: float) -> Tensor:
+    """Frequencies for a context longer than the 8,192 positions that the model was first trained on.
+
+    A feature that turns four times or more in that many positions keeps its frequency; one that turns once or less is slowed
+    by `factor`; between the two the change is linear in the number of turns.
+    """
+    if factor == 1:
+        return frequency_E
+    num_turns_E = ORIGINAL_SEQ_LEN / (2 * math.pi / frequency_E)
+    kept_E = ((num_turns_E - MIN_TURNS) / (MAX_TURNS - MIN_TURNS)).clamp(0, 1)
+    return (1 - kept_E) * frequency_E / factor + kept_E * frequency_E
 
 
 def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
@@ -205,17 +223,27 @@ def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     return (x_BHSE * cos_SE + turned_BHSE * sin_SE).to(x_BHSE.dtype)
 
 
-def _region(name: str, wanted: bool) -> AbstractContextManager[Any]:
-    if not wanted:
-        return nullcontext()
-    annotate = getattr(torch.fx.traceback, "annotate", None)
-    if annotate is None:
-        raise UnsupportedError(
-            f"torch {torch.__version__} has no torch.fx.traceback.annotate (2.10 and later have it); "
-            "activate torchspan, which provides it, or build the model with annotate_regions=False"
-        )
-    context: AbstractContextManager[Any] = annotate({"compile_with_inductor": name})
-    return context
+def hf_weights(config: ModelConfig) -> list[HFWeight]:
+    """The names in Transformers' checkpoints; layouts are the same, also that of the rotary embedding's halves."""
+    embedding = "model.embed_tokens"
+    names = {"tok_embeddings": embedding, "norm": "model.norm", "output": embedding if config.tie_embeddings else "lm_head"}
+    for layer in range(config.num_layers):
+        for ours, theirs in _LAYER_NAMES.items():
+            names[f"layers.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
+    return [HFWeight(f"{ours}.weight", (f"{theirs}.weight",)) for ours, theirs in names.items()]
+
+
+_LAYER_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
 
 
 MODEL = ModelSpec(
@@ -223,6 +251,7 @@ MODEL = ModelSpec(
     summary="Llama 3: RMSNorm, rotary embedding, grouped-query attention, SwiGLU",
     flavours=FLAVOURS,
     build=Llama3,
+    hf_weights=hf_weights,
     tensor_parallel={
         "tok_embeddings": "embedding",
         "layers.*.attention_norm": "sequence",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.fx import Graph as FxGraph
@@ -17,16 +17,28 @@ from torchspan.core.report import Report
 
 REGISTRY = Registry("torchspan.passes", "pass")
 
+Stage = Literal["operators", "memory", "communication", "compile"]
+STAGES: tuple[Stage, ...] = ("operators", "memory", "communication", "compile")
+"""What a pass changes: which operators compute; what is kept for the backward and where; when and how ranks talk; what runs it.
+
+Passes of a pipeline stand in this order: what is later works on what is earlier.
+"""
+
 CompileRegion = Callable[[GraphModule, Sequence[Any], str], Callable[..., Any]]
 """Compiles one region: its graph, example inputs (fake tensors), and name, to a callable that returns the region's outputs."""
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may use: the Report that it writes to, and what compiles a region (inductor in this process, if None)."""
+    """What a pass may use.
+
+    The Report that it writes to; what compiles a region (inductor in this process, if None); and whether what this machine
+    cannot do is an error (`strict`), not a Decision that leaves the graph as it is.
+    """
 
     report: Report = field(default_factory=Report)
     compile_region: CompileRegion | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,18 @@ class Pass:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    stage: ClassVar[Stage | None] = None
+    """What it changes; None may stand anywhere."""
+    tolerance: ClassVar[float] = 0.0
+    """How far a value may be from what the graph gave before, over the largest value of its tensor; 0 claims the same bits."""
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that may not be in the same pipeline."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of passes of the same stage that stand before this one, where they are there at all."""
     compiles: ClassVar[bool] = False
     """Whether it calls `PassContext.compile_region`: what it gives may not be called before all passes have run."""
+    reads_annotations: ClassVar[bool] = False
+    """Whether it works on the regions that a model annotates, which a training job then lets the model do."""
 
     def require(self, graph: Graph) -> None:
         """Raise PassError if this pass cannot work on `graph`."""
@@ -50,6 +72,11 @@ class Pass:
 
     def ensure(self, before: Graph, after: Graph) -> None:
         """Raise PassError unless what this pass claims is true of its result."""
+
+    @classmethod
+    def claim(cls) -> str:
+        """What it claims of the numbers, as text: ``bitwise``, or within how much of the largest value."""
+        return f"within {cls.tolerance:g}" if cls.tolerance else "bitwise"
 
     def __str__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 _BLOCK = re.compile(r"((?:.*?\.)?\d+)(?:\.|$)")
 
@@ -15,3 +17,23 @@ def block_of(path: str) -> str | None:
     """
     match = _BLOCK.match(path)
     return match[1] if match else None
+
+
+def part_of(path: str, patterns: Sequence[str]) -> str | None:
+    """The outermost part of `path` that answers to one of `patterns`, as of file names; None if none does.
+
+    >>> part_of("model.layers.3.feed_forward.w1", ["*.feed_forward"])
+    'model.layers.3.feed_forward'
+    """
+    names = path.split(".")
+    paths = [".".join(names[:end]) for end in range(1, len(names) + 1)]
+    return next((one for one in paths if any(fnmatchcase(one, pattern) for pattern in patterns)), None)
+
+
+def patterns_of(text: str) -> list[str]:
+    """The patterns that an option lists, with ``|`` between them.
+
+    >>> patterns_of("mm | *.feed_forward|")
+    ['mm', '*.feed_forward']
+    """
+    return [pattern.strip() for pattern in text.split("|") if pattern.strip()]

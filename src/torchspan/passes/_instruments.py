@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
 import time
 from pathlib import Path
-from typing import Protocol
 
+from torchspan.core.files import write_whole
 from torchspan.core.graph import Graph
 from torchspan.core.report import Report
-from torchspan.passes._base import Pass
+from torchspan.passes._base import Pass, PassContext
+from torchspan.passes._recorded import written_failure
 
 log = logging.getLogger("torchspan")
 
 
-class Instrument(Protocol):
-    """Called before each pass with its graph, and after it with both graphs."""
+class Instrument:
+    """Called before each pass with its graph, and after it with both, or with what it failed with; does nothing itself."""
 
     def before(self, one: Pass, graph: Graph) -> None:
         """A pass is about to run on `graph`."""
@@ -23,8 +26,12 @@ class Instrument(Protocol):
     def after(self, one: Pass, before: Graph, after: Graph) -> None:
         """A pass made `after` of `before`, and was verified."""
 
+    def failed(self, one: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
+        """A pass failed on `graph`, or gave back what is not valid; the text that is returned is added to the error's."""
+        return None
 
-class Timing:
+
+class Timing(Instrument):
     """Writes how long each pass took, with its verification, to a Report, as the figure ``pass_<name>_s``."""
 
     def __init__(self, report: Report) -> None:
@@ -40,21 +47,18 @@ class Timing:
         self._report.figure(f"pass_{one.name}_s", time.perf_counter() - self._began.pop())
 
 
-class Counts:
+class Counts(Instrument):
     """Keeps, of each pass, the numbers of nodes and collectives before and after."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, dict[str, int], dict[str, int]]] = []
-
-    def before(self, one: Pass, graph: Graph) -> None:
-        """Nothing to do before."""
 
     def after(self, one: Pass, before: Graph, after: Graph) -> None:
         """Count both."""
         self.rows.append((one.name, count(before), count(after)))
 
 
-class Dump:
+class Dump(Instrument):
     """Writes each graph as readable text: to `folder`, one file a pass, or to the log."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -78,6 +82,27 @@ class Dump:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / f"{self._num_written:02}_{name}.py").write_text(text)
         self._num_written += 1
+
+
+class FailureFile(Instrument):
+    """Leaves one file where a pass fails: the pass, what it raised, and the graph that it was given.
+
+    It is written to `folder` (to the current folder, if None) as ``torchspan-pass-failure-<pass>.py``; the ranks of a job that
+    share a folder leave one. ``torchspan passes --replay FILE`` runs the pass again on that graph, in a process of its own.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path.cwd()
+
+    def failed(self, one: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
+        """Write the file; the text says where it is, or why it could not be written."""
+        path = self._folder / f"torchspan-pass-failure-{re.sub(r'[^A-Za-z0-9_.-]+', '-', one.name)}.py"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, written_failure(one, graph, error, context).encode())
+        except OSError as cause:
+            return f"the graph before it could not be written: {cause}"
+        return f"run it again on the graph before it: torchspan passes --replay {shlex.quote(str(path))}"
 
 
 def count(graph: Graph) -> dict[str, int]:

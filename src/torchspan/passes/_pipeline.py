@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
-from torchspan.core.errors import GraphError, InputError, PassError, unknown_name
+from torchspan.core.errors import GraphError, InputError, PassError, TorchspanError, unknown_name
 from torchspan.core.graph import Graph
-from torchspan.passes._base import REGISTRY, Pass, PassContext
+from torchspan.passes._base import REGISTRY, STAGES, Pass, PassContext
 from torchspan.passes._instruments import Instrument
+from torchspan.passes._verify import check_change
 
 _ITEM = re.compile(r"\s*(?P<name>[^\s,{}]+)\s*(?:\{(?P<options>(?:[^{}\"']|\"[^\"]*\"|'[^']*')*)\})?\s*(?:,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[^\s=,]+)\s*=\s*(?P<value>\"[^\"]*\"|'[^']*'|[^,\"']+?)\s*(?:,|$)")
@@ -30,6 +31,11 @@ class Pipeline:
 
     passes: tuple[Pass, ...] = ()
 
+    def __post_init__(self) -> None:
+        for second, one in enumerate(self.passes):
+            for before in self.passes[:second]:
+                _check_order(before, one)
+
     @staticmethod
     def parse(text: str) -> Pipeline:
         """The pipeline that `text` writes: names, comma-separated, each with its options as ``name{key=value,…}``."""
@@ -47,22 +53,60 @@ class Pipeline:
         return graph
 
 
+def _check_order(first: Pass, second: Pass) -> None:
+    """Raise InputError unless `second` may come after `first`, by what both declare."""
+    if second.name in first.conflicts or first.name in second.conflicts:
+        raise InputError(f"passes {first.name!r} and {second.name!r} do the same work in two ways; expected one of them")
+    if first.stage and second.stage and STAGES.index(first.stage) > STAGES.index(second.stage):
+        reason = f"changes {_CHANGES[first.stage]} and so comes after what changes {_CHANGES[second.stage]}"
+    elif second.name in first.after:
+        reason = f"works on what {second.name} gives"
+    else:
+        return
+    raise InputError(f"pass {first.name!r} {reason}; write {second},{first}")
+
+
+_CHANGES = {
+    "operators": "which operators compute",
+    "memory": "what is kept for the backward",
+    "communication": "how ranks talk",
+    "compile": "what runs the graph",
+}
+
+
 def _checked(one: Pass, graph: Graph, context: PassContext, instruments: Sequence[Instrument]) -> Graph:
     """Run one pass between its checks."""
     one.require(graph)
     for instrument in instruments:
         instrument.before(one, graph)
-    after = one.run(graph, context)
-    verify_result(one, graph, after)
+    try:
+        after = one.run(graph, context)
+        verify_result(one, graph, after)
+    except InputError:
+        raise  # a mistake in an option
+    except Exception as cause:  # a pass may be foreign code: whatever it raises is told as the pass's
+        raise _failed(one, graph, cause, context, instruments) from cause
     for instrument in reversed(instruments):
         instrument.after(one, graph, after)
     return after
+
+
+def _failed(
+    one: Pass, graph: Graph, cause: Exception, context: PassContext, instruments: Sequence[Instrument]
+) -> TorchspanError:
+    """The error of a pass that failed, with what the instruments add to it."""
+    told = f"pass {one.name} failed: {type(cause).__name__}: {cause}"
+    error = cause if isinstance(cause, TorchspanError) else PassError(told)
+    notes = [instrument.failed(one, graph, error, context) for instrument in instruments]
+    return type(error)("; ".join([str(error), *filter(None, notes)]))
 
 
 def verify_result(one: Pass, before: Graph, after: Graph) -> None:
     """Raise PassError unless `after` is a valid graph with the signature of `before`, and what the pass claims is true."""
     try:
         after.verify()
+        if after is not before:
+            check_change(before, after)
     except GraphError as cause:
         raise PassError(f"pass {one.name} gave back a graph that is not valid: {cause}") from cause
     if (after.inputs, after.outputs, after.kind) != (before.inputs, before.outputs, before.kind):
@@ -98,7 +142,10 @@ def _make(name: str, options: str) -> Pass:
         if key in values:
             raise InputError(f"option {key!r} of pass {name!r} is given twice")
         values[key] = _value(name, known[key], value)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except InputError as cause:
+        raise InputError(f"pass {name!r} cannot take these options: {cause}") from cause
 
 
 def _options(name: str, text: str) -> Iterator[tuple[str, str]]:
@@ -141,12 +188,23 @@ def default_of(option: Field[Any]) -> Any:
 
 
 def describe_passes() -> list[dict[str, Any]]:
-    """Every pass by name: ``name``, ``summary``, and ``options``, which are names with their defaults.
+    """Every pass, in the order of stages: ``name``, ``summary``, ``stage``, ``claim``, ``conflicts``, ``after``, ``options``.
 
-    >>> [row["name"] for row in describe_passes()]
-    ['regional_inductor', 'transformer_block_bucketing']
+    `claim` is ``bitwise`` or how far numbers may differ; `options` are names with their defaults.
+
+    >>> [(row["name"], row["stage"], row["claim"]) for row in describe_passes() if row["name"] == "transformer_block_bucketing"]
+    [('transformer_block_bucketing', 'communication', 'bitwise')]
     """
     kinds: list[type[Pass]] = [REGISTRY.get(name).PASS for name in REGISTRY.names()]
     return [
-        {"name": kind.name, "summary": kind.summary, "options": {f.name: default_of(f) for f in fields(kind)}} for kind in kinds
+        {
+            "name": kind.name,
+            "summary": kind.summary,
+            "stage": kind.stage,
+            "claim": kind.claim(),
+            "conflicts": list(kind.conflicts),
+            "after": list(kind.after),
+            "options": {f.name: default_of(f) for f in fields(kind)},
+        }
+        for kind in sorted(kinds, key=lambda kind: (STAGES.index(kind.stage) if kind.stage else -1, kind.name))
     ]

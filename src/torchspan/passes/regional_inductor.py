@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,9 @@ from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph
 from torchspan.core.regions import Region, cut_regions, list_regions, replace_region
 from torchspan.core.report import Attempt, Report
-from torchspan.passes._base import CompileRegion, Pass, PassContext, editable
-from torchspan.passes._blocks import block_of
+from torchspan.passes._base import CompileRegion, Pass, PassContext, Stage, editable
+from torchspan.passes._blocks import block_of, part_of, patterns_of
+from torchspan.passes._flex import device_of, is_flex, make_dense
 
 _KEY = "compile_with_inductor"
 
@@ -28,11 +29,14 @@ class RegionalInductor(Pass):
     A region is what the program annotated (``torch.fx.traceback.annotate({"compile_with_inductor": name})``), or, with
     `modules`, what the submodules did whose paths answer to one of its patterns (``*.feed_forward``, several by ``|``).
     Collectives and waits stay outside, so that a region can be compiled in a process that has no process groups; so do views of
-    what is outside.
+    what is outside. FlexAttention on a CPU, of which inductor has no backward there, is made dense operators in its region.
     """
 
     name: ClassVar[str] = "regional_inductor"
     summary: ClassVar[str] = "compiles annotated regions with inductor, within the budget; the rest stays as it is"
+    stage: ClassVar[Stage] = "compile"
+    reads_annotations: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-5
     compiles: ClassVar[bool] = True
 
     modules: str = ""
@@ -40,6 +44,7 @@ class RegionalInductor(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         module = editable(graph)
         _annotate(module, self.modules)
+        self._make_dense(module, context.report)
         cut = cut_regions(module, _KEY)
         regions = list_regions(cut)
         compiled = self._compile(regions, context)
@@ -47,6 +52,16 @@ class RegionalInductor(Pass):
             # a bound call: a module that is made an attribute of another would become its submodule
             replace_region(cut, region, function.__call__ if isinstance(function, torch.nn.Module) else function)
         return graph.with_module(cut, str(self))
+
+    def _make_dense(self, module: GraphModule, report: Report) -> None:
+        """Write FlexAttention out where a region holds it and inductor cannot compile it."""
+        inside = [node for node in module.graph.nodes if is_flex(node) and _KEY in (node.meta.get("custom") or {})]
+        on_cpu = [node for node in inside if device_of(node).type == "cpu"]
+        for node in on_cpu:
+            make_dense(module, node)
+        if on_cpu:
+            reason = "inductor has no backward of it for a CPU; scores take memory by the square of the sequence, as in eager"
+            report.decide("pass", f"{self.name}: FlexAttention", f"{len(on_cpu)} → dense operators", reason)
 
     def _compile(self, regions: list[Region], context: PassContext) -> list[Callable[..., Any]]:
         compile_region = context.compile_region or _in_process(context.report)
@@ -79,11 +94,11 @@ class RegionalInductor(Pass):
 
 def _annotate(module: GraphModule, patterns: str) -> None:
     """Annotate the nodes of the modules asked for, and take annotations off collectives and views of what is outside."""
-    wanted = [pattern.strip() for pattern in patterns.split("|") if pattern.strip()]
+    wanted = patterns_of(patterns)
     for node in module.graph.nodes:
         custom = dict(node.meta.get("custom") or {})
         path = custom.get("module", "")
-        asked = next((found for found in (_answer(path, pattern) for pattern in wanted) if found), None)
+        asked = part_of(path, wanted)
         if asked is not None:
             custom[_KEY] = asked
         elif isinstance(custom.get(_KEY), str) and (block := block_of(path)) is not None:
@@ -108,13 +123,6 @@ def _views_what_is_outside(node: Node) -> bool:
     return isinstance(viewed, Node) and _KEY not in (viewed.meta.get("custom") or {})
 
 
-def _answer(path: str, pattern: str) -> str | None:
-    """The path of this module, or of the outermost module around it, that answers to `pattern`."""
-    parts = path.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return next((one for one in paths if fnmatchcase(one, pattern)), None)
-
-
 def _in_process(report: Report) -> CompileRegion:
     """Inductor in this process, each compile an Attempt."""
     from torchspan.passes import _torch
@@ -136,16 +144,18 @@ def structure(module: GraphModule) -> Hashable:
         number[node] = len(number)
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
         target = node.target if node.op == "call_function" else None
-        held = id(_held(module, node)) if node.op in ("get_attr", "call_module") else None
+        held = _identity(_held(module, node)) if node.op in ("get_attr", "call_module") else None
         lines.append((node.op, target, repr(arguments), held, _shape(node) if node.op == "placeholder" else None))
     return tuple(lines)
 
 
+def _identity(held: Any) -> Hashable:
+    """A graph that an operator calls, as FlexAttention does, is told by what it computes; anything else by what it is."""
+    return structure(held) if isinstance(held, GraphModule) else id(held)
+
+
 def _held(module: GraphModule, node: Node) -> Any:
-    held: Any = module
-    for part in str(node.target).split("."):
-        held = getattr(held, part)
-    return held
+    return attrgetter(str(node.target))(module)
 
 
 def _shape(node: Node) -> Hashable:

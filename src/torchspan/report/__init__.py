@@ -8,10 +8,27 @@ from pathlib import Path
 from torchspan.report._html import to_html
 from torchspan.report._page import Page, Run, make_page
 from torchspan.report._parts import write_part
+from torchspan.report._port import Ported, port_program, write_ported
+from torchspan.report._proof import Proof, prove
 from torchspan.report._recording import Recording, rank_of_world, report_path
 from torchspan.report._table import draw_table
 
-__all__ = ["Page", "Recording", "Run", "draw_table", "make_page", "rank_of_world", "report_path", "write_page", "write_part"]
+__all__ = [
+    "Page",
+    "Ported",
+    "Proof",
+    "Recording",
+    "Run",
+    "draw_table",
+    "make_page",
+    "port_program",
+    "prove",
+    "rank_of_world",
+    "report_path",
+    "write_page",
+    "write_part",
+    "write_ported",
+]
 
 
 def write_page(page: Page, path: Path) -> None:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from torchspan.core.config import format_bytes
 from torchspan.core.report import Attempt, Decision
+from torchspan.core.text import format_bytes
+from torchspan.core.topics import Standing
 from torchspan.report._page import Entry, File, Page, Run, Statement, shown_site
 
 # What would reorder or hide text that a person is to read: shown by its code instead.
@@ -24,16 +25,23 @@ _TILES = {
     "simulated": "only simulated",
     "unsupported": "unsupported",
     "without_portable_line": "without a portable line",
+    "nothing_to_do": "nothing to do",
     "named_only": "only name a device",
     "backports": "backports used",
 }
 _CHANGED = "This file was written to after the run began: its lines may not be those that ran."
 _HOW_TO_READ = (
     "Walk down the page: each card is a statement of the program as it is, beside it one that runs on every device, and below "
-    "what it asked for in this run. Dashed cards name a device and asked for nothing themselves. Tick what is ported: "
+    "what it asked for in this run. Where a card says so, nothing is to be done: what it asks for is set in another line. "
+    "Dashed cards name a device and asked for nothing themselves. Tick what is ported: "
     '<span id="left-to-port">all</span> left.'
 )
-_BADGES = {"simulated": "simulated", "left out": "left", "unsupported": "unsupported"}
+_LABELS = {
+    (False, False): "portable",
+    (False, True): "portable, in part",
+    (True, False): "portable, and more by hand",
+    (True, True): "portable, in part",
+}
 
 
 def to_html(page: Page) -> str:
@@ -131,12 +139,13 @@ def _pair(statement: Statement) -> str:
     """The statement, and beside it the portable one, with what differs marked."""
     source = statement.source or "(the source cannot be read)"
     if statement.portable is None:
-        return f'<div class="pair single"><pre class="plain" data-label="as it is">{_text(_dedented(source)[0])}</pre></div>'
+        label = "nothing to do" if statement.work == "nothing" else "as it is; no portable line"
+        return f'<div class="pair single"><pre class="plain" data-label="{label}">{_text(_dedented(source)[0])}</pre></div>'
     old, new = _dedented(source, statement.portable)
     before, after = _marked(old, new)
     return (
         f'<div class="pair"><pre class="now" data-label="as it is">{before}</pre>'
-        f'<pre class="then" data-label="portable{", in part" if statement.is_partial else ""}">{after}</pre></div>'
+        f'<pre class="then" data-label="{_LABELS[statement.work == "by hand", statement.is_partial]}">{after}</pre></div>'
     )
 
 
@@ -157,8 +166,8 @@ def _entries(entries: Sequence[Entry], page: Page) -> str:
 
 def _entry(entry: Entry, page: Page, *, is_only: bool) -> str:
     is_usual = (entry.given, entry.reason) == page.usual
-    given = "" if entry.standing == "simulated" else f" → <b>{_text(entry.given)}</b>"
-    badge = f' <span class="badge {_BADGES[entry.standing]}">{entry.standing}</span>' if entry.standing in _BADGES else ""
+    given = "" if entry.standing is Standing.SIMULATED else f" → <b>{_text(entry.given)}</b>"
+    badge = f' <span class="badge {entry.standing.badge}">{entry.standing}</span>' if entry.standing.badge else ""
     times = f' <span class="soft">{entry.count:,}×</span>' if entry.count > 1 and not is_only else ""
     reason = "" if is_usual else f' <span class="why">{_text(entry.reason)}</span>'
     inside = f' <span class="soft">in {_text(entry.function)}</span>' if entry.function and entry.function != "<module>" else ""

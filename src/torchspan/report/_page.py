@@ -10,17 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torchspan.core.report import Attempt, Decision, Report
-from torchspan.report._portable import Porter
+from torchspan.core.topics import Standing, Topic
+from torchspan.report._portable import Porter, Work
 from torchspan.report._source import Source, without_comments
 
 SCHEMA = "torchspan.report/1"
-Standing = Literal["redirected", "simulated", "left out", "unsupported"]
 
-_DEVICE, _BACKPORT, _UNSUPPORTED = "device", "backport", "unsupported"
-_LEFT_OUT = ("left out", "nothing is set", "no device", "no devices", "device_ids=None", "pin_memory=False")
 _MOST_FILES = 5000
 _NAMED = ("cuda", "nccl")
 _INSTALLED = ("site-packages", "dist-packages")
@@ -58,8 +56,9 @@ class Entry:
 class Statement:
     """One statement of the program, from line `first` to `last`, and what to write instead.
 
-    `portable` is None where it needs no change, or there is no line that runs everywhere: `notes` say which. `is_partial`: the
-    portable one still names CUDA. A statement without `entries` names a device, and asked for nothing itself in this run.
+    `work` is ``replace`` where `portable` takes its place, ``nothing`` where it runs everywhere as it is, ``by hand`` where no
+    line does, or only a part of one: `notes` say what. `is_partial`: the portable one still names CUDA. A statement
+    without `entries` names a device, and asked for nothing itself in this run.
     """
 
     first: int
@@ -69,6 +68,7 @@ class Statement:
     notes: Sequence[str] = ()
     entries: Sequence[Entry] = ()
     is_partial: bool = False
+    work: Work = "nothing"
 
     @property
     def count(self) -> int:
@@ -120,9 +120,10 @@ class Page:
             "files": len(own),
             "lines": len(reached),
             "calls": sum(entry.count for entry in entries),
-            "simulated": sum(entry.standing == "simulated" for entry in entries),
-            "unsupported": len(self.unsupported) + sum(entry.standing == "unsupported" for entry in entries),
-            "without_portable_line": sum(s.portable is None and bool(s.notes) for s in reached),
+            "simulated": sum(entry.standing is Standing.SIMULATED for entry in entries),
+            "unsupported": len(self.unsupported) + sum(entry.standing is Standing.UNSUPPORTED for entry in entries),
+            "without_portable_line": sum(s.portable is None and s.work == "by hand" for s in reached),
+            "nothing_to_do": sum(s.work == "nothing" for s in reached),
             "named_only": sum(not s.is_reached for file in own for s in file.statements),
             "installed_files": len(self.files) - len(own),
             "backports": len(self.backports),
@@ -155,7 +156,7 @@ def make_page(report: Report, run: Run, program_files: Iterable[str] = ()) -> Pa
     unplaced = []
     for decision in decisions:
         path, _, line = (decision.site or "").rpartition(":")
-        if decision.topic != _DEVICE:
+        if decision.topic is not Topic.DEVICE:
             continue
         if path and line.isdigit():
             sites[absolute(path, run.folder)].append((int(line), decision))
@@ -164,13 +165,13 @@ def make_page(report: Report, run: Run, program_files: Iterable[str] = ()) -> Pa
     for path in program_files:
         sites.setdefault(absolute(path, run.folder), [])
     files = (_file(path, placed, run) for path, placed in list(sites.items())[:_MOST_FILES])
-    other = [d for d in decisions if d.topic not in (_DEVICE, _BACKPORT, _UNSUPPORTED)]
+    other = [d for d in decisions if d.topic not in (Topic.DEVICE, Topic.BACKPORT, Topic.UNSUPPORTED)]
     return Page(
         run=run,
         files=sorted(filter(None, files), key=lambda file: (file.is_installed, file.name.startswith("<"), file.name)),
         unplaced=unplaced,
-        backports=[d for d in decisions if d.topic == _BACKPORT],
-        unsupported=[d for d in decisions if d.topic == _UNSUPPORTED],
+        backports=[d for d in decisions if d.topic is Topic.BACKPORT],
+        unsupported=[d for d in decisions if d.topic is Topic.UNSUPPORTED],
         choices=other,
         attempts=report.attempts,
         figures=dict(report.figures),
@@ -227,20 +228,13 @@ def _statement(source: Source, porter: Porter | None, span: tuple[int, int], ent
         return Statement(*span, text, None, (), entries)
     port = porter.port(span, [entry.asked for entry in entries])
     is_partial = re.search(r"torch\.cuda\b|[\"']cuda", without_comments(port.portable or "")) is not None
-    return Statement(*span, text, port.portable, port.notes, entries, is_partial)
+    is_refused = any(entry.standing is Standing.UNSUPPORTED for entry in entries)
+    work: Work = "by hand" if is_refused and port.work == "nothing" else port.work
+    return Statement(*span, text, port.portable, port.notes, entries, is_partial, work)
 
 
 def _entry(line: int, decision: Decision) -> Entry:
-    reason = decision.reason
-    standing: Standing = "redirected"
-    if decision.choice == _UNSUPPORTED or reason.startswith(_UNSUPPORTED):
-        standing = "unsupported"
-    elif decision.is_simulated:
-        standing = "simulated"
-        reason = reason.partition(": ")[2] or reason
-    elif decision.choice in _LEFT_OUT:
-        standing = "left out"
-    return Entry(line, decision.subject, decision.choice, reason, standing, decision.count, decision.function)
+    return Entry(line, decision.subject, decision.choice, decision.reason, decision.standing, decision.count, decision.function)
 
 
 def shown_site(site: str | None, folder: str) -> str:

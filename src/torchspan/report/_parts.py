@@ -115,10 +115,10 @@ def _read(path: Path) -> Part:
         except json.JSONDecodeError:
             continue  # the last line of a process that was killed while it wrote
         if "decisions" in values:
-            decisions = [Decision(**decision) for decision in values["decisions"]]
+            decisions = [Decision.from_dict(decision) for decision in values["decisions"]]
             attempts = [Attempt(**attempt) for attempt in values["attempts"]]
             return Part(_pid(path), decisions, attempts, values["files"], True)
-        decisions += [Decision(**values["Decision"])] if "Decision" in values else []
+        decisions += [Decision.from_dict(values["Decision"])] if "Decision" in values else []
         attempts += [Attempt(**values["Attempt"])] if "Attempt" in values else []
     return Part(_pid(path), decisions, attempts, (), False)
 

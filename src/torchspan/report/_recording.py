@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from torchspan.core.config import check_folder
 from torchspan.core.errors import InputError
 from torchspan.core.report import Decision, Report, reporting
+from torchspan.core.text import check_folder
 from torchspan.report._page import Page, Run, absolute, make_page, program_files
 from torchspan.report._parts import FOLDER_VARIABLE, make_folder, read_parts, write_parts_of_forks
 

@@ -12,8 +12,11 @@ KIND = "torch.device(device).type"
 MODULE = "torch.get_device_module(device)"
 IS_HERE = "torch.accelerator.is_available()"
 BACKEND = "torch.distributed.get_default_backend_for_device(device)"
+"""These name `device`; a file in which that is something else is given another word for it."""
+WORDS = ("device", "device_here", "torch_device_here")
+"""What the device is called in portable lines: the first that holds one, or is free."""
 
-Shape = Literal["rename", "guard", "figure", "typed", "none"]
+Shape = Literal["rename", "guard", "figure", "count", "typed", "none"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Rule:
     """How a call is made portable.
 
     `shape` is ``rename``: the same call by the name `to`; ``guard``: the same, as a statement, where there is an accelerator;
-    ``figure``: the same, and 0 where there is none; ``typed``: the same by the name `to`, given the kind of device; ``none``:
-    there is no line that works everywhere. `note` says what is to be known or done.
+    ``figure``: the same, and 0 where there is none; ``count``: the same, and 1 where there is none; ``typed``: the same by the
+    name `to`, given the kind of device; ``none``: there is no line that works everywhere. `note` says what is to be known.
     """
 
     shape: Shape
@@ -43,12 +46,27 @@ GRAPH = "No counterpart on the CPU: torch.compile(mode='reduce-overhead') record
 RANGES = "torch.profiler.record_function('name') marks a range for every device"
 STAYS = "May stay: it sets what only CUDA reads, and changes nothing elsewhere"
 LEGACY = "An old type: give dtype=… and device=device to torch.tensor, torch.empty or .to"
+ASKS = f'Asks for CUDA by name: where any accelerator will do, compare with "cpu" or ask {IS_HERE}'
+ASSERTS = "Refuses to run without an accelerator: leave the line out where the CPU will do"
+REFUSES = "Ends the program without an accelerator: leave it out where the CPU will do"
+PINNED = "Pinned memory needs an accelerator: without one, pin_memory() is an error"
+HANDED_ON = "Handed on, not called here: port the place that calls it"
+IN_A_LIST = "Names CUDA in a list: name what is there, such as device, in its place"
+FORK = "Without an accelerator, fork_rng keeps the state of the CPU's generator alone"
+VERSION = "None where torch was built without CUDA: ask for that before it is read"
+DRIVER = "nvidia-smi is of NVIDIA's driver: run it where shutil.which('nvidia-smi') finds it"
+COMPILER = "Its source is for NVIDIA's compiler: build its C++ sources alone, or write it with torch's operators"
+IMPORT = (
+    "{package} is of use with NVIDIA's driver alone: import it under 'if torch.cuda.is_available():', with another way beside"
+)
+UNREADABLE = "The portable form would be no Python here: port it by hand"
+
+STREAM_METHODS = ("wait_stream", "wait_event", "record_event")
+"""What ``torch.cpu.Stream`` has."""
 
 CALLS: dict[str, Rule] = {
     "is_available": Rule("rename", "torch.accelerator.is_available"),
-    "device_count": Rule(
-        "rename", "torch.accelerator.device_count", "0 where there is no accelerator, as on a machine without CUDA"
-    ),
+    "device_count": Rule("count", "torch.accelerator.device_count"),
     "synchronize": Rule("guard", "torch.accelerator.synchronize"),
     "set_device": Rule("guard", "torch.accelerator.set_device_index"),
     "current_device": Rule("figure", "torch.accelerator.current_device_index"),
@@ -109,6 +127,9 @@ TAKES_KIND = frozenset(
         "torch.amp.GradScaler",
         "torch.amp.custom_fwd",
         "torch.amp.custom_bwd",
+        "torch.amp.is_autocast_available",
+        "torch.set_autocast_dtype",
+        "torch.set_autocast_enabled",
         "torch.distributed.init_device_mesh",
         "torch.distributed.device_mesh.init_device_mesh",
         "torch.distributed.device_mesh.DeviceMesh",
@@ -131,5 +152,7 @@ SUBJECT_NOTES = (
     ),
     ("torch.distributed.barrier(device_ids)", "Leave device_ids out: init_process_group(device_id=…) says it once"),
     ("torch.distributed.", "Leave the device out where there is none: gloo takes none"),
+    ("nvidia-smi", DRIVER),
+    ("torch.utils.cpp_extension.", COMPILER),
 )
-"""By the beginning of what was asked for: a word to those lines for which no other note says it."""
+"""By the beginning of what was asked for: a word to those lines for which no other note says it, each of them work by hand."""

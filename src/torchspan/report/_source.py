@@ -16,11 +16,15 @@ MOST_LINES = 12
 
 @dataclass(frozen=True)
 class Edit:
-    """Text to be put in place of what is between two places of the file, in bytes of its UTF-8."""
+    """Text to be put in place of what is between two places of the file, in bytes of its UTF-8.
+
+    Where several put something at one place, what `opens` (a bracket before an expression) stands next to what follows it.
+    """
 
     begin: int
     end: int
     text: str
+    opens: bool = False
 
 
 class Source:
@@ -121,10 +125,27 @@ class Source:
         """The lines from the first to the last with those `edits` made that lie in them."""
         begin, end = self._starts[span[0] - 1], self._starts[span[1]] - 1
         data = self.data
-        for edit in sorted(edits, key=lambda edit: (edit.begin, edit.end), reverse=True):
-            if begin <= edit.begin and edit.end <= end:
-                data = data[: edit.begin] + edit.text.encode() + data[edit.end :]
+        for edit in reversed(_in_order([edit for edit in edits if begin <= edit.begin and edit.end <= end])):
+            data = data[: edit.begin] + edit.text.encode() + data[edit.end :]
         return data[begin : end + len(data) - len(self.data)].decode("utf-8", "surrogatepass")
+
+
+def _in_order(edits: list[Edit]) -> list[Edit]:
+    """Edits as they follow each other, without those inside a text that is replaced as a whole; outer ones were found first."""
+    replaced = [edit for edit in edits if edit.begin < edit.end]
+    kept = [
+        edit
+        for edit in edits
+        if not any(
+            r is not edit
+            and r.begin <= edit.begin
+            and edit.end <= r.end
+            and (r.begin < edit.begin < r.end or edit.begin < edit.end)
+            for r in replaced
+        )
+    ]
+    order = {id(edit): place if edit.opens else -place for place, edit in enumerate(kept)}
+    return sorted(kept, key=lambda edit: (edit.begin, edit.begin < edit.end, edit.opens, order[id(edit)]))
 
 
 def _read(path: str) -> str:

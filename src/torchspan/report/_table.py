@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from torchspan.core.topics import Standing
 from torchspan.report._page import File, Page, Statement
 
 _SUMMARY = (
@@ -15,6 +16,7 @@ _SUMMARY = (
     ("simulated", "kind of request", "kinds of requests", "only simulated"),
     ("unsupported", "request", "requests", "unsupported"),
     ("without_portable_line", "line", "lines", "without a portable form"),
+    ("nothing_to_do", "line", "lines", "with nothing to do"),
 )
 
 
@@ -47,7 +49,7 @@ def _what(statement: Statement) -> Text:
     if statement.portable is not None:
         text.append(f"\n→ {_line(statement.portable)}", "green")
     for entry in statement.entries:
-        how = "simulated" if entry.standing == "simulated" else f"→ {entry.given}"
+        how = "simulated" if entry.standing is Standing.SIMULATED else f"→ {entry.given}"
         text.append(f"\n  {entry.asked} {how}: {entry.reason}", "dim")
     for note in statement.notes:
         text.append(f"\n  {note}", "yellow")

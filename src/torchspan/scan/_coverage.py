@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torchspan.backports._base import REGISTRY, Backport
-from torchspan.environment.patch import MissingModule, MissingName
+from torchspan.environment.patch import MissingModule, MissingName, Redefinition, Replacement
 
 OLDEST = "2.8"  # torch that torchspan runs on
 _OPERATOR = re.compile(r"\w+::\w+")
@@ -89,7 +89,7 @@ def imported(one: Provided) -> Provided:
     for patch in backport.patches():
         if isinstance(patch, MissingModule):
             modules.add(patch.target)
-        else:
+        elif isinstance(patch, (MissingName, Replacement, Redefinition)):
             (names if isinstance(patch, MissingName) else changed).add(f"{patch.target}.{patch.attribute}")
     names |= {f"{backport.target}.{attribute}" for attribute in backport.names}
     return replace(one, names=frozenset(names), modules=frozenset(modules), changed=frozenset(changed), is_read=True)
@@ -130,9 +130,10 @@ class _Reader:
         if isinstance(self.given.get("is_module"), ast.Constant):
             self.modules.add(target)
         is_read_so_far = self.is_read
-        self.names |= {f"{target}.{key}" for key in self.keys("names")}
-        self.refused = {f"{target}.{key}": reason for key, reason in self.find_refused()}
-        self.changed |= {f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(option)}
+        for module, names in self.find_names(target):
+            self.names |= {f"{module}.{key}" for key in self.keys(names)}
+            self.refused |= {f"{module}.{key}": reason for key, reason in self.find_refused(names)}
+        self.changed |= {f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(self.given.get(option))}
         self.unread_target = target if is_read_so_far else ""
         also = self.given.get("also")
         parts = also.elts if isinstance(also, (ast.Tuple, ast.List)) else [] if also is None else [also]
@@ -154,18 +155,25 @@ class _Reader:
             (self.names if is_new else self.changed).add(f"{target}.{attribute}")
         self.is_read = self.is_read and bool(target and (attribute or kind == "MissingModule"))
 
-    def find_refused(self) -> Iterator[tuple[str, str]]:
-        """The names that are built by ``unavailable(…)``, and why they cannot work."""
-        names = self.given.get("names")
+    def find_names(self, target: str) -> Iterator[tuple[str, ast.expr | None]]:
+        """The modules that get names, with the names: the one that the backport is for, and those elsewhere."""
+        yield target, self.given.get("names")
+        elsewhere = self.given.get("elsewhere")
+        modules = [*self.keys(elsewhere)]
+        self.modules.update(modules)
+        if isinstance(elsewhere, ast.Dict):
+            yield from zip(modules, elsewhere.values)
+
+    def find_refused(self, names: ast.expr | None) -> Iterator[tuple[str, str]]:
+        """Those of the names that are built by ``unavailable(…)``, and why they cannot work."""
         for key, value in zip(names.keys, names.values) if isinstance(names, ast.Dict) else ():
             call = value.body if isinstance(value, ast.Lambda) else None
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "unavailable":
                 cause = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "cause")]
                 yield _text(key, self.constants), (_text(cause[0], self.constants) if cause else "") or "it cannot work here"
 
-    def keys(self, option: str) -> Iterator[str]:
+    def keys(self, node: ast.expr | None) -> Iterator[str]:
         """The keys of a dict in the declaration."""
-        node = self.given.get(option)
         keys: Iterable[ast.expr | None] = ()
         if isinstance(node, ast.Dict):
             keys = node.keys

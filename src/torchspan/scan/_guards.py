@@ -15,7 +15,7 @@ from dataclasses import dataclass
 IMPORT, NAME, KEYWORD, MEMBER = 1, 2, 4, 8
 ALL = IMPORT | NAME | KEYWORD | MEMBER
 
-_BITS = {"import": IMPORT, "name": NAME, "store": NAME, "member": MEMBER, "keyword": KEYWORD}
+_BITS = {"import": IMPORT, "name": NAME, "store": NAME, "member": MEMBER, "set": MEMBER, "keyword": KEYWORD}
 _CATCHES = {
     "ImportError": IMPORT | NAME,
     "ModuleNotFoundError": IMPORT,

@@ -7,6 +7,7 @@ A set of releases is a mask: an int with one bit for each, the oldest one lowest
 from __future__ import annotations
 
 import lzma
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,16 @@ from pathlib import Path
 
 DATABASE = Path(__file__).with_name("names.xz")
 _DEPTH = 30  # of aliases that point to aliases
+_TENSOR = "torch.Tensor"
+_PUBLIC = {"torch._tensor.Tensor": _TENSOR}  # by which names of what they give are shown
+_TAKEN_AS = {  # what else an annotation may call the kind of an argument
+    "list": {"list", "List", "Sequence", "Iterable", "Collection"},
+    "tuple": {"tuple", "Tuple", "Sequence", "Iterable", "Collection"},
+    "set": {"set", "Iterable", "Collection"},
+    "dict": {"dict", "Dict", "Mapping", "Iterable", "Collection"},
+    "bool": {"bool", "int", "float"},
+    "int": {"int", "float"},
+}
 
 Variants = tuple[tuple[int, str], ...]  # (mask, entry)
 
@@ -98,6 +109,15 @@ class Names:
         """Whether some release has the module `name`."""
         return name in self._blocks
 
+    def modules(self) -> list[str]:
+        """Every module of some release."""
+        return list(self._blocks)
+
+    def is_of_python(self, module: str) -> bool:
+        """Whether files show all names of a module: it is neither C's nor a space of operators."""
+        found = self._module(module)
+        return found is not None and not found.is_partial
+
     def look_up(self, dotted: str, *, is_module: bool = False) -> Presence:
         """In which releases `dotted` is there; with `is_module`, as a module that can be imported."""
         outcomes = self._outcomes(dotted, is_module)
@@ -110,15 +130,48 @@ class Names:
 
     def look_up_member(self, dotted: str) -> Presence:
         """In which releases an instance of a class has a member, given as ``class.member``."""
-        owner, _, member = dotted.rpartition(".")
         mask = 0
-        for outcome in self._outcomes_of(owner, self.all):
-            if outcome.entry.startswith(":"):
-                mask |= sum(its for its, entry in self._members(outcome, member, is_instance=True) if entry is not None)
-            else:
-                mask |= outcome.mask
+        for its, entry in self._entries_of_member(dotted):
+            mask |= 0 if entry is None else its
         # what its class lacks in every release is its subclass's
         return Presence(dotted, mask or self.all)
+
+    def resolve(self, path: str) -> str:
+        """The dotted name that a path with calls in it means, where it is known what is called gives.
+
+        >>> names = Names.load()
+        >>> names.resolve("torch.nn.Linear().weight"), names.resolve("torch.save().anything")
+        ('torch.nn.modules.linear.Linear.weight', '')
+        """
+        head, *rest = path.split("()")
+        for part in rest:
+            given = self._class_given_by(head)
+            if not given:
+                return ""
+            head = given + part
+        return head
+
+    def is_setting(self, dotted: str) -> bool:
+        """Whether a program is meant to set `dotted`: a plain constant of a module, a property, a tensor's attribute."""
+        owner, _, name = dotted.rpartition(".")
+        if owner == _TENSOR:
+            entries = {entry for _, entry in self._entries_of_member(dotted)}
+            return not any((entry or "").startswith("(") for entry in entries) and not name.startswith("__")
+        return any(outcome.is_there and outcome.entry == "#" for outcome in self._outcomes(dotted, False))
+
+    @cached_property
+    def members_of_tensors_alone(self) -> frozenset[str]:
+        """Members that newer releases' tensors have, and no other class of torch or of Python: a use is known by its name."""
+        of_python = {name for kind in (list, dict, str, set, object, bytes, type(re), int, Path) for name in dir(kind)}
+        found = set()
+        oldest, newest = 1, 1 << (len(self.releases) - 1)
+        for module, owner in (("torch._C", "TensorBase"), ("torch._tensor", "Tensor")):
+            block = self._module(module)
+            for name in block.members.get(owner, ()) if block else ():
+                mask = self.look_up_member(f"{_TENSOR}.{name}").mask
+                if mask & newest and not mask & oldest and not name.startswith("__") and name not in of_python:
+                    found.add(name)
+        return frozenset(name for name in found if sum(block.count(f"\n.{name}\t") for block in self._blocks.values()) == 1)
 
     def accepting(self, dotted: str, keyword: str, *, by_name: bool = False) -> Presence:
         """In which releases the function or class `dotted` accepts `keyword`, of those that have it.
@@ -136,6 +189,16 @@ class Names:
                 is_known = is_known and not signature.startswith("~")
         return Presence(f"{dotted}({keyword}=)", mask, mask != 0 or is_known)
 
+    def taking(self, dotted: str, keyword: str, kind: str) -> int:
+        """The releases in which the parameter `keyword` of `dotted` takes an argument of this `kind`."""
+        mask = 0
+        for outcome in self._outcomes(dotted, False):
+            for its, signature in self._signatures(outcome) if outcome.is_there else ():
+                kinds = {part.partition(":")[2] for part in signature.split(",") if part.partition(":")[0] == keyword}
+                taken = {one for part in kinds for one in part.split("|")}
+                mask |= its if not taken - {""} or taken & _TAKEN_AS.get(kind, {kind}) else 0
+        return mask
+
     def definitions(self, dotted: str) -> set[str]:
         """The dotted names under which what `dotted` means is defined, after aliases."""
         length = dotted.count(".") + 1
@@ -143,16 +206,50 @@ class Names:
         return {f"{outcome.module}.{outcome.name}" for outcome in found if outcome.name}
 
     def names_in(self, module: str) -> list[str]:
-        """The names of a module in some release, its submodules among them."""
+        """The names of a module in some release."""
         found = self._module(module)
-        prefix = f"{module}."
-        below = [name[len(prefix) :] for name in self._blocks if name.startswith(prefix) and "." not in name[len(prefix) :]]
-        return [*(found.names if found else ()), *below]
+        return list(found.names) if found is not None else []
 
     def is_configuration(self, dotted: str) -> bool:
         """Whether setting an attribute of the module or object `dotted` needs it to be there already."""
         outcomes = self._outcomes(dotted, False)
         return dotted.rpartition(".")[2] in ("config", "_config") or any(outcome.entry.startswith("@") for outcome in outcomes)
+
+    # classes and members
+
+    def _class_given_by(self, dotted: str) -> str:
+        """The class of what a call of `dotted` gives; nothing where that is not known, or not the same in all releases."""
+        length = dotted.count(".") + 1
+        found = set()
+        for outcome in self._outcomes(dotted, False):
+            if not outcome.is_there or outcome.consumed != length:
+                continue
+            if outcome.entry.startswith(":"):
+                found.add(f"{outcome.module}.{outcome.name}")
+            elif ">" in outcome.entry:
+                found.add(outcome.entry.partition(">")[2])
+        place = {self._defined(name) for name in found}
+        return _PUBLIC.get(one, one) if len(place) == 1 and (one := place.pop()) else ""
+
+    def _defined(self, dotted: str) -> str:
+        return next(iter(sorted(self.definitions(dotted))), dotted)
+
+    def _entries_of_member(self, dotted: str) -> Iterator[tuple[int, str | None]]:
+        """The entries of an instance's member, by releases: None where its class lacks it, "?" where that is not known."""
+        owner, _, member = dotted.rpartition(".")
+        for outcome in self._owners(owner, self.all):
+            if outcome.entry.startswith(":"):
+                yield from self._members(outcome, member, is_instance=True)
+            else:
+                yield outcome.mask, "?"
+
+    def _owners(self, dotted: str, mask: int, depth: int = 0) -> Iterator[_Outcome]:
+        """The class that `dotted` is, or that it is an instance of."""
+        for outcome in self._outcomes_of(dotted, mask):
+            if outcome.entry.startswith("@") and depth < _DEPTH:
+                yield from self._owners(outcome.entry[1:], outcome.mask, depth + 1)
+            else:
+                yield outcome
 
     # looking up
 
@@ -267,6 +364,8 @@ class Names:
         for its, entry in self._members(found, parts[index], depth, is_instance):
             if entry is None or entry == "?":
                 yield _Outcome(its, index + 1, entry == "?", tells_nothing=True)
+            elif entry.startswith("@") and index + 1 < len(parts):
+                yield from self._at_entry(entry, ("", ""), parts, index + 1, its, depth + 1)
             else:
                 yield _Outcome(its, index + 1, True, entry)
 
@@ -306,7 +405,7 @@ class Names:
     def _signatures(self, outcome: _Outcome) -> Iterator[tuple[int, str]]:
         """What a function or class accepts, by releases: the text after the "(" of an entry, "?" where it is not known."""
         if outcome.entry.startswith("("):
-            yield outcome.mask, outcome.entry[1:]
+            yield outcome.mask, outcome.entry[1:].partition(">")[0]
         elif outcome.entry.startswith(":"):
             yield from self._initializers(outcome)
         else:
@@ -316,7 +415,8 @@ class Names:
         """What a class accepts: what its ``__init__`` does, and its ``__new__``."""
         for its, entry in self._members(found, "__init__"):
             for inner, other in self._members(_narrowed(found, its), "__new__"):
-                new = "" if other is None else other[1:] if other.startswith("(") else "?"
+                new = "" if other is None else other[1:].partition(">")[0] if other.startswith("(") else "?"
+                entry = entry.partition(">")[0] if entry else entry
                 if entry is None:
                     yield inner, new or "?"
                 elif entry.startswith("(+"):
@@ -385,7 +485,7 @@ def _is_value(entry: str) -> bool:
 
 
 def _accepts(signature: str, keyword: str, by_name: bool) -> bool:
-    parts = signature.lstrip("~").split(",")
+    parts = [part.partition(":")[0] for part in signature.lstrip("~").split(",")]
     if not by_name and ("?" in parts or "**" in parts):
         return True
     return keyword in (parts[parts.index("/") + 1 :] if "/" in parts else parts)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from torchspan.scan._guards import ALL, NO_GUARD, Guard, Guards
+from torchspan.scan._guards import ALL, NO_GUARD, Guard
+from torchspan.scan._paths import Paths, Scope, is_self, is_torch
 
-ROOTS = ("torch", "functorch")
-
-Kind = Literal["module", "name", "keyword", "store", "member"]
+Kind = Literal["module", "name", "keyword", "store", "member", "set"]
 
 
 @dataclass(frozen=True)
 class Use:
     """One use of a dotted name of torch; `keyword` is an argument passed to it; `guard` says why it is no need, or is empty.
 
-    A ``member`` is asked of an instance of a class, which a variable is by its annotation or its making.
+    A ``member`` is asked of an instance of a class, and a ``set`` one is set on it: ``torch.ones().grad_dtype`` stands for the
+    attribute of what ``torch.ones`` gives, ``torch.nn.Linear().weight`` for one of an instance of the class. `given` is the
+    kind of the argument, such as ``list``, where the syntax shows it.
     """
 
     line: int
@@ -26,6 +27,7 @@ class Use:
     kind: Kind
     keyword: str = ""
     guard: str = ""
+    given: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class FileUses:
     sets: frozenset[str]
 
 
-def read_uses(text: str | bytes) -> FileUses:
-    """What the program `text` uses of torch.
+def read_uses(text: str | bytes, of_tensors: Container[str] = ()) -> FileUses:
+    """What the program `text` uses of torch; `of_tensors` are names of attributes that nothing but a tensor has.
 
     Raises:
         SyntaxError: `text` is no Python.
@@ -46,185 +48,27 @@ def read_uses(text: str | bytes) -> FileUses:
     [(1, 'torch.nn.attention'), (2, 'torch.nn.attention.varlen.varlen_attn')]
     """
     tree = ast.parse(text)
-    reader = _Reader(tree, has_walrus=b":=" in (text if isinstance(text, bytes) else text.encode()))
+    reader = _Reader(tree, b":=" in (text if isinstance(text, bytes) else text.encode()), of_tensors)
     reader.scope_of(tree.body, None, is_class=False)
     reader.visit_block(tree.body, NO_GUARD, is_module=True)
     return FileUses(tuple(dict.fromkeys(reader.uses)), frozenset(reader.sets))
 
 
-@dataclass(frozen=True)
-class _Binding:
-    """What a name is bound to: a dotted name of torch, an expression that may be one, or (both None) something else.
-
-    Something else may be an instance of the class that the expression `class_of` spells.
-    """
-
-    target: str | None = None
-    value: ast.expr | None = None
-    guard: str = ""
-    class_of: ast.expr | None = None
-
-
-_ELSEWHERE = _Binding()
-
-
-class _Scope:
-    """The names of a module, class, function or comprehension."""
-
-    def __init__(self, parent: _Scope | None, is_class: bool) -> None:
-        self.parent = parent
-        self.is_class = is_class
-        self.bindings: dict[str, _Binding] = {}
-        self.outer: set[str] = set()  # declared global or nonlocal
-
-    def bind(self, name: str, binding: _Binding) -> None:
-        before = self.bindings.get(name)
-        if name in self.outer:
-            if self.parent is not None and binding.target is None:
-                self.parent.bind(name, _ELSEWHERE)
-        elif before is None:
-            self.bindings[name] = binding
-        elif before.target is None or before.target != binding.target:
-            self.bindings[name] = _ELSEWHERE  # which of them holds is not known
-        elif before.guard and not binding.guard:
-            self.bindings[name] = binding
-
-    def find(self, name: str) -> tuple[_Binding, _Scope] | None:
-        scope: _Scope | None = self
-        is_own = True
-        while scope is not None:
-            if name in scope.bindings and (is_own or not scope.is_class):
-                return scope.bindings[name], scope
-            scope, is_own = scope.parent, False
-        return None
-
-
-class _Reader:
+class _Reader(Paths):
     """Visits a module's syntax tree, scope by scope."""
 
-    def __init__(self, tree: ast.Module, has_walrus: bool) -> None:
+    def __init__(self, tree: ast.Module, has_walrus: bool, of_tensors: Container[str]) -> None:
+        super().__init__(tree, has_walrus)
+        self.of_tensors = of_tensors
         self.uses: list[Use] = []
         self.sets: set[str] = set()
-        self.scope: _Scope = _Scope(None, False)
-        self.has_walrus = has_walrus
         self.is_in_function = False
-        self.guards = Guards(tree)
         self.lazy_annotations = any(
             isinstance(node, ast.ImportFrom)
             and node.module == "__future__"
             and any(a.name == "annotations" for a in node.names)
             for node in tree.body
         )
-
-    # scopes: what each name in them is bound to
-
-    def scope_of(self, body: Iterable[ast.stmt], arguments: ast.arguments | None, *, is_class: bool) -> None:
-        """Enter a new scope and bind its names."""
-        self.scope = _Scope(self.scope, is_class)
-        if arguments is not None:
-            for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
-                if argument is not None:
-                    is_one = argument not in (arguments.vararg, arguments.kwarg)
-                    self.scope.bind(argument.arg, _Binding(class_of=argument.annotation if is_one else None))
-        self.bind_block(body, NO_GUARD, is_module=self.scope.parent is None or self.scope.parent.parent is None)
-
-    def bind_block(self, body: Iterable[ast.stmt], guard: Guard, *, is_module: bool) -> None:
-        for node, its in self.guards.of_block(body, guard, is_module=is_module):
-            self.bind_statement(node, its)
-            for inner, inner_guard in self.guards.blocks_in(node, its):
-                self.bind_block(inner, inner_guard, is_module=is_module)
-
-    def bind_statement(self, node: ast.stmt, guard: Guard) -> None:
-        kind = type(node)
-        if kind is ast.Assign:
-            for target in node.targets:  # type: ignore[attr-defined]
-                if isinstance(target, ast.Name) and isinstance(node.value, (ast.Name, ast.Attribute)):  # type: ignore[attr-defined]
-                    self.scope.bind(target.id, _Binding(value=node.value, guard=guard.reason))  # type: ignore[attr-defined]
-                elif isinstance(target, ast.Name) and isinstance(node.value, ast.Call):  # type: ignore[attr-defined]
-                    self.scope.bind(target.id, _Binding(class_of=node.value.func))  # type: ignore[attr-defined]
-                else:
-                    self.bind_target(target)
-        elif kind is ast.Import or kind is ast.ImportFrom:
-            self.bind_import(node, guard)  # type: ignore[arg-type]
-        elif kind in (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef):
-            self.scope.bind(node.name, _ELSEWHERE)  # type: ignore[attr-defined]
-        elif kind in (ast.For, ast.AsyncFor, ast.AugAssign, ast.AnnAssign):
-            self.bind_target(node.target)  # type: ignore[attr-defined]
-        elif kind in (ast.With, ast.AsyncWith):
-            for item in node.items:  # type: ignore[attr-defined]
-                if item.optional_vars is not None:
-                    self.bind_target(item.optional_vars)
-        elif kind in (ast.Global, ast.Nonlocal):
-            self.scope.outer.update(node.names)  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Try) or kind.__name__ == "TryStar":
-            for handler in node.handlers:  # type: ignore[attr-defined]
-                if handler.name:
-                    self.scope.bind(handler.name, _ELSEWHERE)
-        elif kind is ast.Match:
-            for inner in ast.walk(node):
-                name = getattr(inner, "name", None) or getattr(inner, "rest", None)
-                if isinstance(inner, (ast.MatchAs, ast.MatchStar, ast.MatchMapping)) and name:
-                    self.scope.bind(name, _ELSEWHERE)
-        if self.has_walrus and kind not in (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.NamedExpr):
-                    self.bind_target(inner.target)
-
-    def bind_target(self, target: ast.expr) -> None:
-        if isinstance(target, ast.Name):
-            self.scope.bind(target.id, _ELSEWHERE)
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            for part in target.elts:
-                self.bind_target(part)
-        elif isinstance(target, ast.Starred):
-            self.bind_target(target.value)
-
-    def bind_import(self, node: ast.Import | ast.ImportFrom, guard: Guard) -> None:
-        for alias in node.names:
-            if isinstance(node, ast.Import):
-                target = alias.name if alias.asname else alias.name.partition(".")[0]
-                name = alias.asname or target
-            else:
-                target = f"{node.module}.{alias.name}" if node.module and not node.level else ""
-                name = alias.asname or alias.name
-            # "import torch.x" inside a try binds torch, which is there anyway
-            reason = "" if target in ROOTS else guard.reason
-            self.scope.bind(name, _Binding(target, guard=reason) if is_torch(target) else _ELSEWHERE)
-
-    def resolve(self, name: str, scope: _Scope | None = None) -> tuple[str, str] | None:
-        """The dotted name of torch that a name stands for in `scope` (here), and the guard it was bound under."""
-        scope = scope or self.scope
-        seen: set[int] = set()
-        rest = guard = ""
-        while scope is not None:
-            found = scope.find(name)
-            if found is None:
-                return None
-            binding, scope = found
-            guard = guard or binding.guard
-            if binding.target is not None:
-                return binding.target + rest, guard
-            if binding.value is None or id(binding) in seen:
-                return None
-            seen.add(id(binding))
-            chain = _chain(binding.value)
-            if chain is None:
-                return None
-            root, *parts = chain
-            rest = "".join(f".{part}" for part in parts) + rest
-            if root == name:  # x = x.y in an inner scope
-                scope = scope.parent
-            name = root
-        return None
-
-    def class_of(self, name: str) -> tuple[str, str] | None:
-        """The class of torch that the variable `name` is an instance of, and the guard that the class was bound under."""
-        found = self.scope.find(name)
-        if found is None or found[0].class_of is None:
-            return None
-        class_of, scope = found[0].class_of, found[1]
-        # a function's arguments are annotated in the scope around it
-        return self.spelled(class_of, scope) or (self.spelled(class_of, scope.parent) if scope.parent else None)
 
     # visiting: every use
 
@@ -308,6 +152,8 @@ class _Reader:
         inner = self.guards.of_decorators(node, guard)
         self.is_in_function = False
         self.scope_of(node.body, None, is_class=True)
+        self.scope.bases = node.bases
+        self.bind_attributes(node)
         self.visit_block(node.body, inner, is_module=False)
         self.scope, self.is_in_function = outer, was_in_function
 
@@ -346,7 +192,7 @@ class _Reader:
 
     def visit_comprehension(self, node: ast.expr, guard: Guard) -> None:
         outer = self.scope
-        self.scope = _Scope(outer, False)
+        self.scope = Scope(outer, False)
         for generator in node.generators:  # type: ignore[attr-defined]
             self.bind_target(generator.target)
         for generator in node.generators:  # type: ignore[attr-defined]
@@ -355,52 +201,32 @@ class _Reader:
         self.scope = outer
 
     def visit_attribute(self, node: ast.Attribute, guard: Guard) -> None:
-        found = self.spelled(node)
-        if found is None:
-            self.visit_member(node, guard)
-            inner: ast.expr = node
-            while isinstance(inner, ast.Attribute):
-                inner = inner.value
-            self.visit(inner, guard)
-            return
-        dotted, bound_under = found
-        its = guard.narrowed(ALL, bound_under) if bound_under else guard
-        if isinstance(node.ctx, ast.Store):
-            self.add(node, dotted, "store", its)
-        elif isinstance(node.ctx, ast.Load):
-            self.add(node, dotted, "name", its)
+        found = self.path(node)
+        is_store = isinstance(node.ctx, ast.Store)
+        if found is None or "()" in found[0]:
+            if found is None and node.attr in self.of_tensors and not is_self(node.value):
+                found = f"torch.Tensor().{node.attr}", ""
+            if found is not None and "." in found[0].rpartition("()")[2] and not isinstance(node.ctx, ast.Del):
+                self.add(node, found[0], "set" if is_store else "member", _bound(guard, found[1]))
+            self.visit(node.value, guard)
+        elif not isinstance(node.ctx, ast.Del):
+            self.add(node, found[0], "store" if is_store else "name", _bound(guard, found[1]))
 
-    def spelled(self, node: ast.expr, scope: _Scope | None = None) -> tuple[str, str] | None:
-        """The dotted name of torch that an expression spells, and the guard under which its first part was bound."""
-        chain = _chain(node)
-        if chain is None:
-            return None
-        found = self.resolve(chain[0], scope)
-        if found is None:
-            return None
-        return ".".join([found[0], *chain[1:]]), found[1]
-
-    def visit_member(self, node: ast.Attribute, guard: Guard) -> None:
-        """``x.y`` where x is an instance of a class of torch."""
-        chain = _chain(node)
-        owner = self.class_of(chain[0]) if chain is not None else None
-        if chain is None or owner is None:
-            return
-        if isinstance(node.ctx, ast.Load) or len(chain) > 2:
-            its = guard.narrowed(ALL, owner[1]) if owner[1] else guard
-            self.add(node, f"{owner[0]}.{chain[1]}", "member", its)
+    def spelled(self, node: ast.expr) -> tuple[str, str] | None:
+        """The dotted name of torch that an expression spells without a call, and the guard it was bound under."""
+        found = self.path(node)
+        return None if found is None or "()" in found[0] else found
 
     def visit_call(self, node: ast.Call, guard: Guard) -> None:
-        function = self.spelled(node.func)
+        function = self.path(node.func)
         self.visit(node.func, guard)
         if function is not None:
-            self.add_keywords(node, *function, guard)
+            if not function[0].endswith("onfig.patch"):
+                self.add_keywords(node, *function, guard)
             self.add_options(node, function[0], guard)
-        elif isinstance(node.func, ast.Attribute):
-            self.visit_other_call(node, guard)
-        elif isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
+        if isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr", "setattr"):
             self.visit_getattr(node, guard)
-        else:
+        elif function is None:
             self.visit_other_call(node, guard)
         for argument in node.args:
             self.visit(argument, guard)
@@ -408,71 +234,83 @@ class _Reader:
             self.visit(keyword.value, guard)
 
     def visit_other_call(self, node: ast.Call, guard: Guard) -> None:
-        """``partial(torch.f, x=1)``, ``import_module("torch.x")``, and calls of an instance's method."""
+        """``partial(torch.f, x=1)``, ``import_module("torch.x")``, ``super().__init__(x=1)``, ``patch.object(torch.x, …)``."""
         last = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         first = node.args[0] if node.args else None
         function = None
         if last == "partial" and first is not None:
-            function = self.spelled(first)
+            function = self.path(first)
+        elif last == "__init__" and ast.unparse(node.func) == "super().__init__":
+            function = self.base_of_class()
         elif last == "import_module" and isinstance(first, ast.Constant):
             if isinstance(first.value, str) and is_torch(first.value):
                 self.add(node, first.value, "module", guard)
-        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            owner = self.class_of(node.func.value.id)
-            function = (f"{owner[0]}.{last}", owner[1]) if owner is not None else None
+        elif ast.unparse(node.func).endswith(("patch.object", "monkeypatch.setattr")):
+            self.visit_getattr(node, guard)
         if function is not None:
             self.add_keywords(node, *function, guard)
 
+    def base_of_class(self) -> tuple[str, str] | None:
+        """The one base of the class that this is in, if it is torch's."""
+        scope: Scope | None = self.scope
+        while scope is not None and not scope.is_class:
+            scope = scope.parent
+        bases = scope.bases if scope is not None else ()
+        return self.path(bases[0], scope) if len(bases) == 1 else None
+
     def visit_getattr(self, node: ast.Call, guard: Guard) -> None:
-        """``getattr(torch.x, "y")`` is a need, with a default it is guarded, as is ``hasattr``."""
+        """``getattr(torch.x, "y")`` is a need, with a default it is guarded, as is ``hasattr``; ``setattr`` sets it."""
         if len(node.args) < 2 or not isinstance(node.args[1], ast.Constant) or not isinstance(node.args[1].value, str):
             return
-        holder = self.spelled(node.args[0])
+        holder = self.path(node.args[0])
         if holder is None:
             return
-        asks = node.func.id == "hasattr" or len(node.args) == 3  # type: ignore[attr-defined]
-        its = guard.narrowed(ALL, holder[1]) if holder[1] else guard
-        if asks:
-            its = its.narrowed(ALL, f"{node.func.id}()")  # type: ignore[attr-defined]
-        self.add(node, f"{holder[0]}.{node.args[1].value}", "name", its)
+        function = getattr(node.func, "id", "")
+        its = _bound(guard, holder[1])
+        if function == "hasattr" or (function == "getattr" and len(node.args) == 3):
+            its = its.narrowed(ALL, f"{function}()")
+        is_instance = "()" in holder[0]
+        kind: Kind = ("set" if is_instance else "store") if function == "setattr" else "member" if is_instance else "name"
+        self.add(node, f"{holder[0]}.{node.args[1].value}", kind, its)
 
     def add_options(self, node: ast.Call, function: str, guard: Guard) -> None:
-        """Options that a call names as text: ``torch.compile(options={…})``, ``torch._inductor.config.patch(…)``."""
+        """Options that a call names: ``torch.compile(options={…})``, ``config.patch("x", 1)``, ``config.patch(x=1)``."""
         place = "torch._inductor.config"
         values = [keyword.value for keyword in node.keywords if function == "torch.compile" and keyword.arg == "options"]
-        if function.endswith(".config.patch"):
+        if function.endswith("onfig.patch"):
             place = function.removesuffix(".patch")
             values = [*node.args[:1]]
+            for keyword in node.keywords:
+                if keyword.arg is not None:
+                    self.add(keyword, f"{place}.{keyword.arg}", "name", guard)
         for value in values:
             for key in value.keys if isinstance(value, ast.Dict) else [value]:
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     self.add(key, f"{place}.{key.value}", "name", guard)
 
     def add_keywords(self, node: ast.Call, function: str, bound_under: str, guard: Guard) -> None:
-        its = guard.narrowed(ALL, bound_under) if bound_under else guard
+        its = _bound(guard, bound_under)
         for keyword in node.keywords:
             if keyword.arg is not None:
-                self.add(keyword, function, "keyword", its, keyword=keyword.arg)
+                self.add(keyword, function, "keyword", its, keyword=keyword.arg, given=self.kind_of(keyword.value))
 
-    def add(self, node: ast.AST, name: str, kind: Kind, guard: Guard, *, keyword: str = "", is_import: bool = False) -> None:
+    def kind_of(self, node: ast.expr) -> str:
+        """What kind of argument an expression is, where its syntax shows it: ``list``, ``str``, ``Tag``; None is no kind."""
+        if isinstance(node, ast.Constant):
+            return "" if node.value is None else type(node.value).__name__
+        if isinstance(node, (ast.List, ast.Tuple, ast.Dict, ast.Set)):
+            return type(node).__name__.lower()
+        found = self.spelled(node) if isinstance(node, ast.Attribute) else None
+        return "Tag" if found is not None and found[0].startswith("torch.Tag.") else ""
+
+    def add(
+        self, node: ast.AST, name: str, kind: Kind, guard: Guard, *, keyword: str = "", is_import: bool = False, given: str = ""
+    ) -> None:
         if kind == "store":
             self.sets.add(name)
         reason = guard.for_kind("import" if kind == "module" or is_import else kind)
-        self.uses.append(Use(node.lineno, name, kind, keyword, reason))  # type: ignore[attr-defined]
+        self.uses.append(Use(node.lineno, name, kind, keyword, reason, given))  # type: ignore[attr-defined]
 
 
-def is_torch(dotted: str) -> bool:
-    """Whether a dotted name is one of torch's."""
-    return dotted in ROOTS or dotted.partition(".")[0] in ROOTS
-
-
-def _chain(node: ast.expr) -> list[str] | None:
-    """``a.b.c`` as its parts; None for any other expression."""
-    parts = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    if not isinstance(node, ast.Name):
-        return None
-    parts.append(node.id)
-    return parts[::-1]
+def _bound(guard: Guard, bound_under: str) -> Guard:
+    return guard.narrowed(ALL, bound_under) if bound_under else guard

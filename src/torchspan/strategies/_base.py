@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torchspan.core.errors import InputError
 from torchspan.core.registry import Registry
+from torchspan.regions.part import Part
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from torchspan.strategies._step import StepProfile
 
 _STRATEGY_OF = {"layer_indices": "per_block", "max_layers": "per_block", "regions": "regional"}
@@ -22,7 +21,7 @@ REGISTRY = Registry("torchspan.strategies", "strategy")
 class Request:
     """What the user asked of a cut: blocks by number, at most `max_layers` of them, or modules by name (`regions`).
 
-    `profile` is of a step of the program, for a strategy with ``NEEDS_PROFILE``; it is no one's wish.
+    `profile` is of a step of the program, for a strategy with ``NEEDS_PROFILE``; the user does not set it.
     Raises InputError for what no program could have.
 
     >>> Request(max_layers=0)
@@ -56,19 +55,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One region: `targets` that ONE compile serves. They are the program itself, or modules inside it (`is_block`).
-
-    `nested` are the classes of its modules that torch is to compile as regions inside this one.
-    """
-
-    name: str
-    targets: tuple[Callable[..., Any], ...]
-    is_block: bool = False
-    nested: tuple[type[nn.Module], ...] = ()
-
-
-@dataclass(frozen=True)
 class Cut:
     """How a strategy cuts a program: its parts, and why they are these (or why there are none)."""
 
@@ -84,15 +70,6 @@ def cut(strategy: str, program: Callable[..., Any], request: Request = Request()
 def needs_profile(strategy: str) -> bool:
     """Whether the strategy of this name cuts by a profile of an eager step."""
     return bool(getattr(REGISTRY.get(strategy), "NEEDS_PROFILE", False))
-
-
-def program_name(program: Callable[..., Any]) -> str:
-    """The class of a module, the qualified name of a function."""
-    import torch
-
-    if isinstance(program, torch.nn.Module):
-        return type(program).__name__
-    return getattr(program, "__qualname__", type(program).__name__)
 
 
 def count_of(num: int, noun: str) -> str:

@@ -10,15 +10,17 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
+from torchspan.caches import ledger
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report, current_report
-from torchspan.strategies import _ledger, _measured, _torch
+from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
+from torchspan.regions import _torch
+from torchspan.regions.progress import is_wanted
+from torchspan.regions.settings import Settings
+from torchspan.strategies import _measured
 from torchspan.strategies._base import REGISTRY, Request
-from torchspan.strategies._budget import DEFAULT_BUDGET, Budget
 from torchspan.strategies._ladder import ladder_for
 from torchspan.strategies._plan import Conduct, Handback, Plan, Verify
-from torchspan.strategies._progress import is_wanted
-from torchspan.strategies._settings import Settings
 
 Program = TypeVar("Program", bound=Callable[..., Any])
 
@@ -95,7 +97,7 @@ def compile_bounded(
     own_report = report or Report(parent=current_report())
     settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra)
     within = budget or DEFAULT_BUDGET
-    _ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
+    ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
     measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
     ladder = ladder_for(strategy, program, has_budget=budget is not None, measured=measured)
     plan = Plan(
@@ -161,10 +163,14 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     """Another module of `module`'s class that shares its ``__dict__`` (so all its state) and is called through `plan`."""
     own = type(module)
     names: dict[str, Any] = {
+        "__new__": lambda cls, *args, **kwargs: own(
+            *args, **kwargs
+        ),  # another one, as type(self)(...) asks for, is not compiled
         "_torchspan_plan": plan,
         "_orig_mod": property(lambda self: module),
         "__call__": _call_module,
         "__reduce_ex__": lambda self, protocol: (_same, (module,)),
+        "__copy__": lambda self: copy.copy(module),
         "__deepcopy__": _copy_module,
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
@@ -172,9 +178,17 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     }
     if not hasattr(module, "report"):
         names["report"] = property(lambda self: plan.report)
-    bounded: torch.nn.Module = object.__new__(type(own.__name__, (own,), names))
+    bounded: torch.nn.Module = object.__new__(_class_below(own, names))
     object.__setattr__(bounded, "__dict__", module.__dict__)
+    plan.stand_in(bounded)
     return bounded
+
+
+def _class_below(own: type, names: dict[str, Any]) -> type:
+    """A class below `own`, which does not notice: a registry, an ``__init_subclass__`` or a metaclass may refuse one."""
+    made = type(own.__name__, (torch.nn.Module,), names)
+    made.__bases__ = (own,)
+    return made
 
 
 def _call_module(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from torchspan.core.report import Outcome
+from torchspan.jobs.budget import Budget
+from torchspan.regions.settings import Settings
 from torchspan.strategies._blocks import structure
-from torchspan.strategies._budget import Budget
-from torchspan.strategies._settings import Settings
 
 MAX_KNOWN = 256
 # what a larger budget or another strategy may cure; a compile that failed for another reason is tried again
@@ -55,7 +55,7 @@ def recall(program: Callable[..., Any], settings: Settings, budget: Budget) -> t
 
 
 def forget() -> None:
-    """Know nothing again."""
+    """Forget every measurement."""
     with _lock:
         _known.clear()
 

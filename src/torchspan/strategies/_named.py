@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchspan.core.errors import InputError
-from torchspan.strategies._base import program_name
+from torchspan.core.program import program_name
 from torchspan.strategies._blocks import blocks_of
 from torchspan.strategies._compile import compile_bounded
 from torchspan.strategies._ladder import BILLION

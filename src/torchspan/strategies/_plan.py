@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,17 +13,18 @@ from typing import Any, Literal
 
 import torch
 
-from torchspan.core.report import Report, current_report
+from torchspan.core.program import program_name
+from torchspan.core.report import Attempt, Report, current_report
+from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import Ending
+from torchspan.regions.part import Part
+from torchspan.regions.region import Region
+from torchspan.regions.settings import Settings
+from torchspan.regions.transformers import is_gathering, layer_index, own_layer
 from torchspan.strategies import _measured
-from torchspan.strategies._base import Part, Request, cut, needs_profile, program_name
-from torchspan.strategies._budget import Budget
-from torchspan.strategies._collected import is_gathering
+from torchspan.strategies._base import Request, cut, needs_profile
 from torchspan.strategies._ladder import Ladder
-from torchspan.strategies._own_layer import layer_index, own_layer
-from torchspan.strategies._region import Region
-from torchspan.strategies._settings import Settings
 from torchspan.strategies._step import Profiler
-from torchspan.strategies._supervisor import Ending
 
 Verify = Literal["first", "off", "always"]
 Handback = Literal["auto", "artifact", "caches"]
@@ -58,6 +60,7 @@ class Plan:
         report: Report,
     ) -> None:
         self.program = program
+        self._called: Callable[[], Callable[..., Any] | None] = lambda: None
         self.settings = settings
         self.verify = conduct.verify
         self.is_waiting = conduct.wait
@@ -79,6 +82,15 @@ class Plan:
         report.decide("compile", program_name(program), " → ".join(self._rungs), ladder.reason)
         self._next_rung()
 
+    @property
+    def called(self) -> Callable[..., Any]:
+        """What calls are made on: the compiled module, in the place of the program that it was made of."""
+        return self._called() or self.program
+
+    def stand_in(self, compiled: torch.nn.Module) -> None:
+        """Have calls be made on `compiled`, which is not kept alive here."""
+        self._called = weakref.ref(compiled)
+
     def for_program(self, program: Callable[..., Any]) -> Plan:
         """A plan of its own for a copy of this one's program."""
         report = Report(parent=current_report())
@@ -97,11 +109,13 @@ class Plan:
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         root = self._root
         if root is not None:
-            return root.call(self.program, args, kwargs)
+            return root.call(self.called if root.part.is_called_inside else self.program, args, kwargs)
         profiler = self._profiler
         if profiler is not None and profiler.takes_turn():
             return self._call_profiled(profiler, args, kwargs)
         with inside(self):
+            if self.called is not self.program and type(self.program).__call__ is torch.nn.Module.__call__:
+                return self.called._call_impl(*args, **kwargs)  # type: ignore[attr-defined]
             return self.program(*args, **kwargs)
 
     def _call_profiled(self, profiler: Profiler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -109,12 +123,16 @@ class Plan:
         outputs, profile = profiler.run(args, kwargs)
         with self._lock:
             self._profiler, self._request = None, replace(self._request, profile=profile)
-            self._next_rung()
+            self._next_rung_if_any()
         return outputs
 
-    def call_next(self, failed: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """For callers that wait: go on with the rung that followed `failed`."""
-        return self._call(args, kwargs) if self._root is not failed else failed.eager(self.program, *args, **kwargs)
+    def has_moved_on(self, part: Part) -> bool:
+        """Whether another rung than that of `part` serves calls now."""
+        return self._root is None or self._root.part is not part
+
+    def call_again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """For callers that wait: go on with the rung that followed one that failed."""
+        return self._call(args, kwargs)
 
     def wants_artifact(self, part: Part) -> bool:
         """Whether the child is to make an artifact of `part`, which falls back to torch's caches if it cannot.
@@ -158,23 +176,38 @@ class Plan:
                     block._compiled_call_impl = BlockCall(region, block, self)  # type: ignore[attr-defined, arg-type]
         self._root = next((region for region in regions if not region.part.is_block), None)
 
-    def region_failed(self, region: Region) -> None:
+    def part_failed(self, part: Part) -> None:
         """A region has nothing compiled: if that is so for all of this rung, the next one is tried."""
         with self._lock:
-            if region in self._regions and all(one.has_failed for one in self._regions):
+            if any(one.part is part for one in self._regions) and all(one.has_failed for one in self._regions):
                 for one in self._regions:
                     _uninstall(one)
-                self._next_rung()
+                self._next_rung_if_any()
+
+    def _next_rung_if_any(self) -> None:
+        """The next rung, or eager if it cannot be had: nobody is there whom an error could be raised to."""
+        try:
+            self._next_rung()
+        except Exception as cause:  # noqa: BLE001 - of a strategy, which may be anyone's
+            told = f"{type(cause).__name__}: {cause}"
+            self.report.attempt(
+                Attempt("eager", program_name(self.program), "none", "failed", 0.0, cause=told, where="cutting")
+            )
+            self._rungs.clear()
+            self._profiler, self._root = None, None
+            self._install("eager", ())
 
     # the budget
 
     @contextmanager
-    def turn(self, region: Region) -> Iterator[Budget | None]:
-        """Wait for this plan's turn to have a child, and give it what it may spend; None if nothing is left."""
+    def turn(self, has_compiled: bool) -> Iterator[Budget | None]:
+        """Wait for this plan's turn to have a child, and give it what it may spend; None if nothing is left.
+
+        A region that `has_compiled` asks for a new signature: it has the whole budget again.
+        """
         with self._one_child, _turns[0]:
-            is_later = region.has_compiled  # a new signature: it has the whole budget again
-            left = self._budget.seconds if is_later else self._budget.seconds - self._spent_s
-            share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not is_later else 1.0
+            left = self._budget.seconds if has_compiled else self._budget.seconds - self._spent_s
+            share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not has_compiled else 1.0
             yield replace(self._budget, seconds=left * share) if left > 0 else None
 
     def spend(self, strategy: str, ending: Ending) -> None:

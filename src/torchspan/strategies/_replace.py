@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torchspan.environment.patch import Replacement
-from torchspan.strategies import _torch
-from torchspan.strategies._budget import Budget
+from torchspan.jobs.budget import Budget
+from torchspan.regions import _torch
 from torchspan.strategies._compile import compile_bounded
 from torchspan.strategies._plan import Verify
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import __version__, nn
 
-from torchspan.strategies._base import Cut, Part, Request, count_of, program_name
+from torchspan.core.program import program_name
+from torchspan.regions.nested_class import is_available
+from torchspan.regions.part import Part
+from torchspan.strategies._base import Cut, Request, count_of
 from torchspan.strategies._blocks import blocks_of
-from torchspan.strategies._nest import is_available
 
 SUMMARY = "the whole program as one region, its repeated blocks as nested regions that torch compiles once"
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from torchspan.core.errors import InputError
-from torchspan.strategies._base import Cut, Part, Request, count_of
+from torchspan.regions.part import Part
+from torchspan.strategies._base import Cut, Request, count_of
 from torchspan.strategies._blocks import blocks_of, kinds_of
 
 SUMMARY = "each repeated block as a region; one compile serves all equal blocks"

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from torchspan.core.errors import InputError
-from torchspan.strategies._base import Cut, Part, Request
+from torchspan.regions.part import Part
+from torchspan.strategies._base import Cut, Request
 from torchspan.strategies._blocks import distinct, is_container, kind_name, kinds_of
 from torchspan.strategies._marks import is_marked
 

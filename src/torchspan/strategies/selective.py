@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from torchspan.strategies._base import Cut, Part, Request
+from torchspan.regions.part import Part
+from torchspan.strategies._base import Cut, Request
 from torchspan.strategies._step import Cost, StepProfile
 
 SUMMARY = "profile one eager step, compile the parts whose share of its time promises to pay"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torchspan.strategies._base import Cut, Part, Request, program_name
+from torchspan.core.program import program_name
+from torchspan.regions.part import Part
+from torchspan.strategies._base import Cut, Request
 
 SUMMARY = "the whole program as one region"
 

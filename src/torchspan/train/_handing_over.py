@@ -1,8 +1,10 @@
-"""Regions of a training step that rank 0 compiles and hands to all ranks: the others load, and compile nothing.
+"""What a step has compiled: rank 0 compiles and hands to all ranks, the others load and compile nothing.
 
-What is handed over are the entries that the compile left in torch's cache folder, so ranks need no folder in common. A region
-waits until the graphs of all ranks are whole; then all agree on what rank 0 hands over, so that nobody waits for what does not
-come. It is code: ranks of a job trust each other, as they do in every collective that sends objects.
+That is a region, or the whole step with its collectives. What is handed over are the entries that the compile left in torch's
+cache folder, so ranks need no folder in common. A region waits until the graphs of all ranks are whole; then all agree on what
+rank 0 hands over, so that nobody waits for what does not come. torch counts process groups, so that their names differ by rank:
+code calls a group by the name of its mesh axis, under which each rank registers its own. It is code: ranks of a job trust each
+other, as they do in every collective that sends objects.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 
 from torchspan.core.errors import InputError
+from torchspan.core.groups import rename_groups
 from torchspan.core.report import Attempt, Report
-from torchspan.strategies._budget import Budget
-from torchspan.strategies._graph import compile_graph, digest_of_graph, load_packed_graph, pack_graph
-from torchspan.strategies._region import prepare_to_load
+from torchspan.jobs.budget import Budget
+from torchspan.passes._torch import name_group
+from torchspan.regions.compiler_state import prepare_to_load
+from torchspan.regions.graph_job import compile_graph, digest_of_graph, load_packed_graph, pack_graph
 from torchspan.train.job import Job
 
 _ALONE = "no graph of rank 0's, on a machine of its kind, is equal to it"
 
 
 @dataclass
-class _Region:
-    """A region and, in the end, what runs it; `digest` is None for what cannot be compiled in a child."""
+class CompiledPart:
+    """A region, or the whole step, and, in the end, what runs it; `digest` is None for what cannot be compiled in a child.
+
+    `module` calls process groups by the names of their mesh axes.
+    """
 
     module: GraphModule
     inputs: tuple[Any, ...]
@@ -41,80 +48,108 @@ class _Region:
         assert self.function is not None, f"{self.name} runs before it was settled what runs it"
         return self.function(*args)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether code runs it, and not the graph as it is."""
+        return self.function is not None and self.function is not self.module
+
 
 class HandingOver:
-    """Takes a step's regions by `compile_region`; `settle`, which every rank must call, then has each compiled or loaded."""
+    """Takes a step's parts by `compile_region`; `settle`, which every rank must call, then has each compiled or loaded."""
 
     def __init__(self, job: Job, budget: Budget, report: Report) -> None:
         self._job = job
         self._budget = budget
         self._report = report
-        self._regions: list[_Region] = []
+        self._groups = register_groups(job)
+        self.parts: list[CompiledPart] = []
 
     def compile_region(self, module: GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
-        """What will run a region, once it is settled."""
+        """What will run a part, once it is settled."""
+        module = rename_groups(module, self._groups) if self._groups else module
         try:
             digest = digest_of_graph(module, inputs)
         except InputError:
             digest = None  # compiling it says why
-        region = _Region(module, tuple(inputs), name, digest)
-        self._regions.append(region)
-        return region.call
+        part = CompiledPart(module, tuple(inputs), name, digest)
+        self.parts.append(part)
+        return part.call
 
     def settle(self) -> None:
         """Compile on rank 0 and load on the others; what a rank has alone it compiles itself."""
-        for digest in self._agreed():
-            mine = [region for region in self._regions if region.digest == digest]
-            packed = _broadcast(self._compiled(mine[0]) if self._job.rank == 0 else b"")
-            if self._job.rank and mine:
-                self._take(mine[0], packed)
-            for region in mine[1:]:
-                region.function = mine[0].function
-        if self._job.rank:
-            self._job.wait()  # for what rank 0 compiles below: its code is in the caches of ranks that share them
-        for region in self._regions:
-            if region.function is None:
-                self._compile(region, self._report)
+        if self._job.mesh is not None:
+            self._hand_over()
+            if self._job.rank:
+                self._job.wait()  # for what rank 0 compiles below: its code is in the caches of ranks that share them
+        for part in self.parts:
+            if part.function is None:
+                self._compile(part, self._report)
         if not self._job.rank:
             self._job.wait()
 
+    def _hand_over(self) -> None:
+        for digest in self._agreed():
+            mine = [part for part in self.parts if part.digest == digest]
+            packed = broadcast(self._compiled(mine[0]) if self._job.rank == 0 else b"")
+            if self._job.rank and mine:
+                self._take(mine[0], packed)
+            for part in mine[1:]:
+                part.function = mine[0].function
+
     def _agreed(self) -> list[str]:
         """Rank 0's digests, each once and in its order, which all ranks learn here."""
-        mine = list(dict.fromkeys(region.digest for region in self._regions if region.digest))
-        agreed: list[str] = json.loads(_broadcast(json.dumps(mine).encode() if self._job.rank == 0 else b""))
+        mine = list(dict.fromkeys(part.digest for part in self.parts if part.digest))
+        agreed: list[str] = json.loads(broadcast(json.dumps(mine).encode() if self._job.rank == 0 else b""))
         if agreed and self._job.rank:
             prepare_to_load({})  # seconds, while rank 0 compiles
-        for region in self._regions:
-            if region.digest is not None and region.digest not in agreed:
-                self._report.decide("compile", region.name, "compiled by this rank", _ALONE)
+        for part in self.parts:
+            if part.digest is not None and part.digest not in agreed:
+                self._report.decide("compile", part.name, "compiled by this rank", _ALONE)
         self._report.decide(
             "compile", "ranks", f"rank 0 hands over {len(agreed)} regions", "the other ranks load what it compiles"
         )
         return agreed
 
-    def _compile(self, region: _Region, report: Report) -> None:
-        region.function = compile_graph(region.module, region.inputs, budget=self._budget, report=report, region=region.name)
+    def _compile(self, part: CompiledPart, report: Report) -> None:
+        part.function = compile_graph(part.module, part.inputs, budget=self._budget, report=report, region=part.name)
 
-    def _compiled(self, region: _Region) -> bytes:
-        """Compile a region; its failed attempts as JSON, a line, and what others load it from, if it was compiled."""
+    def _compiled(self, part: CompiledPart) -> bytes:
+        """Compile a part; its failed attempts as JSON, a line, and what others load it from, if it was compiled."""
         report = Report(parent=self._report)
-        self._compile(region, report)
-        failed = [asdict(attempt) for attempt in report.attempts] if region.function is region.module else []
-        return json.dumps(failed).encode() + b"\n" + (pack_graph(region.module, region.inputs) or b"")
+        self._compile(part, report)
+        failed = [] if part.is_compiled else [asdict(attempt) for attempt in report.attempts]
+        return json.dumps(failed).encode() + b"\n" + (pack_graph(part.module, part.inputs) or b"")
 
-    def _take(self, region: _Region, packed: bytes) -> None:
-        """Load what rank 0 compiled, or run the region as it is where rank 0 could not compile it."""
+    def _take(self, part: CompiledPart, packed: bytes) -> None:
+        """Load what rank 0 compiled, or run the part as it is where rank 0 could not compile it."""
         failed, _, content = packed.partition(b"\n")
         for attempt in json.loads(failed):
             self._report.attempt(Attempt(**attempt))
-            region.function = region.module
+            part.function = part.module
         if content:
-            region.function = load_packed_graph(region.module, region.inputs, content, report=self._report, region=region.name)
-        if region.function is None:
-            self._report.decide("compile", region.name, "compiled by this rank", "what rank 0 compiled does not serve here")
+            part.function = load_packed_graph(part.module, part.inputs, content, report=self._report, region=part.name)
+        if part.function is None:
+            self._report.decide("compile", part.name, "compiled by this rank", "what rank 0 compiled does not serve here")
 
 
-def _broadcast(content: bytes) -> bytes:
+def register_groups(job: Job) -> dict[str, str]:
+    """For each process group of a mesh axis, by torch's name, the name that is the same on all ranks; each is registered here.
+
+    ``torchspan.dp_shard`` is this rank's group of that axis of the dense parameters' mesh, ``torchspan.experts.ep`` one of the
+    experts'.
+    """
+    names: dict[str, str] = {}
+    for prefix, mesh in (("torchspan", job.meshes.dense), ("torchspan.experts", job.meshes.experts)):
+        if mesh is None:
+            continue
+        for axis in mesh.mesh_dim_names or ():
+            group = mesh.get_group(axis)
+            name_group(group, f"{prefix}.{axis}")
+            names.setdefault(group.group_name, f"{prefix}.{axis}")
+    return names
+
+
+def broadcast(content: bytes) -> bytes:
     """Rank 0's bytes on every rank."""
     size = torch.tensor([len(content)])
     dist.broadcast(size, src=0)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torchspan.core.errors import InputError
 
 VOCAB_SIZE = 256
+END_OF_TEXT = ord("\n")
+"""The token that ends a document: a line of a text is one."""
 
 _WORDS = """
 the miller|a young captain|the old clock|her brother|every gull|the schoolmaster|a patient dog|the river
@@ -22,7 +24,7 @@ before dawn|without a word|in the rain|as if nothing had happened|until the bell
 
 
 def generated_text(num_sentences: int = 4000) -> str:
-    """Prose, of a kind, the same on every machine.
+    """Prose, of a kind, the same on every machine; three sentences a line.
 
     >>> generated_text(1)
     'The old clock followed a letter in the rain.'
@@ -30,7 +32,8 @@ def generated_text(num_sentences: int = 4000) -> str:
     draw = random.Random(20)
     parts = [line.split("|") for line in _WORDS.split("\n") if line]  # subject, verb, object, adverbial
     sentences = [" ".join(draw.choice(words) for words in parts) for _ in range(num_sentences)]
-    return " ".join(sentence.capitalize() + "." for sentence in sentences)
+    whole = [sentence.capitalize() + "." for sentence in sentences]
+    return "\n".join(" ".join(whole[first : first + 3]) for first in range(0, len(whole), 3))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,42 +17,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchspan.core.errors import CaptureError, InputError
-from torchspan.core.graph import Graph
+from torchspan.core.errors import CaptureError, PassError
+from torchspan.core.graph import Graph, is_async_collective
 from torchspan.core.report import Report
 from torchspan.models._base import ModelSpec
-from torchspan.parallel.mesh import DP_SHARD, TP, Degrees, build_mesh, check_sizes, submesh
-from torchspan.parallel.simple_fsdp import MixedPrecision, apply_simple_fsdp
-from torchspan.parallel.tensor_parallel import apply_tensor_parallel
+from torchspan.parallel.mesh import DP_REPLICATE, DP_SHARD, Meshes, build_meshes, submesh
+from torchspan.parallel.simple_fsdp import MixedPrecision
+from torchspan.train._place import Place, Ranks, choose_place, place_of_group
+from torchspan.train._rank import note_failure
+from torchspan.train.check import degrees_of
 from torchspan.train.config import Parallelism, TrainConfig
+from torchspan.train.parallelize import parallelize
 
 
 @dataclass(frozen=True)
 class Job:
-    """This process's place: `rank` of `world_size`, and the `mesh` of all, None if there is one process."""
+    """This process: `rank` of `world_size`, the `meshes` of all, and the `device` of its tensors."""
 
     rank: int = 0
     world_size: int = 1
-    mesh: DeviceMesh | None = None
+    meshes: Meshes = field(default_factory=Meshes)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh of all processes."""
+        return self.meshes.dense
+
+    @property
+    def _data_parallel(self) -> list[DeviceMesh]:
+        """The axes along which ranks have parts of a batch, outermost first."""
+        axes = (submesh(self.mesh, axis) for axis in (DP_REPLICATE, DP_SHARD))
+        return [axis for axis in axes if axis is not None]
 
     @property
     def num_data_parallel(self) -> int:
         """How many parts a batch is cut into."""
-        dp_mesh = submesh(self.mesh, DP_SHARD)
-        return 1 if dp_mesh is None else dp_mesh.size()
+        return math.prod(axis.size() for axis in self._data_parallel)
 
     @property
     def data_parallel_rank(self) -> int:
         """Which part of a batch is this process's."""
-        dp_mesh = submesh(self.mesh, DP_SHARD)
-        return 0 if dp_mesh is None else dp_mesh.get_local_rank()
+        rank = 0
+        for axis in self._data_parallel:
+            rank = rank * axis.size() + axis.get_local_rank()
+        return rank
 
     def total(self, loss: Tensor) -> float:
         """The loss of the whole batch, from each rank's share of it."""
-        dp_mesh = submesh(self.mesh, DP_SHARD)
         loss = loss.detach().clone()
-        if dp_mesh is not None:
-            dist.all_reduce(loss, group=dp_mesh.get_group())
+        for axis in self._data_parallel:
+            dist.all_reduce(loss, group=axis.get_group())
         return float(loss)
 
     def wait(self) -> None:
@@ -59,44 +76,42 @@ class Job:
             dist.barrier()
 
 
-def degrees_of(parallelism: Parallelism, world_size: int) -> Degrees:
-    """The degrees of a job of `world_size` processes.
-
-    >>> degrees_of(Parallelism(tensor_parallel_degree=2), 8)
-    Degrees(dp_shard=4, tp=2)
-    >>> degrees_of(Parallelism(data_parallel_shard_degree=2), 1)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    torchspan.core.errors.InputError: dp_shard 2 × tp 1 are 2 processes, this job has 1; set the degrees so that ...
-    """
-    tp, dp = parallelism.tensor_parallel_degree, parallelism.data_parallel_shard_degree
-    if dp == -1 and tp > 0 and world_size % tp == 0:
-        dp = world_size // tp
-    degrees = Degrees(dp_shard=1 if dp == -1 else dp, tp=tp)
-    degrees.check(world_size)
-    return degrees
-
-
 @contextmanager
 def joined(parallelism: Parallelism, report: Report) -> Iterator[Job]:
-    """The job that this process is part of: of the process group there is, or of torchrun's environment, or alone.
+    """The job that this process is part of: of the process group there is, or of a launcher's environment, or alone.
 
-    A process group that was made here is destroyed at the end.
+    Where each rank of this machine has a GPU of its own, the job is on GPUs and talks by NCCL, else on the CPU, by gloo. A
+    process group that was made here is destroyed at the end.
     """
     if dist.is_initialized():
-        degrees = degrees_of(parallelism, dist.get_world_size())
-        yield Job(dist.get_rank(), dist.get_world_size(), build_mesh(degrees, dist.get_world_size()))
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        yield _job(parallelism, dist.get_rank(), dist.get_world_size(), place_of_group(dist.get_backend_config(), gpu), report)
         return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    degrees = degrees_of(parallelism, world_size)
-    if world_size == 1:
-        yield Job()
+    ranks = Ranks.of(os.environ)
+    degrees_of(parallelism, ranks.world_size)  # a mistake is told before anyone waits for the others
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    place = choose_place(num_gpus, dist.is_available() and dist.is_nccl_available(), ranks)
+    if place.device_type == "cuda":
+        torch.cuda.set_device(place.device)
+    if ranks.world_size == 1:
+        yield _job(parallelism, 0, 1, place, report)
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group(place.backend)
     try:
-        report.decide("parallel", "process group", "gloo", "training runs on the CPU")
-        yield Job(dist.get_rank(), world_size, build_mesh(degrees, world_size))
+        report.decide("parallel", "process group", place.backend, place.reason)
+        yield _job(parallelism, ranks.rank, ranks.world_size, place, report)
+    except BaseException as error:
+        note_failure(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _job(parallelism: Parallelism, rank: int, world_size: int, place: Place, report: Report) -> Job:
+    """This process's part of a job at `place`, which the report is told."""
+    report.decide("parallel", "device", place.device, place.reason)
+    meshes = build_meshes(degrees_of(parallelism, world_size), world_size, place.device_type)
+    return Job(rank, world_size, meshes, torch.device(place.device))
 
 
 class Loss(nn.Module):
@@ -122,19 +137,10 @@ class Loss(nn.Module):
 
 def build_program(spec: ModelSpec, config: TrainConfig, job: Job, annotate: bool) -> Loss:
     """The model of a job, sharded as its mesh says, with its loss; weights are drawn from the seed, alike on every rank."""
-    flavour = spec.flavour(config.config)
-    if config.training.seq_len > flavour.max_seq_len:
-        raise InputError(
-            f"--training.seq_len is {config.training.seq_len}; {spec.name} {config.config} takes at most {flavour.max_seq_len}"
-        )
-    model = spec.build(replace(flavour, annotate_regions=annotate)).init_weights(config.training.seed)  # type: ignore[operator]
-    tp_mesh = submesh(job.mesh, TP)
-    if tp_mesh is not None:
-        check_sizes({name: getattr(flavour, name) for name in spec.sizes}, tp_mesh.size())
-        check_sizes({"--training.seq_len": config.training.seq_len}, tp_mesh.size())
-        apply_tensor_parallel(model, tp_mesh, spec.tensor_parallel)
-    if job.mesh is not None:
-        apply_simple_fsdp(model, job.mesh, _precision(config.parallelism))
+    flavour = replace(spec.flavour(config.config), annotate_regions=annotate)
+    model = spec.build(flavour).init_weights(config.training.seed).to(job.device)  # type: ignore[operator]
+    reshard = config.parallelism.reshard_after_forward == "always"
+    parallelize(model, spec, job.meshes, _precision(config.parallelism), reshard)
     return Loss(model, config.training.global_batch_size * config.training.seq_len)
 
 
@@ -144,23 +150,43 @@ def _precision(parallelism: Parallelism) -> MixedPrecision:
     return MixedPrecision(param_dtype=getattr(torch, parallelism.param_dtype), reduce_dtype=torch.float32)
 
 
-def check_same_collectives(graph: Graph, job: Job) -> None:
-    """Raise CaptureError unless every rank's graph calls the same collectives in the same order: others would hang."""
+def check_same_collectives(graph: Graph, job: Job, after: str = "") -> None:
+    """Raise an error unless every rank's graph calls the same collectives in the same order: others would hang.
+
+    That is a PassError which names the pass `after` which it is asked, or, without one, a CaptureError.
+    """
     if job.mesh is None:
         return
-    mine = hashlib.sha256(repr(_collectives(graph)).encode()).hexdigest()
-    all_digests: list[Any] = [None] * job.world_size
-    dist.all_gather_object(all_digests, mine)
-    if len(set(all_digests)) > 1:
-        differing = [rank for rank, digest in enumerate(all_digests) if digest != all_digests[0]]
-        raise CaptureError(
-            f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for ever; "
-            "does the model branch on its rank?"
-        )
+    mine = _collectives(graph)
+    everyones: list[Any] = [None] * job.world_size
+    dist.all_gather_object(everyones, hashlib.sha256(repr([one[1:] for one in mine]).encode()).hexdigest())
+    if len(set(everyones)) == 1:
+        return
+    differing = [rank for rank, digest in enumerate(everyones) if digest != everyones[0]]
+    dist.all_gather_object(everyones, [tuple(map(str, one)) for one in mine])
+    where = _first_difference(everyones[0], everyones[differing[0]], differing[0])
+    told = f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for ever: {where}"
+    if after:
+        raise PassError(f"pass {after} gave back graphs that do not fit each other: {told}; does the pass look at its rank?")
+    raise CaptureError(f"{told}; does the model branch on its rank?")
 
 
-def _collectives(graph: Graph) -> list[tuple[str, Any, Any]]:
-    """Kind, shape and dtype of what each collective moves; not the group, whose name differs by rank."""
-    nodes = [node for node in graph.module.graph.nodes if str(node.target).startswith("_c10d_functional.")]
+def _first_difference(mine: list[tuple[str, ...]], others: list[tuple[str, ...]], rank: int) -> str:
+    """Where two lists of collectives part, as text.
+
+    >>> _first_difference([("gather_1", "gather", "[2]", "f32")], [], 1)
+    'collective 1 is gather_1 (gather of [2] f32) on rank 0, and none on rank 1'
+    """
+    pairs = zip_longest(mine, others)
+    index, (one, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if (pair[0] or ())[1:] != (pair[1] or ())[1:])
+    shown = [f"{c[0]} ({c[1]} of {' '.join(c[2:])})" if c else "none" for c in (one, other)]
+    return f"collective {index} is {shown[0]} on rank 0, and {shown[1]} on rank {rank}"
+
+
+def _collectives(graph: Graph) -> list[tuple[str, str, Any, Any]]:
+    """Name, kind, shape and dtype of what each collective moves; not the group, whose name differs by rank."""
+    nodes = [node for node in graph.module.graph.nodes if is_async_collective(node)]
     values = [node.args[0].meta.get("val") for node in nodes]
-    return [(str(node.target), getattr(v, "shape", None), getattr(v, "dtype", None)) for node, v in zip(nodes, values)]
+    return [
+        (node.name, str(node.target), getattr(v, "shape", None), getattr(v, "dtype", None)) for node, v in zip(nodes, values)
+    ]

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.logging import RichHandler
+import torch.distributed as dist
 from torch import Tensor
-from torch.fx import GraphModule
 
 from torchspan.capture._choose import capture_training
 from torchspan.capture._state import BoundGraph
-from torchspan.core.errors import InputError
 from torchspan.core.graph import Graph
 from torchspan.core.program import Program
 from torchspan.core.report import Report, current_report
-from torchspan.models._base import get_model
-from torchspan.passes._base import CompileRegion, PassContext
-from torchspan.passes._instruments import Counts, Dump, Instrument, Timing
+from torchspan.passes._base import PassContext
 from torchspan.passes._pipeline import Pipeline
-from torchspan.train.config import Compile, TrainConfig, parse_config
-from torchspan.train.data import VOCAB_SIZE, ByteTokens, part_of
+from torchspan.train._checkpointing import checkpoint_blocks
+from torchspan.train._place import Ranks
+from torchspan.train.check import Plan, check
+from torchspan.train.config import Compile, TrainConfig
+from torchspan.train.data import ByteTokens, part_of
 from torchspan.train.job import Job, Loss, build_program, check_same_collectives, joined
+from torchspan.train.watch import Watch
 
 if TYPE_CHECKING:
     from torchspan.train._handing_over import HandingOver
+    from torchspan.train._kept_step import KeptStep
 
 log = logging.getLogger("torchspan.train")
 
@@ -47,18 +49,15 @@ class TrainResult:
     report: Report
 
 
-def main(argv: Sequence[str], report: Report | None = None) -> int:
-    """``torchspan train``: train as `argv` says; logs a line a step on rank 0."""
-    config = parse_config(argv)
-    if config is None:
-        return 0
+def main(config: TrainConfig, report: Report | None = None) -> int:
+    """``torchspan train``: train as `config` says; logs a line a step on rank 0."""
     with _logging_to_terminal():
         train(config, report)
     return 0
 
 
 def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
-    """Train a model; on every process of a job that torchrun started, or in this one alone.
+    """Train a model; on every process of a job that a launcher started, or in this one alone.
 
     >>> from torchspan.train.config import Training
     >>> result = train(TrainConfig(config="tiny", training=Training(steps=2, global_batch_size=2, seq_len=8)))
@@ -66,19 +65,29 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
     (2, True)
     """
     report = report or Report(parent=current_report())
-    pipeline = Pipeline.parse(config.compile.passes)  # before anything that takes time: a mistake in it is told at once
-    spec = get_model(config.module)
-    spec.flavour(config.config)
+    world_size = dist.get_world_size() if dist.is_initialized() else Ranks.of(os.environ).world_size
+    plan = check(config, world_size)  # before anything that takes time: a mistake is told at once
+    pipeline = plan.pipeline
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    with joined(config.parallelism, report) as job:
-        annotate = config.compile.enable and any(one.compiles and not getattr(one, "modules", "") for one in pipeline.passes)
-        program = build_program(spec, config, job, annotate)
-        if spec.flavour(config.config).vocab_size < VOCAB_SIZE:
-            raise InputError(f"{config.config} has {spec.flavour(config.config).vocab_size} tokens; bytes need {VOCAB_SIZE}")
+    with joined(config.parallelism, report) as job, flex_attention_provided(plan.spec.flavour(plan.flavour), job, report):
+        annotate = config.compile.enable and any(
+            one.reads_annotations and not getattr(one, "modules", "") for one in pipeline.passes
+        )
+        program = build_program(plan.spec, config, job, annotate)
+        if not config.compile.enable:
+            checkpoint_blocks(program.model, config.activation_checkpoint, report)
         data = _Batches(config, job)
-        step = _make_step(program, data.at(0), config.compile, pipeline, job, report)
-        losses, seconds = _run(step, program, data, config, job)
+        settings = config.compile
+        if settings.capture == "auto" and config.parallelism.reshard_after_forward == "always":
+            settings = replace(settings, capture="train_step")
+            report.decide("capture", "reshard after forward", "train_step", "a joint graph would keep gathered parameters")
+        optimizer = torch.optim.AdamW(
+            program.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, betas=(0.9, 0.95)
+        )
+        kept = None if settings.artifact is None or not settings.enable else _kept_step(config, plan, job, program, report)
+        step = _make_step(program, optimizer, data.at(0)[0], settings, pipeline, job, report, kept)
+        losses, seconds = _run(step, optimizer, data, config, job)
     result = TrainResult(tuple(losses), tuple(seconds), report)
     if config.losses is not None and job.rank == 0:
         config.losses.write_text(json.dumps({"losses": losses, "seconds": seconds, "report": report.to_dict()}, indent=1))
@@ -86,34 +95,35 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
 
 
 class _Batches:
-    """This rank's part of each step's batch."""
+    """This rank's part of each step's batch, cut into micro-batches."""
 
     def __init__(self, config: TrainConfig, job: Job) -> None:
         self._tokens = ByteTokens.load(config.training.dataset)
         self._training = config.training
         self._job = job
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels (B, S) of `step`."""
+    def at(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and labels (B, S) of each micro-batch of `step`."""
         training, job = self._training, self._job
         batch = self._tokens.batch(training.seed, step, training.global_batch_size, training.seq_len)
-        tokens_BS, labels_BS = (part_of(part, job.data_parallel_rank, job.num_data_parallel) for part in batch)
-        return tokens_BS, labels_BS
+        parts = [part_of(part, job.data_parallel_rank, job.num_data_parallel).to(job.device) for part in batch]
+        tokens, labels = (part.chunk(training.gradient_accumulation_steps) for part in parts)
+        return list(zip(tokens, labels))
 
 
-def _run(step: Step, program: Loss, data: _Batches, config: TrainConfig, job: Job) -> tuple[list[float], list[float]]:
+def _run(
+    step: Step, optimizer: torch.optim.Optimizer, data: _Batches, config: TrainConfig, job: Job
+) -> tuple[list[float], list[float]]:
     """Take the steps; losses and seconds of each."""
-    optimizer = torch.optim.AdamW(
-        program.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, betas=(0.9, 0.95)
-    )
     losses: list[float] = []
     seconds: list[float] = []
     for index in range(config.training.steps):
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss = step(*data.at(index))
-        optimizer.step()
-        losses.append(job.total(loss))
+        loss = sum(step(*batch).detach() for batch in data.at(index))
+        if not config.compile.optimizer:
+            optimizer.step()
+        losses.append(job.total(torch.as_tensor(loss)))
         seconds.append(time.perf_counter() - began)
         if job.rank == 0:
             log.info("step %d  loss %.6f  %.3f s", index + 1, losses[-1], seconds[-1])
@@ -124,22 +134,41 @@ def _run(step: Step, program: Loss, data: _Batches, config: TrainConfig, job: Jo
 
 
 def _make_step(
-    program: Loss, example: tuple[Tensor, Tensor], settings: Compile, pipeline: Pipeline, job: Job, report: Report
+    program: Loss,
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Tensor, Tensor],
+    settings: Compile,
+    pipeline: Pipeline,
+    job: Job,
+    report: Report,
+    kept: KeptStep | None = None,
 ) -> Step:
-    """The step as a function of tokens and labels that leaves gradients in the parameters and returns the loss."""
+    """The step as a function of tokens and labels that returns the loss.
+
+    It leaves gradients in the parameters, or, where the optimizer is in the graph, has updated them.
+    """
     if not settings.enable:
         reason = (
             "asked for" if not pipeline.passes else f"asked for; without a graph the passes {pipeline} have nothing to work on"
         )
         report.decide("capture", program.model.__class__.__name__, "eager", reason)
         return _eager(program)
+    in_graph = optimizer if settings.optimizer else None
+    graph = kept.load() if kept is not None else None
+    if graph is not None:
+        return BoundGraph(graph, program, accumulate=in_graph is None, optimizer=in_graph)
     began = time.perf_counter()
     with annotations_provided(report) if program.annotates else nullcontext():
-        graph = capture_training(Program(program, example), settings.capture, report)
+        graph = capture_training(Program(program, example), settings.capture, report, in_graph)
     report.figure("capture_s", time.perf_counter() - began)
-    graph = _transformed(graph, settings, pipeline, job, report)
     check_same_collectives(graph, job)
-    return BoundGraph(graph, program)
+    watch = Watch(settings, job, report)
+    graph = _transformed(graph, settings, pipeline, job, report, watch)
+    if kept is not None:
+        kept.save(graph)
+    step = BoundGraph(graph, program, accumulate=in_graph is None, optimizer=in_graph)
+    watch.check_numbers(step, example)
+    return step
 
 
 def _eager(program: Loss) -> Step:
@@ -151,52 +180,31 @@ def _eager(program: Loss) -> Step:
     return step
 
 
-def _transformed(graph: Graph, settings: Compile, pipeline: Pipeline, job: Job, report: Report) -> Graph:
+def _transformed(graph: Graph, settings: Compile, pipeline: Pipeline, job: Job, report: Report, watch: Watch) -> Graph:
     """The graph after the pipeline; where a pass compiles, rank 0 does, and hands the compiled code to the others."""
-    counts = Counts()
-    instruments: list[Instrument] = [Timing(report), counts]
-    if settings.dump is not None and job.rank == 0:
-        instruments.append(Dump(settings.dump))
     handing_over = None
-    if job.mesh is not None and any(one.compiles for one in pipeline.passes):
+    if any(one.compiles for one in pipeline.passes):
         handing_over = _handing_over(settings, job, report)
-    compile_region = handing_over.compile_region if handing_over else bounded(settings, report)
-    graph = pipeline.run(graph, PassContext(report, compile_region), instruments)
+    compile_region = handing_over.compile_region if handing_over else None
+    graph = pipeline.run(graph, PassContext(report, compile_region, settings.strict), watch.instruments)
     if handing_over is not None:
         handing_over.settle()
-    for name, before, after in counts.rows:
-        report.decide("pass", f"{name}: graph", _difference(before, after), "counted before and after")
+    watch.tell()
     return graph
 
 
-def _difference(before: dict[str, int], after: dict[str, int]) -> str:
-    """What changed between two counts, as text.
+def _kept_step(config: TrainConfig, plan: Plan, job: Job, program: Loss, report: Report) -> KeptStep:
+    from torchspan.train._kept_step import KeptStep, entries_of
 
-    >>> _difference({"nodes": 9, "all_reduce": 2}, {"nodes": 7, "all_reduce": 2})
-    'nodes 9 → 7'
-    """
-    names = [name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0)]
-    return ", ".join(f"{name} {before.get(name, 0)} → {after.get(name, 0)}" for name in names) or "nothing changed"
+    assert config.compile.artifact is not None
+    return KeptStep(config.compile.artifact, entries_of(config, plan, job, program), job, report)
 
 
 def _handing_over(settings: Compile, job: Job, report: Report) -> HandingOver:
-    from torchspan.strategies._budget import Budget
+    from torchspan.jobs.budget import Budget
     from torchspan.train._handing_over import HandingOver
 
     return HandingOver(job, Budget(settings.budget_seconds, settings.budget_memory), report)
-
-
-def bounded(settings: Compile, report: Report) -> CompileRegion:
-    """Compiles a region in a child process, within the budget; what fails there runs as it is."""
-    from torchspan.strategies._budget import Budget
-    from torchspan.strategies._graph import compile_graph
-
-    budget = Budget(settings.budget_seconds, settings.budget_memory)
-
-    def compile_region(module: GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
-        return compile_graph(module, inputs, budget=budget, report=report, region=name)
-
-    return compile_region
 
 
 @contextmanager
@@ -213,9 +221,24 @@ def annotations_provided(report: Report) -> Iterator[None]:
 
 
 @contextmanager
+def flex_attention_provided(flavour: Any, job: Job, report: Report) -> Iterator[None]:
+    """While this is open, FlexAttention can be trained on the device of `job`, if a model of `flavour` uses it."""
+    if getattr(flavour, "attention", "sdpa") != "flex" or job.device.type != "cpu":
+        yield
+        return
+    from torchspan.devices.flex_attention import training_patches
+    from torchspan.environment.scope import Environment
+
+    report.decide("attention", "FlexAttention", "dense operators", "eager torch has no other kernels of it for a CPU")
+    with Environment(training_patches(), report), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # said above, once for all ranks
+        yield
+
+
+@contextmanager
 def _logging_to_terminal() -> Iterator[None]:
-    """Show this module's lines on the terminal, in the look of the rest of the command line."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+    """Show this module's lines on the terminal."""
+    handler = logging.StreamHandler()
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -1,0 +1,83 @@
+"""``torch.distributed.tensor.experimental._context_parallel``: context parallelism at its newer place."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from torchspan.backports._base import Backport, get_backport
+
+_PLACE = "torch.distributed.tensor.experimental._context_parallel"
+
+
+def _moved(name: str) -> Callable[[], object]:
+    """What is at the older place, torch's own or torchspan's."""
+
+    def build() -> object:
+        found = getattr(importlib.import_module("torch.distributed.tensor.experimental._attention"), name, None)
+        return get_backport("context_parallel").names[name]() if found is None else found
+
+    return build
+
+
+def _gathering() -> object:
+    """The operator that gathers the keys and values of all ranks of a group."""
+    _moved("_ContextParallel")()  # it is defined with the class that uses it
+    return torch.ops.cplib.flex_cp_allgather
+
+
+BACKPORT = Backport(
+    name="context_parallel_package",
+    summary="context parallelism at its newer place: torch.distributed.tensor.experimental._context_parallel",
+    target=_PLACE,
+    since="2.10.0",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/distributed/tensor/experimental/_context_parallel/__init__.py",
+    differs="see the backport context_parallel",
+    is_module=True,
+    names={
+        "_CausalBehavior": _moved("_CausalBehavior"),
+        "_ContextParallel": _moved("_ContextParallel"),
+        "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
+        "_LoadBalancer": _moved("_LoadBalancer"),
+        "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
+        "_PerDocumentHeadTailLoadBalancer": _moved("_PerDocumentHeadTailLoadBalancer"),
+        "_RotateMethod": _moved("_RotateMethod"),
+        "_context_parallel_shard": _moved("_context_parallel_shard"),
+        "_cp_options": _moved("_cp_options"),
+        "_disable_context_parallel_dispatcher": _moved("_disable_context_parallel_dispatcher"),
+        "_enable_context_parallel_dispatcher": _moved("_enable_context_parallel_dispatcher"),
+        "_is_causal_behavior": _moved("_is_causal_behavior"),
+        "context_parallel": _moved("context_parallel"),
+        "context_parallel_unshard": _moved("context_parallel_unshard"),
+        "flex_cp_allgather": _gathering,
+        "set_rotate_method": _moved("set_rotate_method"),
+    },
+    elsewhere={
+        "torch.distributed.tensor.experimental._context_parallel._attention": {
+            "_CausalBehavior": _moved("_CausalBehavior"),
+            "_ContextParallel": _moved("_ContextParallel"),
+            "_RotateMethod": _moved("_RotateMethod"),
+            "_context_parallel_shard": _moved("_context_parallel_shard"),
+            "_cp_options": _moved("_cp_options"),
+            "_disable_context_parallel_dispatcher": _moved("_disable_context_parallel_dispatcher"),
+            "_enable_context_parallel_dispatcher": _moved("_enable_context_parallel_dispatcher"),
+            "_is_causal_behavior": _moved("_is_causal_behavior"),
+            "_templated_ring_attention": _moved("_templated_ring_attention"),
+            "context_parallel": _moved("context_parallel"),
+            "context_parallel_unshard": _moved("context_parallel_unshard"),
+            "flex_cp_allgather": _gathering,
+            "set_rotate_method": _moved("set_rotate_method"),
+        },
+        "torch.distributed.tensor.experimental._context_parallel._cp_custom_ops": {
+            "flex_cp_allgather": _gathering,
+        },
+        "torch.distributed.tensor.experimental._context_parallel._load_balancer": {
+            "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
+            "_LoadBalancer": _moved("_LoadBalancer"),
+            "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
+            "_PerDocumentHeadTailLoadBalancer": _moved("_PerDocumentHeadTailLoadBalancer"),
+        },
+    },
+)

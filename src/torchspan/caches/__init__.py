@@ -1,0 +1,1 @@
+"""What compiles leave in torch's caches: a ledger of the entries, and entries packed to be sent."""

@@ -1,0 +1,1 @@
+"""Why a compile is slow, breaks or fails: profile, explanation, reproduction."""

@@ -1,0 +1,445 @@
+"""Let parts of the sequence travel while others are multiplied: tensor parallelism's gathers and scatters, in chunks.
+
+Shapes, as suffixes of names: R ranks, B batch, s the sequence of one rank, S that of all (R · s), C chunks, c the sequence of
+one rank in one chunk (s / C), D and F widths, T tokens of all ranks (B · S), t those of one chunk (R · B · c).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
+
+from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, reorder, value_of, wait_for
+from torchspan.core.errors import InputError, PassError
+from torchspan.core.graph import Graph
+from torchspan.core.registry import Registry
+from torchspan.passes._base import Pass, PassContext, Stage, editable, refuse_writes
+from torchspan.passes._torch import fused_products
+from torchspan.passes._writer import Writer, is_aten, is_pointwise, replace_whole, tensor_of
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AsyncTensorParallel(Pass):
+    """Pipelines a gather of the sequence with the products that read it, and products with a scatter of the sequence.
+
+    On a GPU with symmetric memory, by torch's fused operators. Elsewhere in `chunks` parts: each part of every rank's sequence
+    is gathered on its own, and multiplied while the next travels; each part of a product's rows is scattered while the next is
+    computed. What a chunk would have fewer rows than `min_rows` for stays whole. A product of fewer rows may be rounded in
+    another way, and so may a sum over more than two ranks; on a CPU, at the sizes tried, no bit differed on two ranks.
+    """
+
+    name: ClassVar[str] = "async_tensor_parallel"
+    summary: ClassVar[str] = "a part of the sequence is gathered, or scattered, while another is multiplied"
+    stage: ClassVar[Stage] = "communication"
+    tolerance: ClassVar[float] = 1e-5
+
+    chunks: int = 2
+    min_rows: int = 128
+
+    def require(self, graph: Graph) -> None:
+        refuse_writes(self.name, graph)
+        if self.chunks < 2 or self.min_rows < 1:
+            raise InputError(
+                f"{self.name} has chunks={self.chunks} and min_rows={self.min_rows}; expected 2 or more, and 1 or more"
+            )
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        module = editable(graph)
+        found: list[_Gather | _Scatter] = [*_gathers(module.graph), *_scatters(module.graph)]
+        if not found:
+            reason = (
+                "no gather of the sequence feeds a product, and no product feeds a scatter: this graph has no such parallelism"
+            )
+            context.report.decide("pass", self.name, "nothing changed", reason)
+            return graph.with_module(module, str(self))
+        reason_not_fused = _why_not_fused(found)
+        left: Counter[str] = Counter()
+        done = self._chunk(module.graph, found, left) if reason_not_fused else _fuse(module.graph, found, left)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        self._record(done, left, reason_not_fused, context)
+        return graph.with_module(module, str(self))
+
+    def ensure(self, before: Graph, after: Graph) -> None:
+        """As many numbers are moved as before, and no collective has more than one wait."""
+        if _uses_fused(after):
+            return
+        if _moved(before) != _moved(after):
+            raise PassError(f"{self.name} changed how many numbers are moved: {_moved(before)} before, {_moved(after)} after")
+
+    def _chunk(self, graph: FxGraph, found: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+        places = {node: float(index) for index, node in enumerate(graph.nodes)}
+        chunks, done = _Chunks(graph, self.chunks, places), Counter[str]()
+        for one in found:
+            num_rows = one.num_tokens // self.chunks
+            if one.sequence % self.chunks:
+                left[f"the sequence of a rank, {one.sequence}, is no multiple of {self.chunks} chunks"] += 1
+            elif num_rows < self.min_rows:
+                left[f"{num_rows} rows a chunk; min_rows is {self.min_rows}"] += 1
+            elif isinstance(one, _Gather):
+                chunks.gather(one)
+                done["gathers with the products that read them"] += 1
+            else:
+                chunks.scatter(one)
+                done["products with the scatters of their sums"] += 1
+        chunks.finish()
+        reorder(graph, places)
+        return done
+
+    def _record(self, done: Counter[str], left: Counter[str], reason: str | None, context: PassContext) -> None:
+        way = "by torch's fused operators" if reason is None else f"in {self.chunks} chunks"
+        why = "symmetric memory is here" if reason is None else f"no symmetric memory: {reason}"
+        if done:
+            choice = ", ".join(f"{count} {what}" for what, count in sorted(done.items()))
+            context.report.decide("pass", self.name, f"{choice}, {way}", why)
+        for cause, count in left.items():
+            context.report.decide("pass", self.name, f"{count} left whole", cause)
+
+
+# what is looked for
+
+
+@dataclass(frozen=True)
+class _Gather(Collective):
+    """A gather of the sequence, each rank's `source` (B, s, D): the `gathered` (B, S, D), and the products (T, F) that read it.
+
+    `cat` puts the ranks' parts, which `split` takes apart, one after the other: it is what is gathered.
+    """
+
+    gathered: Node
+    products: tuple[Node, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return int(self.node.args[1])  # type: ignore[arg-type]
+
+    @property
+    def sequence(self) -> int:
+        """s."""
+        return value_of(self.source).shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return value_of(self.gathered).shape[0] * value_of(self.gathered).shape[1]
+
+
+@dataclass(frozen=True)
+class _Scatter(Collective):
+    """A scatter of the sequence: `node`, its `wait` (B, s, D), and the `summed` (B, S, D), made of products."""
+
+    summed: Node
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return int(self.node.args[2])  # type: ignore[arg-type]
+
+    @property
+    def sequence(self) -> int:
+        """s."""
+        return value_of(self.wait).shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return value_of(self.summed).shape[0] * value_of(self.summed).shape[1]
+
+
+def _gathers(graph: FxGraph) -> Iterator[_Gather]:
+    for node in graph.nodes:
+        wait = wait_for(node) if is_call(node, GATHER) else None
+        split = next(iter(wait.users)) if wait is not None and len(wait.users) == 1 else None
+        if wait is None or not is_aten(split, "split.Tensor") or not isinstance(split, Node) or len(split.args) != 2:
+            continue
+        gathered = _rejoined(split, int(node.args[1]), 1)
+        source = tensor_of(node.args[0])
+        if gathered is None or source is None or source.ndim != 3 or split.args[1] != source.shape[0]:
+            continue
+        flat = [user for user in gathered.users if _is_flat_view(user)]
+        products = [user for view in flat for user in view.users if _is_product(user) and user.args[0] is view]
+        products = [product for product in products if _light_ancestors(product.args[1], node) is not None]
+        if products:
+            yield _Gather(node, wait, gathered, tuple(products))
+
+
+def _scatters(graph: FxGraph) -> Iterator[_Scatter]:
+    for node in graph.nodes:
+        wait = wait_for(node) if is_call(node, SCATTER) else None
+        cat = node.args[0] if wait is not None else None
+        if wait is None or not is_aten(cat, "cat.default") or not isinstance(cat, Node) or node.args[1] != "sum":
+            continue
+        parts = cat.args[0]
+        split = parts[0].args[0] if isinstance(parts, (list, tuple)) and parts and isinstance(parts[0], Node) else None
+        if not is_aten(split, "split.Tensor") or not isinstance(split, Node) or split.args[2:] != (1,) or len(cat.users) != 1:
+            continue
+        summed, whole = split.args[0], tensor_of(split.args[0])
+        if (
+            not isinstance(summed, Node)
+            or whole is None
+            or whole.ndim != 3
+            or _rejoined(split, int(node.args[2]), 0) is not cat
+        ):
+            continue
+        if split.args[1] == value_of(wait).shape[1] and _has_product(summed, tuple(whole.shape)):
+            yield _Scatter(node, wait, summed)
+
+
+def _rejoined(split: Node, num_parts: int, dim: int) -> Node | None:
+    """The one node that joins all parts of `split`, in their order, along `dim`; each has no other user."""
+    parts = sorted(split.users, key=lambda part: int(part.args[1]) if part.target is operator.getitem else -1)  # type: ignore[arg-type]
+    if [part.args[1] if part.target is operator.getitem else None for part in parts] != list(range(num_parts)):
+        return None
+    joined = {user for part in parts for user in part.users}
+    cat = next(iter(joined)) if len(joined) == 1 else None
+    if cat is None or not is_aten(cat, "cat.default") or list(cat.args[0]) != parts or (*cat.args, 0)[1] != dim:  # type: ignore[arg-type]
+        return None
+    return cat
+
+
+def _erase(gather: _Gather) -> None:
+    """Erase a gather, of which what put it together is gone already."""
+    graph = gather.node.graph
+    split = next(iter(gather.wait.users))
+    for node in (*split.users, split, gather.wait, gather.node):
+        graph.erase_node(node)
+
+
+def _is_flat_view(node: Node) -> bool:
+    """Whether `node` views (B, S, F) as (T, F), or the other way."""
+    if not is_aten(node, "view.default") and not is_aten(node, "_unsafe_view.default"):
+        return False
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or {before.ndim, after.ndim} != {2, 3}:
+        return False
+    wide, flat = (before, after) if before.ndim == 3 else (after, before)
+    return tuple(flat.shape) == (wide.shape[0] * wide.shape[1], wide.shape[2])
+
+
+def _is_product(node: Node) -> bool:
+    return is_aten(node, "mm.default")
+
+
+def _has_product(node: Node, shape: tuple[int, ...]) -> bool:
+    """Whether `node`, with a value for each token, is a product, or is made of one token by token; `shape` is (B, S, F)."""
+    value = tensor_of(node)
+    if value is None or tuple(value.shape) not in (shape, (shape[0] * shape[1], shape[2])):
+        return False
+    if _is_product(node):
+        return True
+    if _is_flat_view(node):
+        return _has_product(node.args[0], shape)  # type: ignore[arg-type]
+    if is_pointwise(node):
+        inputs = node.all_input_nodes
+        alike = all(tensor_of(one) is not None and value_of(one).shape == value.shape for one in inputs)
+        return alike and any(_has_product(one, shape) for one in inputs)
+    return False
+
+
+def _light_ancestors(node: Any, after: Node) -> list[Node] | None:
+    """What `node` is made of that stands after `after`, in order; None where there is a product among it, or `after` itself."""
+    if not isinstance(node, Node):
+        return None
+    waiting, found = [node], set[Node]()
+    while waiting:
+        one = waiting.pop()
+        if one is after or (_is_product(one) and after < one):
+            return None
+        if one not in found and after < one:
+            found.add(one)
+            waiting += one.all_input_nodes
+    return sorted(found)
+
+
+# chunks
+
+
+class _Chunks:
+    """Writes gathers and scatters in chunks; a value of all tokens that is known by chunk is joined where it is read whole."""
+
+    def __init__(self, graph: FxGraph, num_chunks: int, places: dict[Node, float]) -> None:
+        self._graph, self._num_chunks, self._places = graph, num_chunks, places
+        self._parts: dict[Node, list[Node]] = {}
+        self._shapes: dict[Node, tuple[int, int, int]] = {}
+        self._gathers: list[_Gather] = []
+
+    def gather(self, one: _Gather) -> None:
+        """Write chunks of `one`; weights are gathered before, as far as the products need them."""
+        write = Writer(self._graph, one.gathered).like(one.node)
+        shape = (one.num_ranks, value_of(one.gathered).shape[0], one.sequence)
+        width = self._width(shape)
+        weights = sorted({node for product in one.products for node in _light_ancestors(product.args[1], one.node) or []})
+        late: set[Node] = set()
+        for node in weights:
+            if is_call(node, "wait_tensor") or any(parent in late for parent in node.all_input_nodes):
+                late.add(node)
+        sent = []
+        for chunk in range(self._num_chunks):
+            mine = write(_aten.slice.Tensor, one.source, 1, chunk * width, (chunk + 1) * width)
+            mine = write(_aten.clone.default, mine, memory_format=torch.contiguous_format)
+            sent.append(write(one.node.target, mine, *one.node.args[1:]))  # type: ignore[arg-type]
+        order = [*(node for node in weights if node not in late), *write.taken(), *sorted(late)]
+        for begun in sent:
+            arrived = write.like(one.node)(one.wait.target, begun)  # type: ignore[arg-type]
+            rows = write(_aten.view.default, arrived, [-1, value_of(arrived).shape[-1]])
+            self._add(one.gathered, rows, shape)
+            for product in one.products:
+                self._add(product, write.like(product)(product.target, rows, *product.args[1:]), shape)  # type: ignore[arg-type]
+        self._place([*order, *write.taken()], self._places[one.node])
+        self._gathers.append(one)
+
+    def scatter(self, one: _Scatter) -> None:
+        """Write chunks of `one`, and of what it is made of."""
+        write = Writer(self._graph, one.wait)
+        shape = (one.num_ranks, value_of(one.summed).shape[0], one.sequence)
+        arrived, whole = [], tuple(value_of(one.summed).shape)
+        for chunk in range(self._num_chunks):
+            rows = self._chunk(one.summed, chunk, shape, whole, write)
+            write.like(one.node)
+            parts = write(_aten.view.default, rows, [shape[0] * shape[1], self._width(shape), whole[2]])
+            arrived.append(write(one.node.target, parts, *one.node.args[1:]))  # type: ignore[arg-type]
+        waits = [write(one.wait.target, node) for node in arrived]  # type: ignore[arg-type]
+        joined = write(_aten.cat.default, waits, 1)
+        self._place(write.taken(), self._places[one.node])
+        replace_whole(one.wait, joined)
+        self._graph.erase_node(one.node)
+
+    def finish(self) -> None:
+        """Join what is read whole, and erase what was written in chunks."""
+        for node in reversed(self._parts):
+            if node.users:
+                write = Writer(self._graph, node).like(node)
+                replace_whole(node, self._joined(node, write))
+                for place, part in enumerate(written := write.taken()):
+                    latest = max(self._places[chunk] for chunk in self._parts[node])
+                    self._places[part] = latest + (place + 1) * 1e-9 / len(written)
+            else:
+                self._graph.erase_node(node)
+        for one in self._gathers:
+            _erase(one)
+
+    def _add(self, node: Node, part: Node, shape: tuple[int, int, int]) -> None:
+        self._parts.setdefault(node, []).append(part)
+        self._shapes[node] = shape
+
+    def _width(self, shape: tuple[int, int, int]) -> int:
+        return shape[2] // self._num_chunks
+
+    def _chunk(self, node: Node, chunk: int, shape: tuple[int, int, int], whole: tuple[int, ...], write: Writer) -> Node:
+        """The chunk's rows (t, F) of `node`, which has a value for each token."""
+        known = self._parts.get(node, [])
+        if len(known) > chunk and self._shapes[node] == shape:
+            return known[chunk]
+        value = value_of(node)
+        if _is_flat_view(node):
+            return self._chunk(node.args[0], chunk, shape, whole, write)  # type: ignore[arg-type]
+        wide = (*whole[:2], value.shape[-1])
+        if _is_product(node):
+            rows = self._chunk(node.args[0], chunk, shape, whole, write)  # type: ignore[arg-type]
+            part = write.like(node)(node.target, rows, node.args[1])  # type: ignore[arg-type]
+        elif _has_product(node, wide) or self._is_of_chunks(node):
+            parts = {one: self._chunk(one, chunk, shape, whole, write) for one in node.all_input_nodes}
+            part = write.again(node, parts)
+        else:
+            return self._cut(node, chunk, shape, write.like(node))
+        self._add(node, part, shape)
+        return part
+
+    def _is_of_chunks(self, node: Node) -> bool:
+        """Whether `node` is computed, token by token, of what is known by chunk."""
+        value = value_of(node)
+        inputs = [one.args[0] if _is_flat_view(one) else one for one in node.all_input_nodes]
+        alike = all(tensor_of(one) is not None and value_of(one).shape == value.shape for one in node.all_input_nodes)
+        return is_pointwise(node) and alike and any(one in self._parts for one in inputs)
+
+    def _cut(self, node: Node, chunk: int, shape: tuple[int, int, int], write: Writer) -> Node:
+        num_ranks, batch, _ = shape
+        parts = write(_aten.view.default, node, [batch, num_ranks, self._num_chunks, self._width(shape), -1])
+        rows = write(_aten.transpose.int, write(_aten.select.int, parts, 2, chunk), 0, 1)
+        rows = write(_aten.clone.default, rows, memory_format=torch.contiguous_format)
+        return write(_aten.view.default, rows, [-1, value_of(node).shape[-1]])
+
+    def _joined(self, node: Node, write: Writer) -> Node:
+        num_ranks, batch, _ = self._shapes[node]
+        width = self._width(self._shapes[node])
+        parts = []
+        for part in self._parts[node]:
+            wide = write(_aten.view.default, part, [num_ranks, batch, width, -1])
+            parts.append(write(_aten.transpose.int, wide, 0, 1))
+        stacked = write(_aten.stack.default, parts, 2)
+        return write(_aten.view.default, stacked, list(value_of(node).shape))
+
+    def _place(self, nodes: Sequence[Node], at: float) -> None:
+        for step, node in enumerate(nodes):
+            self._places[node] = at - 1 + (step + 1) / (len(nodes) + 1)
+
+
+# fused
+
+
+def _why_not_fused(found: Sequence[_Gather | _Scatter]) -> str | None:
+    """Why torch's fused operators cannot be used, or None."""
+    # by the registry: both are plug-ins of one level, and neither knows the other's file
+    facade: Any = Registry("torchspan.backports", "backport").get("symmetric_memory")
+    support = facade.SymmetricMemory.query(value_of(found[0].wait).device)
+    return None if support.is_available else str(support.reason)
+
+
+def _fuse(graph: FxGraph, found: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+    """Write torch's fused operators."""
+    gather_products, product_scatter = fused_products(sorted({str(one.node.args[-1]) for one in found}))
+    done: Counter[str] = Counter()
+    for one in found:
+        if isinstance(one, _Gather):
+            last = max(one.products)
+            write = Writer(graph, last).like(one.node)
+            both = write(gather_products, one.source, [p.args[1] for p in one.products], 1, one.node.args[-1])
+            results = write(operator.getitem, both, 1)
+            whole = write(operator.getitem, both, 0)
+            for index, product in enumerate(one.products):
+                flat = write.like(product)(operator.getitem, results, index)
+                replace_whole(product, write(_aten.reshape.default, flat, list(value_of(product).shape)))
+            replace_whole(one.gathered, whole)
+            _erase(one)
+            done["gathers with the products that read them"] += 1
+        else:
+            summed = one.summed.args[0] if _is_flat_view(one.summed) else None
+            if not isinstance(summed, Node) or not _is_product(summed):
+                left["a sum of several products is scattered; the fused operator takes one"] += 1
+                continue
+            write = Writer(graph, one.wait).like(one.node)
+            shape = [*value_of(one.summed).shape[:2], -1]
+            rows = write(_aten.reshape.default, summed.args[0], shape)
+            fused = write(product_scatter, rows, summed.args[1], "sum", 1, one.node.args[-1])
+            replace_whole(one.wait, fused)
+            graph.erase_node(one.node)
+            done["products with the scatters of their sums"] += 1
+    reorder(graph, {})
+    return done
+
+
+def _uses_fused(graph: Graph) -> bool:
+    return any(target.startswith("symm_mem.") for target in graph.count_targets())
+
+
+def _moved(graph: Graph) -> Counter[tuple[str, str]]:
+    """How many numbers each kind of collective moves in each group."""
+    moved: Counter[tuple[str, str]] = Counter()
+    for node in graph.module.graph.nodes:
+        for kind in (GATHER, SCATTER):
+            if is_call(node, kind):
+                moved[kind, str(node.args[-1])] += value_of(node.args[0]).numel()
+    return moved
+
+
+PASS = AsyncTensorParallel

@@ -1,0 +1,249 @@
+"""The backward of compiled code, where compiled code has none: that of the graph run eagerly again is taken instead.
+
+AOTAutograd's backward can neither be differentiated (``create_graph=True``: a gradient penalty, a Hessian) nor batched by vmap
+(``is_grads_batched=True``), and its kernels may fail. All of it is noticed when autograd comes to it, long after the forward.
+Here the node of autograd that holds the backward is given another way in: where the compiled one does not serve, the graph is
+run again on the inputs of its forward, with the random state that it had, and the gradients are eager's own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspan.core.numerics import tensors
+from torchspan.regions import _torch
+from torchspan.regions.ambient import autocast_state
+
+_NODE = "CompiledFunctionBackward"  # AOTAutograd's, in torch 2.8 to 2.15
+_MAX_VIEWS = 8  # between an output and what computed it
+TWICE = "its gradients are differentiated again (create_graph=True), which compiled code cannot be"
+BATCHED = "its gradients are batched (is_grads_batched=True, vmap), which compiled code cannot be"
+
+GiveUp = Callable[[str], None]
+
+
+def saves_are_hooked() -> bool:
+    """Whether what autograd saves passes through hooks, as in activation checkpointing: arguments are not to be kept then."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+@dataclass
+class _Forward:
+    """What running the graph again takes: its arguments, those that it has changed as they were, and what was in force."""
+
+    args: tuple[Any, ...]
+    random: tuple[Tensor, list[Tensor]] | None
+    before: Mapping[int, Tensor]
+    autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    versions: int = 0
+
+
+class EagerBackward:
+    """Runs `compiled`, the code of `graph`, such that its backward is eager's where it has none of its own.
+
+    `give_up` is told, once, why the compiled code is not to be used any longer.
+    """
+
+    def __init__(self, graph: Callable[..., Any], compiled: Callable[..., Any], give_up: GiveUp) -> None:
+        self._graph = graph
+        self._compiled = compiled
+        self._give_up = give_up
+        self._changed: tuple[int, ...] | None = None  # which arguments the graph writes into; None before its first call
+        self._is_random = True
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled() or saves_are_hooked():
+            return self._compiled(*args)
+        forward = self._remembered(args)
+        first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        outputs = self._compiled(*args)
+        if self._changed is None:
+            self._learn(forward)
+        forward.versions = _versions(args)
+        made = [one for one in tensors(outputs) if one.grad_fn is not None]
+        nodes = {id(node): node for one in made if (node := _node_of(one, first)) is not None}
+        if len(nodes) == 1:
+            _Backward(self, forward, next(iter(nodes.values())), [(one, _node_of(one, first)) for one in _outputs(outputs)])
+        return outputs
+
+    def _remembered(self, args: tuple[Any, ...]) -> _Forward:
+        is_known = self._changed is not None
+        which = list(self._changed or ()) if is_known else [i for i, one in enumerate(args) if _may_be_written(one)]
+        with torch.no_grad():
+            before = {i: args[i].detach().clone() for i in which}
+        return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())
+
+    def _learn(self, forward: _Forward) -> None:
+        """What the graph draws and writes is the same in all its calls."""
+        assert forward.random is not None
+        drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
+        self._is_random = drawn
+        with torch.no_grad():
+            self._changed = tuple(i for i, one in forward.before.items() if not torch.equal(one, forward.args[i]))
+        forward.before = {i: forward.before[i] for i in self._changed}
+        forward.random = forward.random if drawn else None
+
+    def gradients(self, forward: _Forward, wanted: list[Tensor], given: Mapping[int, Tensor]) -> tuple[Tensor | None, ...]:
+        """Those of `wanted`, for the outputs of the graph by their number; they can be differentiated again."""
+        is_kept = torch.is_grad_enabled()
+        args = [forward.before.get(i, one) for i, one in enumerate(forward.args)]
+        with torch.enable_grad(), _torch.outside_vmap(), _as_it_was(forward):
+            outputs = _outputs(self._graph(*args))
+        chosen = [i for i in given if outputs[i].requires_grad]
+        return torch.autograd.grad(
+            [outputs[i] for i in chosen], wanted, [given[i] for i in chosen], create_graph=is_kept, allow_unused=True
+        )
+
+    def end(self, why: str) -> None:
+        """Say that compiled code does not serve here."""
+        self._give_up(why)
+
+
+class _Backward:
+    """Stands before the backward of one call."""
+
+    def __init__(self, owner: EagerBackward, forward: _Forward, node: Any, outputs: Sequence[tuple[Tensor, Any]]) -> None:
+        self._owner = owner
+        self._forward: _Forward | None = forward
+        self._node = weakref.ref(node)  # which holds this
+        self._direct: dict[int, int] = {}  # the number of an output of the graph → that of the node's
+        self._through_views: dict[int, Tensor] = {}
+        for number, (output, source) in enumerate(outputs):
+            if source is node and output.grad_fn is node:
+                self._direct[number] = output.output_nr
+            elif source is node:
+                output.grad_fn.register_prehook(  # type: ignore[union-attr]
+                    partial(self._note, number, output.output_nr)
+                )
+        for name in ("apply", "apply_boxed"):  # torch 2.13 and later call the second one
+            if hasattr(type(node), name):
+                setattr(node, name, partial(self._run, name))
+
+    def _note(self, number: int, output_nr: int, gradients: Sequence[Tensor | None]) -> None:
+        gradient = gradients[output_nr]
+        if gradient is not None:
+            self._through_views[number] = gradient
+
+    def _run(self, name: str, *gradients: Any) -> Any:
+        node = self._node()
+        given = list(gradients[0]) if name == "apply_boxed" else list(gradients)
+        try:
+            why_not = self._why_not(given)
+            if why_not is not None:
+                instead = self._eagerly(node, given)
+                if instead is not None:
+                    self._owner.end(why_not)
+                    return instead
+            return self._compiled(node, name, gradients, given)
+        finally:
+            self._through_views.clear()
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                self._forward = None  # as autograd frees what it saved
+
+    def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], given: list[Tensor | None]) -> Any:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            _torch.note_kept_buffers(node)
+        try:
+            return getattr(type(node), name)(node, *gradients)
+        except Exception as error:
+            instead = self._eagerly(node, given) if self._forward is not None else None
+            if instead is None:
+                raise
+            self._owner.end(f"compiled code raised {type(error).__name__} in its backward: {error}")
+            return instead
+
+    def _why_not(self, given: Sequence[Tensor | None]) -> str | None:
+        if any(one is not None and _is_batched(one) for one in given):
+            return BATCHED
+        return TWICE if torch.is_grad_enabled() else None
+
+    def _eagerly(self, node: Any, given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+        """The gradients of eager; None if they cannot be had: a backward that was freed, inputs that were changed since."""
+        forward = self._forward
+        if forward is None or _versions(forward.args) != forward.versions:
+            return None
+        sources = list({id(one): one for one in tensors(list(forward.args)) if one.requires_grad}.values())
+        edges = [(fn, nr) for fn, nr in node.next_functions if fn is not None]
+        places = [place for place, is_needed in enumerate(node.needs_input_grad) if is_needed]
+        owners = {torch.autograd.graph.get_gradient_edge(one)[:2]: one for one in sources}
+        if len(edges) != len(places) or not owners.keys() >= set(edges):
+            return None
+        by_number = {number: given[nr] for number, nr in self._direct.items()} | self._through_views
+        found = self._owner.gradients(
+            forward,
+            [owners[edge] for edge in dict.fromkeys(edges)],
+            {n: one for n, one in by_number.items() if one is not None},
+        )
+        left = dict(zip(dict.fromkeys(edges), found, strict=True))
+        result: list[Tensor | None] = [None] * len(node.needs_input_grad)
+        for place, edge in zip(places, edges, strict=True):
+            result[place] = left.pop(edge, None)
+        return tuple(result)
+
+
+def _is_batched(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
+
+
+def _outputs(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def _node_of(output: Any, first: int) -> Any:
+    """AOTAutograd's node that computed `output`, perhaps seen through views, if it is not older than `first`."""
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    for _ in range(_MAX_VIEWS):
+        if node is None or node._sequence_nr() < first:
+            return None
+        if type(node).__name__ == _NODE:
+            return node
+        node = node.next_functions[0][0] if node.next_functions else None
+    return None
+
+
+def _may_be_written(value: Any) -> bool:
+    """Whether a graph may write into it where autograd does not see it, as into a buffer."""
+    return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
+
+
+def _versions(args: Sequence[Any]) -> int:
+    return sum(one._version for one in args if isinstance(one, Tensor) and not one.is_inference())
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _flat(state: tuple[Tensor, list[Tensor]]) -> Iterator[Tensor]:
+    yield state[0]
+    yield from state[1]
+
+
+@contextmanager
+def _as_it_was(forward: _Forward) -> Iterator[None]:
+    """The autocast and the random state of the forward; afterwards those of now again."""
+    now = _random_state()
+    with ExitStack() as stack:
+        for device, dtype, is_cached in forward.autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=is_cached))
+        if forward.random is not None:
+            _set_random_state(forward.random)
+        try:
+            yield
+        finally:
+            _set_random_state(now)
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

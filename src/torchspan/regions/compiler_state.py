@@ -1,0 +1,34 @@
+"""What this process knows of its compiler: what compile processes found out, and whether inductor is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torchspan.regions import _torch
+
+_isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any compile process
+
+
+def prepare_to_load(isas: Mapping[str, bool]) -> None:
+    """Ready this process for loading what a compile process made: what that found out, and the imports."""
+    _isas.update(isas)
+    with _gentle_imports():
+        _torch.import_compiler()
+
+
+def known_isas_here() -> dict[str, bool]:
+    """What compile processes found of this machine's vector instructions."""
+    return _isas
+
+
+@contextmanager
+def _gentle_imports() -> Iterator[None]:
+    """Hand the GIL over more often while this thread imports: every operation of a step waits for it once."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, 0.0005))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

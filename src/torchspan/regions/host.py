@@ -1,0 +1,44 @@
+"""What a region needs of the plan that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
+
+from torchspan.core.report import Report
+from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import Ending
+from torchspan.regions.part import Part
+from torchspan.regions.settings import Settings
+
+
+class Host(Protocol):
+    """The program that a region is part of: how it is compiled, what may be spent, who is told."""
+
+    settings: Settings
+    report: Report
+    verify: Literal["first", "off", "always"]
+    is_waiting: bool
+    shows_progress: bool
+
+    def wants_artifact(self, part: Part) -> bool:
+        """Whether the compile process is to make an artifact of `part`."""
+
+    def turn(self, has_compiled: bool) -> AbstractContextManager[Budget | None]:
+        """Wait for the turn to have a compile process; gives what it may spend, None if nothing is left."""
+
+    def spend(self, strategy: str, ending: Ending) -> None:
+        """Count what a compile process took."""
+
+    def overhead(self) -> AbstractContextManager[None]:
+        """Count the time inside as what compiling made a call wait."""
+
+    def part_failed(self, part: Part) -> None:
+        """Nothing of `part` could be compiled."""
+
+    def has_moved_on(self, part: Part) -> bool:
+        """Whether the program is cut in another way now than when `part` was made."""
+
+    def call_again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the program as it is cut now."""

@@ -1,0 +1,362 @@
+"""The life of a generation: ``compiling`` → ``ready`` → ``swapped``, or ``eager``. Its stage is written here and nowhere else.
+
+compiling   a compile process works; calls run eagerly
+ready       the next call takes over at its beginning, in its own thread: dynamo's tracing saves and restores the global
+            random state
+swapped     calls run compiled
+eager       given up
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torchspan.caches import ledger
+from torchspan.core.errors import GuardError, InputError, TorchspanError
+from torchspan.core.report import log
+from torchspan.jobs import transport
+from torchspan.jobs.supervisor import Ending, Job, run_bounded
+from torchspan.regions import _torch, ambient, verify, watch
+from torchspan.regions.call import Call
+from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
+from torchspan.regions.fullgraph import break_message
+from torchspan.regions.generation import Generation, Generations
+from torchspan.regions.gpu import gpu_of, refusal
+from torchspan.regions.handback import FromArtifact, FromCaches
+from torchspan.regions.host import Host
+from torchspan.regions.part import Part
+from torchspan.regions.progress import shown
+from torchspan.regions.signature import Dims
+from torchspan.regions.worker import Filled, Task
+
+MAX_DAMAGED = 3
+MAX_UNCHECKED = 2
+_JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
+_working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
+
+
+def end_compiles(timeout_s: float = 5.0) -> None:
+    """End the compiles that are under way; each is a cancelled Attempt in its Report."""
+    for generation in tuple(_working):
+        generation.end("the program ended first")
+    for thread in threading.enumerate():
+        if thread.name == watch.COMPILE_THREAD:
+            thread.join(timeout_s)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a thread has compiled: for which generation, which program, and the pickled Task of it."""
+
+    generation: Generation
+    target: Any
+    payload: bytes
+    is_fresh: bool  # whether it needs a process that was not forked
+
+
+class Lifecycle:
+    """What becomes of the generations of one region; `eager` runs a target as torch does."""
+
+    def __init__(self, part: Part, strategy: str, host: Host, generations: Generations, eager: Callable[..., Any]) -> None:
+        self.part = part
+        self.strategy = strategy
+        self.has_failed = False
+        self.has_compiled = False
+        self._failures: dict[tuple[type[Exception], str], str] = {}
+        self._host = host
+        self._generations = generations
+        self._eager = eager
+
+    def start(self, generation: Generation, call: Call) -> None:
+        """Have it compiled for `call`, in a thread that waits for a compile process; raises nothing."""
+        try:
+            self._start(generation, call)
+        except Exception as cause:  # noqa: BLE001 - no thread to be had, an argument that cannot be looked at
+            self.give_up(generation, _failure(cause, "starting the compile"))
+
+    def _start(self, generation: Generation, call: Call) -> None:
+        gpu = gpu_of(call.args, call.kwargs)
+        why_not = refusal(gpu, self._host.settings)
+        if why_not is not None:
+            self.give_up(generation, Ending("skipped", 0.0, cause=why_not))
+            return
+        try:
+            payload = self._payload(self._marks(generation), call)
+        except InputError as cause:
+            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
+            return
+        work = _Work(generation, call.target, payload, gpu.kind != "cpu")
+        threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
+
+    def _payload(self, dims: Dims, call: Call) -> bytes:
+        task = Task(
+            call.target,
+            self.part.is_called_inside,
+            call.args,
+            dict(call.kwargs),
+            self._host.settings.to_send(),
+            ambient.capture(),
+            dict(known_isas_here()),
+            dims,
+            self.part.nested,
+        )
+        return transport.dumps(task)
+
+    def _marks(self, generation: Generation) -> Dims:
+        """The dimensions that are to be marked as dynamic; none where all are, by the user's ``dynamic=True``."""
+        return () if self._host.settings.dynamic else generation.dims
+
+    def _work(self, work: _Work) -> None:
+        _working.add(work.generation)
+        try:
+            self._compile(work)
+        except Exception as cause:  # noqa: BLE001 - the program's process is in a state that was not thought of
+            self.give_up(work.generation, _failure(cause, "in the thread that compiles"))
+        finally:  # a caller that waits must not wait for ever, whatever happens here
+            work.generation.done.set()
+
+    def _compile(self, work: _Work) -> None:
+        """In a thread of its own: have a child compile, then make ready to take over."""
+        generation = work.generation
+        ending = self._run_child(work)
+        if ending.result is None:
+            if ending.is_cache_damaged:
+                self._compile_without_damaged(work, ending)
+            else:
+                self.give_up(generation, ending)
+            return
+        filled: Filled = pickle.loads(ending.result)
+        if filled.artifact is not None and not self._load(generation, work.target, filled.artifact):
+            generation.wants_artifact = False
+            self._attempt(replace(ending, outcome="failed", cause="its artifact does not load here", where="loading"))
+            self._compile(work)
+            return
+        if self._host.settings.is_inductor and filled.graphs == 0:
+            self.give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
+            return
+        try:
+            if filled.artifact is None:
+                prepare_to_load(filled.isas)
+        except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
+            failed = Ending(
+                "failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor"
+            )
+            self.give_up(generation, failed)
+            return
+        self._note_caches(filled)
+        to_load = {} if filled.artifact is not None else filled.kept.files
+        damaged = ledger.check(_torch.cache_folder(), to_load) if to_load else []
+        if damaged:
+            told = f"{ledger.DAMAGED} {', '.join(damaged)}"
+            ending = replace(ending, outcome="failed", cause=told, where="before loading")
+            self._compile_without_damaged(work, ending)
+            return
+        self._attempt(ending)
+        generation.stage = "ready"
+        generation.done.set()
+
+    def _compile_without_damaged(self, work: _Work, ending: Ending) -> None:
+        """Compile again: what was damaged in the cache is gone."""
+        generation = work.generation
+        generation.num_damaged += 1
+        if generation.num_damaged > MAX_DAMAGED:
+            self.give_up(generation, ending)
+            return
+        self._attempt(ending)
+        self._decide("compiled again", ending.cause or "")
+        self._compile(work)
+
+    def _note_caches(self, filled: Filled) -> None:
+        """Say what the child found and did in the cache folder."""
+        kept = filled.kept
+        if filled.why_no_artifact:
+            self._decide("caches", filled.why_no_artifact)
+        if kept.dropped:
+            self._decide("dropped", f"{ledger.DAMAGED} {', '.join(kept.dropped)}")
+        if kept.evicted:
+            self._decide("evicted", kept.evicted)
+        if kept.not_noted:
+            self._decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
+
+    def _run_child(self, work: _Work) -> Ending:
+        generation, payload = work.generation, work.payload
+        with self._host.turn(self.has_compiled) as budget:
+            if budget is None:
+                return Ending("skipped", 0.0, cause="nothing is left of the budget")
+            function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
+            shows = self._host.shows_progress
+            with shown(f"{self.part.name} ({self.strategy})", budget) if shows else nullcontext() as tick:
+                job = Job(function, payload, work.is_fresh, record=shows or watch.is_watched(), tick=tick)
+                ending = run_bounded(job, budget, generation.cancel)
+            if job.record:
+                watch.tell(watch.Finished(self.part.name, self.strategy, self._host.settings, payload, began_ns, ending))
+            self._host.spend(self.strategy, ending)
+            return replace(ending, cause=generation.why_cancelled) if ending.outcome == "cancelled" else ending
+
+    def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
+        """Load an artifact, which needs no call to do; whether that went well."""
+        try:
+            generation.code = FromArtifact(artifact, target)
+        except TorchspanError as cause:
+            self._decide("caches", f"the artifact does not load here: {cause}")
+            return False
+        self._decide("artifact", "what the child compiled loads without tracing")
+        return True
+
+    def give_up(self, generation: Generation, ending: Ending) -> None:
+        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it."""
+        generation.stage = "eager"
+        self._attempt(ending)
+        if self._host.settings.fullgraph and ending.outcome == "failed":
+            generation.error = break_message(ending.cause, self.part.name)
+        if generation.error is not None:  # the user's to mend: no other strategy is tried
+            self._decide("refused", generation.error)
+        elif ending.outcome == "cancelled":
+            self._decide("eager", f"its compile was cancelled: {ending.cause}")
+        elif generation.family is not None and not self._host.settings.dynamic:
+            generation.family.give_up()
+            self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
+        elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
+            self.has_failed = True
+            self._host.part_failed(self.part)
+        generation.done.set()
+
+    # taking over
+
+    def take_over(self, generation: Generation, call: Call) -> None:
+        """At the beginning of a call: load the compiled code and prove it; other threads run eagerly meanwhile."""
+        if not generation.lock.acquire(blocking=self._host.is_waiting):
+            return
+        try:
+            if generation.stage == "ready" or self._host.verify == "always":
+                self._swap(generation, call)
+        except Exception as cause:  # noqa: BLE001 - of torch.compile, which has not begun to compile, or of ours
+            self.reject(generation, f"{type(cause).__name__}: {_said(cause)}")
+        finally:
+            generation.lock.release()
+
+    def _swap(self, generation: Generation, call: Call) -> None:
+        started = time.perf_counter()
+        settings = self._host.settings
+        if generation.code is None:
+            give_up = partial(self.withdraw, generation)
+            generation.code = FromCaches(settings, self.part, known_isas_here(), self._marks(generation), give_up)
+            self._note_handback(generation, settings.is_inductor)
+        try:
+            wrong = self._verify(generation.code, call) if self._host.verify != "off" else None
+        except verify.EagerRaisesError as cause:  # this call runs eagerly, and raises; the next one is taken instead
+            self._note_unchecked(generation, cause)
+            return
+        except Exception as cause:  # noqa: BLE001 - of a check that does not run here, as where memory is short
+            self._note_unchecked(generation, cause)
+            return
+        if wrong is not None and isinstance(generation.code, FromArtifact):
+            self._without_artifact(generation, wrong, call)
+        elif generation.code.misses:
+            self.reject(generation, self.miss(generation.code))
+        elif wrong is not None:
+            self.reject(generation, f"compiled code gives other results than eager: {wrong}")
+            log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
+        elif generation.stage == "ready":
+            generation.stage = "swapped"
+            generation.proven = call.sizes if generation.family is not None else ()
+            self.has_compiled = True
+            self._host.report.figure("swap_stall_s", time.perf_counter() - started)
+
+    def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
+        """The check did not come to an end: the next call is taken instead, and after that none."""
+        told = str(cause) if isinstance(cause, TorchspanError) else f"{type(cause).__name__}: {cause}"
+        generation.num_unchecked += 1
+        if generation.num_unchecked < MAX_UNCHECKED:
+            self._decide("not verified", told)
+        else:
+            self.reject(generation, f"the check did not run, {generation.num_unchecked} times: {told}", "checking")
+
+    def _without_artifact(self, generation: Generation, why: str, call: Call) -> None:
+        """Give the artifact up and have the caches filled instead."""
+        self._decide("caches", f"the artifact is not right here: {why}")
+        generation.wants_artifact = False
+        self.start_again(generation, call)
+
+    def _verify(self, code: FromArtifact | FromCaches, call: Call) -> str | None:
+        try:
+            return verify.mismatch(
+                self._eager, code.trace, (call.target, call.args, call.kwargs), is_random=self._host.settings.is_random
+            )
+        except (verify.CannotCopyError, verify.WouldBeNoticedError) as cause:
+            self._decide("not verified", str(cause))
+            return None
+        except GuardError as cause:  # of an artifact
+            return str(cause)
+
+    def miss(self, code: FromArtifact | FromCaches) -> str:
+        """Why what the child compiled cannot be had here."""
+        what = "its cache entries do not serve this process" if self._host.settings.is_inductor else "it does not compile here"
+        return f"{what}: {code.misses[0]}"
+
+    def _note_handback(self, generation: Generation, is_inductor: bool) -> None:
+        if is_inductor and generation.wants_artifact:
+            return  # why there is no artifact was said
+        if is_inductor:
+            self._host.report.decide("compile", self.part.name, "caches", "torch's caches hold what the child compiled")
+        else:
+            reason = f"{self._host.settings.backend_name} compiles here too: its child showed that it ends within the budget"
+            self._host.report.decide("compile", self.part.name, "compiled again", reason)
+
+    def reject(self, generation: Generation, cause: str, where: str = "taking over") -> None:
+        """What was compiled is not right."""
+        generation.code = None
+        self._decide("eager", cause)
+        self.give_up(generation, Ending("failed", 0.0, cause=cause, where=where))
+
+    def start_again(self, generation: Generation, call: Call) -> None:
+        """Compile anew; calls run eagerly meanwhile."""
+        generation.stage, generation.code, generation.is_traced = "compiling", None, False
+        generation.done.clear()
+        self.start(generation, call)
+
+    def withdraw(self, generation: Generation, why: str) -> None:
+        """Calls run eagerly from now on: what was compiled has no backward that serves. Said once."""
+        if generation.stage != "eager":
+            self.retire(generation, why)
+            self._attempt(Ending("failed", 0.0, cause=why, where="in the backward"))
+
+    def note_failure(self, cause: Exception, where: str) -> None:
+        """A call runs eagerly because something failed before it: an Attempt the first time, and counted from then on."""
+        kind = (type(cause), where)
+        if kind not in self._failures:
+            ending = _failure(cause, where)
+            self._failures[kind] = f"{where}: {ending.cause}"
+            self._attempt(ending)
+        self._decide("eager", self._failures[kind])
+
+    def retire(self, generation: Generation, why: str) -> None:
+        """Calls run eagerly from now on, although what was compiled is right."""
+        generation.stage = "eager"
+        self._decide("eager", why)
+
+    def _decide(self, choice: str, reason: str) -> None:
+        self._host.report.decide("compile", self.part.name, choice, reason)
+
+    def _attempt(self, ending: Ending) -> None:
+        self._host.report.attempt(ending.attempt(self.strategy, self.part.name, self._host.settings.backend_name))
+
+
+def _failure(cause: Exception, where: str) -> Ending:
+    """What an error of ours, or of what was asked of the program, comes to."""
+    return Ending("failed", 0.0, cause=f"{type(cause).__name__}: {_said(cause)}", where=where)
+
+
+def _said(cause: Exception) -> str:
+    try:
+        return str(cause)
+    except Exception as again:  # noqa: BLE001 - an error of a user's own class
+        return f"(its text cannot be had: {type(again).__name__})"

@@ -1,0 +1,253 @@
+"""A region at run time: eager from the first call, compiled once a compile process has done the work and it is proven.
+
+Each input signature has a Generation, whose life is that of :mod:`.lifecycle`; from the second size of an input on, one with
+dynamic shapes serves all sizes. A call runs in one generation from beginning to end, and its backward belongs to it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchspan.core.errors import CaptureError, GuardError
+from torchspan.regions.backward import saves_are_hooked
+from torchspan.regions.call import Call
+from torchspan.regions.generation import Family, Generation, Generations, describe, general
+from torchspan.regions.handback import FromArtifact, FromCaches, is_of_compiled_code
+from torchspan.regions.host import Host
+from torchspan.regions.lifecycle import Lifecycle
+from torchspan.regions.part import Part
+from torchspan.regions.transformers import as_called
+
+MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
+MAX_STALE = 3
+
+
+@dataclass
+class _Pending:
+    """Forwards inside activation checkpointing that wait for their recomputation, all run by the same generation."""
+
+    generation: Generation | None
+    count: int = 1
+
+
+class Region:
+    """One Part of a Plan, at run time."""
+
+    def __init__(self, part: Part, strategy: str, host: Host) -> None:
+        self.part = part
+        self.is_gathered = False  # it was said that calls whose inner results are gathered run eagerly
+        self._host = host
+        self._pid = os.getpid()
+        self._generations = Generations()
+        self._life = Lifecycle(part, strategy, host, self._generations, self.eager)
+        self._full = Generation("eager")  # serves the signatures beyond the limit
+        self._pending: dict[int, _Pending] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing of it could be compiled."""
+        return self._life.has_failed
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
+        call = Call(target, args, kwargs)
+        generation = self._serving(call)
+        if generation is not None:
+            return self._run(generation, call)
+        if self.has_failed and self._host.is_waiting and not self.part.is_block and self._host.has_moved_on(self.part):
+            return self._host.call_again(args, kwargs)
+        return self.eager(call.target, *call.args, **call.kwargs)
+
+    def _serving(self, call: Call) -> Generation | None:
+        """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
+        try:
+            call.signature  # noqa: B018 - computed here: whatever an argument may be, the program has its own use for it
+        except Exception as cause:  # noqa: BLE001 - whatever a user's own object raises when it is looked at
+            self._life.note_failure(cause, "reading the arguments")
+            return None
+        is_recomputing = torch._C._current_graph_task_id() != -1
+        try:
+            if is_recomputing or saves_are_hooked():
+                return self._as_checkpointed(is_recomputing, call)
+            return self._current(call)
+        except CaptureError:
+            raise
+        except Exception as cause:  # noqa: BLE001 - of ours, or of what it asked of torch: never the program's
+            self._life.note_failure(cause, "before the call")
+            return None
+
+    def _current(self, call: Call) -> Generation | None:
+        """The swapped generation for this call, which may be swapped just now; None to run eagerly."""
+        generation = self._generations.find(call)
+        if generation is None or generation.stage != "swapped" or self._host.verify == "always":
+            if self._is_forked():
+                return None
+            with self._host.overhead():
+                generation = generation or self._open(call)
+                if generation.error is not None:
+                    raise CaptureError(generation.error)
+                if generation.stage == "ready" or (generation.stage == "swapped" and self._host.verify == "always"):
+                    self._life.take_over(generation, call)
+        return generation if generation.stage == "swapped" else None
+
+    def _as_checkpointed(self, is_recomputing: bool, call: Call) -> Generation | None:
+        """The generation of a call that activation checkpointing runs again in the backward: both must be of one kind.
+
+        While a forward waits for its recomputation, nothing is swapped for this target.
+        """
+        with self._lock:
+            pending = self._pending.get(id(call.target))
+            if pending is not None:
+                pending.count += -1 if is_recomputing else 1
+                if pending.count == 0:
+                    del self._pending[id(call.target)]
+                return pending.generation
+        if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
+            known = self._generations.find(call)
+            return known if known is not None and known.stage == "swapped" else None
+        generation = self._current(call)
+        with self._lock:
+            self._pending[id(call.target)] = _Pending(generation)
+        return generation
+
+    def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `target` as torch does."""
+        called, args, named = as_called(target, args, kwargs)
+        return called._call_impl(*args, **named) if self.part.is_called_inside else called(*args, **named)
+
+    # compiling
+
+    def _open(self, call: Call) -> Generation:
+        with self._lock:
+            known = self._generations.find(call)
+            if known is not None:
+                return known
+            if len(self._generations.all()) >= MAX_GENERATIONS:
+                if not self._full.done.is_set():
+                    self._full.done.set()
+                    self._decide("eager", f"{MAX_GENERATIONS} input signatures were compiled; calls with others run eagerly")
+                return self._full
+            generation = self._dynamic(call)
+            if generation is None:
+                generation = Generation(wants_artifact=self._host.wants_artifact(self.part))
+                self._generations.by_signature[call.signature] = generation
+        self._life.start(generation, call)
+        if self._host.is_waiting:
+            generation.wait()
+        return generation
+
+    def _is_forked(self) -> bool:
+        """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
+        if os.getpid() == self._pid:
+            return False
+        self._decide("eager", "forked from the process that compiles: what was not swapped before runs eagerly here")
+        return True
+
+    def _dynamic(self, call: Call) -> Generation | None:
+        """A generation with dynamic shapes, where a second size of an input says so, or the user; None for a static one."""
+        asked = self._host.settings.dynamic
+        if asked is False:
+            return None
+        alike = self._generations.families.get(call.family)
+        if alike is None:
+            alike = self._generations.families[call.family] = Family(call.sizes)
+            dims = general(call.sizes) if asked else None
+        else:
+            dims = alike.widened(call.sizes)
+        if dims is None or alike.is_static:
+            return None
+        if not asked:
+            self._decide("dynamic", f"sizes differ between calls: {describe(alike.first, call.sizes)}")
+        generation = Generation(family=alike, dims=dims)
+        alike.generations.append(generation)
+        return generation
+
+    # running
+
+    def _run(self, generation: Generation, call: Call) -> Any:
+        code = generation.code
+        if code is None:  # another thread has just given it up
+            return self.eager(call.target, *call.args, **call.kwargs)
+        try:
+            return self._run_code(generation, code, call)
+        except Exception as error:
+            if not is_of_compiled_code(error):
+                raise
+            cause = error
+        return self._run_instead(generation, cause, call)
+
+    def _run_instead(self, generation: Generation, error: Exception, call: Call) -> Any:
+        """Run eagerly what compiled code raised in. If eager raises too, that is the program's own error."""
+        outputs = self.eager(call.target, *call.args, **call.kwargs)
+        with generation.lock:
+            if generation.stage == "swapped":
+                self._life.reject(generation, f"compiled code raised {type(error).__name__}: {error}", "running")
+        return outputs
+
+    def _run_code(
+        self,
+        generation: Generation,
+        code: FromArtifact | FromCaches,
+        call: Call,
+    ) -> Any:
+        if isinstance(code, FromArtifact):
+            return self._run_artifact(generation, code, call)
+        if not generation.is_traced:
+            generation.is_traced = True
+            return self._trace(generation, code, call)
+        before = code.num_calls
+        outputs = code.run(call.target, *call.args, **call.kwargs)
+        if code.is_counting and code.num_calls == before:
+            self._note_stale(generation, call)
+        return outputs
+
+    def _trace(self, generation: Generation, code: FromCaches, call: Call) -> Any:
+        """The first real call, which traces if nothing was verified before."""
+        outputs = code.trace(call.target, *call.args, **call.kwargs)
+        with generation.lock:
+            if code.misses and generation.stage == "swapped":
+                self._life.reject(generation, self._life.miss(code))
+        return outputs
+
+    def _run_artifact(self, generation: Generation, code: FromArtifact, call: Call) -> Any:
+        try:
+            return code.run(call.target, *call.args, **call.kwargs)
+        except GuardError:
+            self._note_stale(generation, call)
+        return self.eager(call.target, *call.args, **call.kwargs)
+
+    def _note_stale(self, generation: Generation, call: Call) -> None:
+        """The guards failed, so that call ran eagerly: the program's own state has changed since it was compiled.
+
+        Or it is for other sizes than it was meant for; then these have a generation of their own from the next call on.
+        """
+        with generation.lock:
+            if generation.stage != "swapped":
+                return
+            if generation.family is not None and call.sizes != generation.proven:
+                self._misfit(generation.family)
+                fallback = self._generations.by_signature[call.signature] = Generation()
+                self._life.start(fallback, call)
+                return
+            generation.stale += 1
+            if generation.stale > MAX_STALE:
+                self._life.retire(generation, f"the program's state changed {MAX_STALE} times since it was compiled")
+                return
+            self._decide("compiled again", "the program's state changed since it was compiled (its guards failed)")
+            self._life.start_again(generation, call)
+
+    def _misfit(self, alike: Family) -> None:
+        alike.num_misfits += 1
+        if alike.is_static:
+            alike.give_up()
+        self._decide("static", "the code for dynamic shapes does not serve these sizes (its guards failed)")
+
+    def _decide(self, choice: str, reason: str) -> None:
+        self._host.report.decide("compile", self.part.name, choice, reason)

@@ -1,0 +1,66 @@
+"""How torch.compile is to be called: its own arguments, as a value that can be sent to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchspan.regions import _torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """torch.compile's arguments; `extra` are those that only some versions of torch have."""
+
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_inductor(self) -> bool:
+        """Whether what is compiled lies in inductor's caches afterwards."""
+        return self.backend == "inductor"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing was asked of inductor that an artifact does not have: no mode, no options, static shapes."""
+        is_default = self.mode in (None, "default") and not self.extra and not self.dynamic
+        return self.is_inductor and is_default and dict(self.options) == {"fallback_random": True}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether compiled code draws other random numbers than eager does (inductor's own, unless told otherwise)."""
+        return self.is_inductor and not self.options.get("fallback_random", False)
+
+    def to_send(self) -> Settings:
+        """The same for another process, which has not registered this one's backends."""
+        if isinstance(self.backend, str) and not self.is_inductor:
+            return replace(self, backend=_torch.named_backend(self.backend))
+        return self
+
+    @property
+    def backend_name(self) -> str:
+        """The backend's name, for a Report."""
+        return self.backend if isinstance(self.backend, str) else getattr(self.backend, "__name__", repr(self.backend))
+
+    def compile(self, entry: Callable[..., Any], wrap: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """``torch.compile(entry)`` with these arguments; the backend goes through `wrap` first, where there is one.
+
+        Shapes are static unless dynamic ones were asked for: a generation serves one signature, and what dynamo would learn
+        from an earlier one must not tell the caller's process from the child, which has not seen it.
+        """
+        arguments: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": bool(self.dynamic), **self.extra}
+        if self.is_inductor:
+            inductor = _torch.inductor(self.mode, self.options, bool(self.dynamic))
+            arguments["backend"] = wrap(inductor) if wrap else inductor
+        else:
+            arguments["backend"] = wrap(_torch.backend_function(self.backend)) if wrap else self.backend
+            if self.mode is not None:
+                arguments["mode"] = self.mode
+            if self.options:
+                arguments["options"] = dict(self.options)
+        return _torch.torch_compile()(entry, **arguments)
