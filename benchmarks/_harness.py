@@ -95,6 +95,13 @@ def _last_line(command: list[str], env: dict[str, str] | None) -> str:
 
 def write(name: str, rows: list[Row], out: Path | None, **more: Any) -> None:
     """Draw the rows, and write them to `out` with what they were measured on, and whatever `more` there is to say."""
+    draw(name, rows)
+    if out is not None:
+        save(name, rows, out, **more)
+
+
+def draw(name: str, rows: list[Row]) -> None:
+    """Draw the rows as a table."""
     table = Table(title=name, box=None, title_justify="left")
     for column in ("comparison", "torchspan", "other side", "ratio", "spread", "goal", "note"):
         table.add_column(column)
@@ -104,10 +111,12 @@ def write(name: str, rows: list[Row], out: Path | None, **more: Any) -> None:
         ours, theirs = f"{row.ours:.4g} {row.unit}", f"{row.theirs:.4g} {row.unit}"
         table.add_row(row.name, ours, theirs, f"{row.ratio:.3f}", spread, goal, row.note)
     Console().print(table)
-    if out is not None:
-        out.write_text(
-            json.dumps({"benchmark": name, **machine(), **more, "rows": [_plain(row) for row in rows]}, indent=1) + "\n"
-        )
+
+
+def save(name: str, rows: list[Row], out: Path, **more: Any) -> None:
+    """Write the rows to `out`, as `write` does."""
+    found = {"benchmark": name, **machine(), **more, "rows": [_plain(row) for row in rows]}
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _plain(row: Row) -> dict[str, Any]:

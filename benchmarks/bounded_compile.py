@@ -80,12 +80,14 @@ elif side == "torch":
     import torch._dynamo, torch._inductor.compile_fx
     figures["compile_s"] = timed(torch.compile(model, dynamic=False))
 else:
-    from torchspan.strategies import Budget, Job, compile_bounded, run_bounded
-    from torchspan.strategies._transport import dumps
+    from torchspan.strategies import compile_bounded
+    from torchspan.jobs.budget import Budget
+    from torchspan.jobs.supervisor import Job, run_bounded
+    from torchspan.jobs.transport import dumps
     strategy, handback = side.split("+")
     if os.environ["WARM"] == "1":
         begun = time.perf_counter()
-        run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (1,)))), Budget(600))
+        run_bounded(Job("torchspan.regions.worker:call_function", dumps((abs, (1,)))), Budget(600))
         figures["start_s"] = time.perf_counter() - begun
     begun = time.perf_counter()
     bounded = compile_bounded(model, strategy=strategy, handback=handback, budget=Budget(600))
@@ -118,8 +120,10 @@ print(json.dumps(figures), flush=True)
 LIMITS = """
 import ctypes, json, time
 import torch
-from torchspan.strategies import Budget, Job, compile_bounded, end_servers, run_bounded
-from torchspan.strategies._transport import dumps
+from torchspan.strategies import compile_bounded
+from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import Job, end_servers, run_bounded
+from torchspan.jobs.transport import dumps
 
 def sleeps(graph, inputs):
     time.sleep(1000)
@@ -136,7 +140,7 @@ def allocates(graph, inputs):
     while True:
         pages.append(b"1" * (1 << 24))
 
-run_bounded(Job("torchspan.strategies._worker:call_function", dumps((abs, (1,)))), Budget(600))
+run_bounded(Job("torchspan.regions.worker:call_function", dumps((abs, (1,)))), Budget(600))
 
 def ended(backend, **budget):
     model = compile_bounded(torch.nn.Linear(4, 4), strategy="whole", backend=backend, wait=True, budget=Budget(**budget))
@@ -155,7 +159,9 @@ print(json.dumps({"seconds": max(one.seconds for one in timeouts), "bytes": eate
 WEIGHTS = """
 import json, os, psutil
 import torch
-from torchspan.strategies import Budget, compile_bounded, end_servers
+from torchspan.strategies import compile_bounded
+from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import end_servers
 
 rows = int(os.environ["ROWS"])
 model = torch.nn.Sequential(torch.nn.Embedding(rows, 1024), torch.nn.Linear(1024, 16))
