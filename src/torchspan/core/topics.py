@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from torchspan.core.errors import InputError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Topic(str, Enum):
+
+class _Named(str, Enum):
+    """A word of a Report: itself as text, found by it."""
+
+    __str__ = str.__str__
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """The member of this name; raises InputError for a name that is none."""
+        found = cls._value2member_map_.get(name)
+        if not isinstance(found, cls):
+            raise InputError(f"{cls.__name__.lower()} is {name!r}; expected one of {', '.join(cls)}")
+        return found
+
+
+class Topic(_Named):
     """The part of torchspan that decided: its `heading` in a report, and the `folder` whose logger it writes to.
 
     >>> Topic.of("device").heading, Topic.of("pass").folder
@@ -37,18 +55,8 @@ class Topic(str, Enum):
     DEPRECATED = "deprecated", "deprecated", "backports"
     UNSUPPORTED = "unsupported", "not supported", "backports"
 
-    __str__ = str.__str__
 
-    @classmethod
-    def of(cls, name: str) -> Topic:
-        """The topic of this name; raises InputError for a name that is none."""
-        found = cls._value2member_map_.get(name)
-        if not isinstance(found, cls):
-            raise InputError(f"topic is {name!r}; expected one of {', '.join(cls)}")
-        return found
-
-
-class Standing(str, Enum):
+class Standing(_Named):
     """How what was given stands to what was asked for; a `badge` names it on a page, in a colour of page.css."""
 
     badge: str
@@ -63,13 +71,3 @@ class Standing(str, Enum):
     SIMULATED = "simulated", "simulated"
     LEFT_OUT = "left out", "left"
     UNSUPPORTED = "unsupported", "unsupported"
-
-    __str__ = str.__str__
-
-    @classmethod
-    def of(cls, name: str) -> Standing:
-        """The standing of this name; raises InputError for a name that is none."""
-        found = cls._value2member_map_.get(name)
-        if not isinstance(found, cls):
-            raise InputError(f"standing is {name!r}; expected one of {', '.join(cls)}")
-        return found

@@ -335,9 +335,10 @@ class Redirection:
             choice, reason = choice or chosen.device, chosen.reason
             reason += self._shared(request)
         if self.mode == "strict":
+            otherwise = "" if standing is Standing.REDIRECTED else f"else {standing}, as "
             raise UnsupportedError(
-                f"{site}: {subject}: {reason or self.choice.reason}; device='strict' redirects nothing: take the device from "
-                "torch.accelerator.current_accelerator(), or run with device='auto'"
+                f"{site}: {subject}: {otherwise}{reason or self.choice.reason}; device='strict' redirects nothing: take the "
+                "device from torch.accelerator.current_accelerator(), or run with device='auto'"
             )
         if reason and _SHARED in reason:
             self._warn_once(f"{subject}: {reason}", site)
