@@ -146,10 +146,7 @@ class Lifecycle:
             if filled.artifact is None:
                 prepare_to_load(filled.isas)
         except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
-            failed = Ending(
-                "failed", ending.seconds, ending.peak_bytes, f"{type(cause).__name__}: {cause}", "importing inductor"
-            )
-            self.give_up(generation, failed)
+            self.give_up(generation, _failure(cause, "importing inductor", ending.seconds, ending.peak_bytes))
             return
         self._note_caches(filled)
         to_load = {} if filled.artifact is not None else filled.kept.files
@@ -252,10 +249,7 @@ class Lifecycle:
             self._note_handback(generation, settings.is_inductor)
         try:
             wrong = self._verify(generation.code, call) if self._host.verify != "off" else None
-        except verify.EagerRaisesError as cause:  # this call runs eagerly, and raises; the next one is taken instead
-            self._note_unchecked(generation, cause)
-            return
-        except Exception as cause:  # noqa: BLE001 - of a check that does not run here, as where memory is short
+        except Exception as cause:  # noqa: BLE001 - eager raises in this call, or the check does not run: memory is short
             self._note_unchecked(generation, cause)
             return
         if wrong is not None and isinstance(generation.code, FromArtifact):
@@ -273,7 +267,7 @@ class Lifecycle:
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
-        told = str(cause) if isinstance(cause, TorchspanError) else f"{type(cause).__name__}: {cause}"
+        told = _said(cause) if isinstance(cause, TorchspanError) else f"{type(cause).__name__}: {_said(cause)}"
         generation.num_unchecked += 1
         if generation.num_unchecked < MAX_UNCHECKED:
             self._decide("not verified", told)
@@ -350,9 +344,9 @@ class Lifecycle:
         self._host.report.attempt(ending.attempt(self.strategy, self.part.name, self._host.settings.backend_name))
 
 
-def _failure(cause: Exception, where: str) -> Ending:
+def _failure(cause: Exception, where: str, seconds: float = 0.0, peak_bytes: int | None = None) -> Ending:
     """What an error of ours, or of what was asked of the program, comes to."""
-    return Ending("failed", 0.0, cause=f"{type(cause).__name__}: {_said(cause)}", where=where)
+    return Ending("failed", seconds, peak_bytes, f"{type(cause).__name__}: {_said(cause)}", where)
 
 
 def _said(cause: Exception) -> str:
