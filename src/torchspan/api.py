@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
+from torchspan.core.activation import Activation
 from torchspan.core.collector import collecting_later
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.logs import show_logs
@@ -65,24 +66,15 @@ def activate(
     global _environment
     import torch  # noqa: F401 - first: it calls autoload, which may do what is asked for here
 
-    settings = {
-        "TORCHSPAN": "1",
-        "TORCHSPAN_DEVICE": device,
-        "TORCHSPAN_MASQUERADE": str(int(masquerade)),
-        "TORCHSPAN_BACKPORTS": str(int(backports)),
-        "TORCHSPAN_COMPILE": compile,
-        "TORCHSPAN_DISABLE": ",".join(sorted(disable)),
-    }
-    if budget is not None:
-        settings["TORCHSPAN_BUDGET_SECONDS"] = str(budget.seconds)
-        settings["TORCHSPAN_BUDGET_MEMORY"] = "" if budget.limit_bytes is None else str(budget.limit_bytes)
+    activation = Activation(device, masquerade, backports, compile, *_text_of(budget), ",".join(sorted(disable)))
+    settings = activation.to_environ()
     with _lock, collecting_later():
         if _environment is not None and _environment.is_active:
             if _environment.settings == settings:
                 return _environment
             _environment.deactivate()
         report = Report(current_report())
-        patches = _patches(device, masquerade, backports, compile, budget, frozenset(disable), report)
+        patches = _patches(activation, budget, report)
         from torchspan.environment.scope import Environment
 
         _environment = Environment(patches, report, settings).activate()
@@ -166,16 +158,14 @@ def autoload() -> None:
     calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
     """
     show_logs(os.environ.get("TORCHSPAN_LOG", ""))
-    mode = os.environ.get("TORCHSPAN_COMPILE", "off")
-    if mode not in ("off", "bounded"):
-        raise InputError(f"TORCHSPAN_COMPILE is {mode!r}; expected 'off' or 'bounded'")
+    asked = Activation.from_environ(os.environ)
     environment = activate(
-        os.environ.get("TORCHSPAN_DEVICE", "auto"),
-        masquerade=os.environ.get("TORCHSPAN_MASQUERADE", "0") not in ("", "0"),
-        backports=os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0",
-        compile="bounded" if mode == "bounded" else "off",
-        budget=_budget_of(os.environ),
-        disable=split_names(os.environ.get("TORCHSPAN_DISABLE")),
+        asked.device,
+        masquerade=asked.masquerade,
+        backports=asked.backports,
+        compile="bounded" if asked.compile == "bounded" else "off",
+        budget=_budget_of(asked),
+        disable=split_names(asked.disable),
     )
     if os.environ.get("TORCHSPAN_REPORT_PARTS"):  # the process that started this one makes a page of what both do
         from torchspan.report import write_part
@@ -183,8 +173,14 @@ def autoload() -> None:
         write_part(environment.report)
 
 
-def _budget_of(variables: Mapping[str, str]) -> Budget | None:
-    seconds, memory = variables.get("TORCHSPAN_BUDGET_SECONDS"), variables.get("TORCHSPAN_BUDGET_MEMORY")
+def _text_of(budget: Budget | None) -> tuple[str | None, str | None]:
+    if budget is None:
+        return None, None
+    return str(budget.seconds), "" if budget.limit_bytes is None else str(budget.limit_bytes)
+
+
+def _budget_of(asked: Activation) -> Budget | None:
+    seconds, memory = asked.budget_seconds, asked.budget_memory
     if seconds is None and memory is None:
         return None
     from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
@@ -195,29 +191,28 @@ def _budget_of(variables: Mapping[str, str]) -> Budget | None:
         raise InputError(f"TORCHSPAN_BUDGET_SECONDS is {seconds!r}; expected a number of seconds, such as 120") from cause
 
 
-def _patches(
-    device: str, masquerade: bool, backports: bool, compile: str, budget: Budget | None, disable: frozenset[str], report: Report
-) -> list[Patch]:
+def _patches(activation: Activation, budget: Budget | None, report: Report) -> list[Patch]:
     import torch
 
     from torchspan.backports._base import backport_names, backport_patches
     from torchspan.scan import advice_patches, setting_patches
 
+    disabled = frozenset(split_names(activation.disable))
     patches: list[Patch] = advice_patches()
     known = {"advice", "settings", *backport_names()}
-    if device != "off":
+    if activation.device != "off":
         from torchspan.devices._base import REGISTRY as RULES
         from torchspan.devices._base import device_patches
         from torchspan.environment.facts import gather
 
         known |= set(RULES.names())
-        patches += device_patches(gather(has_tools=False), device, report, masquerade=masquerade)
-    for name in disable - known:
+        patches += device_patches(gather(has_tools=False), activation.device, report, masquerade=activation.masquerade)
+    for name in disabled - known:
         raise unknown_name("backport or device rule", name, known, "'torchspan doctor' lists them")
-    if backports:
+    if activation.backports:
         patches += [*backport_patches(), *setting_patches(torch.__version__)]
-    patches = [patch for patch in patches if patch.owner not in disable]
-    if compile == "bounded":
+    patches = [patch for patch in patches if patch.owner not in disabled]
+    if activation.compile == "bounded":
         from torchspan.strategies import torch_compile_patch
 
         patches.append(torch_compile_patch(budget=budget))
