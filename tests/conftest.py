@@ -21,7 +21,7 @@ for _name, _value in QUICK_COMPILES.items():
 import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DEFAULT_TORCH = "2.13.0"
+DEFAULT_TORCH, OLDEST_TORCH = "2.13.0", "2.8.0"
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -85,7 +85,7 @@ def moved_tests() -> list[tuple[str, str]]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine, this torch or this run is not for."""
-    is_default = torch.__version__.startswith(DEFAULT_TORCH)
+    is_default, is_oldest = map(torch.__version__.startswith, (DEFAULT_TORCH, OLDEST_TORCH))
     kinds: dict[str, list[str]] = {item.nodeid: [marker.name for marker in item.iter_markers()] for item in items}
     by_file = _ids_by_file(items)
     for kind, test in moved_tests():
@@ -106,6 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--exhaustive"):
         skips["default-torch"] = (not is_default, f"runs on torch {DEFAULT_TORCH}; here in 'make test-all' only")
         skips["ends"] = (is_default, f"runs on torches other than {DEFAULT_TORCH}; here in 'make test-all' only")
+        skips["oldest"] = (not is_oldest, f"runs on torch {OLDEST_TORCH}; here in 'make test-all' only")
         skips["exhaustive"] = (True, "runs in 'make test-all' only")
     for item in items:
         for kind, (is_skipped, reason) in skips.items():
