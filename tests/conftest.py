@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported. A compile in this process or in a fresh one spends most of its seconds on trying out vector
-# instructions with the C++ compiler and on processes that compile beside it; the first answers what /proc/cpuinfo says already,
-# the second find no core that is free. `as_found` of `run_python` runs a program as a user's machine does, with both.
+# Before torch is imported. The threads of one operator wait for each other by spinning: two of them take more than twice the time
+# of one where another job runs on two cores. A compile in this process or in a fresh one spends most of its seconds on trying out
+# vector instructions with the C++ compiler and on processes that compile beside it; the first answers what /proc/cpuinfo says
+# already, the second find no core that is free. `as_found` of `run_python` runs a program as a user's machine does, with both.
 QUICK_COMPILES = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-for _name, _value in QUICK_COMPILES.items():
+for _name, _value in ({"OMP_NUM_THREADS": "1"} | QUICK_COMPILES).items():
     os.environ.setdefault(_name, _value)
 
 import torch  # noqa: E402
@@ -55,7 +56,7 @@ def _runner(folder: Path) -> Run:
             arguments = [str(script), *arguments]
         left_out = ("TORCHSPAN", *QUICK_COMPILES) if as_found else ("TORCHSPAN",)
         environ = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
-        environ |= {"OMP_NUM_THREADS": "1"} | (env or {})  # a small program spends most on threads that wait for each other
+        environ |= env or {}
         done = subprocess.run(
             [sys.executable, *arguments],
             capture_output=True,
