@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported. The threads of one operator wait for each other by spinning: beside another job on two cores, two of
-# them take more than twice the time of one. A compile in this process or in a fresh one spends most of its seconds on trying out
+# them take over twice the time of one. A compile in this process or in a fresh one spends most of its seconds on trying out
 # vector instructions with the C++ compiler and on processes that compile beside it; the first answers what /proc/cpuinfo says
 # already, the second find no core that is free. `as_found` of `run_python` runs a program as a user's machine does, with both.
 QUICK_COMPILES = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
