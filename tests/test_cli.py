@@ -63,18 +63,30 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_exit_code_2(
     assert len(captured.err.strip().splitlines()) == 1
 
 
-def test_doctor_tells_what_is_here_and_explains_one_backport(run_python: Callable[..., object]) -> None:
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command prints, in this process: starting one that imports torch takes seconds."""
+
+    def call(*arguments: str, code: int = 0) -> str:
+        assert main(arguments) == code
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return call
+
+
+def test_doctor_tells_what_is_here_and_explains_one_backport(printed: Callable[..., str]) -> None:
     import torch
 
-    values = json.loads(run_python(None, *TORCHSPAN, "doctor", "--json").stdout)  # type: ignore[attr-defined]
+    values = json.loads(printed("doctor", "--json"))
     assert values["facts"]["torch"] == torch.__version__
     states = {row["name"]: row["state"] for row in values["backports"]}
     assert states["annotate"] == ("backported" if torch.__version__.startswith(("2.8.", "2.9.")) else "native")
     assert values["strategies"]["eager"].startswith("Nothing is compiled") and "llama3" in values["models"]
-    drawn = run_python(None, *TORCHSPAN, "doctor").stdout  # type: ignore[attr-defined]
+    drawn = printed("doctor")
     assert torch.__version__ in drawn
     assert all(name in drawn for name in ("regional_inductor", "masquerade", "remove_noops", "per_block", "deepseek_v3"))
-    explained = run_python(None, *TORCHSPAN, "doctor", "annotate").stdout  # type: ignore[attr-defined]
+    explained = printed("doctor", "annotate")
     assert "torch 2.10" in explained and "https://github.com/pytorch/pytorch" in explained
 
 
@@ -121,30 +133,29 @@ def test_the_variable_alone_activates_and_children_inherit_it(run_python) -> Non
     assert done.stdout.split() == ["cpu", "True"] * 2
 
 
-def test_passes_are_listed_with_their_options(run_python) -> None:
-    rows = json.loads(run_python(None, *TORCHSPAN, "passes", "--json").stdout)
+def test_passes_are_listed_with_their_options(printed: Callable[..., str]) -> None:
+    rows = json.loads(printed("passes", "--json"))
     assert {"transformer_block_bucketing", "regional_inductor"} <= {row["name"] for row in rows}
     assert all(row["summary"] for row in rows)
-    assert "transformer_block_bucketing" in run_python(None, *TORCHSPAN, "passes").stdout
+    assert "transformer_block_bucketing" in printed("passes")
 
 
 @pytest.mark.once
-def test_an_artifact_is_made_shown_verified_and_compared(run_python: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_artifact_is_made_shown_verified_and_compared(
+    run_python: Callable[..., Any], printed: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
     (tmp_path / "key").write_bytes(b"a secret of enough bytes")
-    make = ("precompile", "models:build", "--inputs", "float32[4,3]", "--compiler", "regional_inductor")
-
-    def call(*arguments: str, code: int = 0) -> Any:
-        return run_python(None, *TORCHSPAN, *arguments, expect=code)
-
-    call(*make, "--inputs", "float32[5,3]", "--weights", "--sign", "key", "-o", "one.tspan")
-    call(*make, "-o", "other.tspan")
-    shown = json.loads(call("artifact", "show", "one.tspan", "--json").stdout)
+    monkeypatch.chdir(tmp_path)
+    make = (*TORCHSPAN, "precompile", "models:build", "--inputs", "float32[4,3]", "--compiler", "eager")
+    run_python(None, *make, "--inputs", "float32[5,3]", "--weights", "--sign", "key", "-o", "one.tspan")
+    run_python(None, *make, "-o", "other.tspan")
+    shown = json.loads(printed("artifact", "show", "one.tspan", "--json"))
     assert shown["entries"]["rebuild"].startswith("torchspan precompile models:build --inputs 'float32[4,3]' --inputs")
-    assert shown["entries"]["rebuild"].endswith("--compiler regional_inductor --weights --sign key -o one.tspan")
+    assert shown["entries"]["rebuild"].endswith("--compiler eager --weights --sign key -o one.tspan")
     assert len(shown["programs"]) == 2 and shown["signed_by"].startswith("hmac-sha256 ")
-    assert "weights.safetensors" in call("artifact", "show", "one.tspan").stdout
-    assert "It fits this torch and this machine." in call("artifact", "verify", "one.tspan", "--trusted-key", "key").stdout
-    assert "is not signed" in call("artifact", "verify", "other.tspan", "--trusted-key", "key", code=1).stderr
-    assert "the same entries and payloads" in call("artifact", "diff", "one.tspan", "one.tspan").stdout
-    assert "weights.safetensors" in call("artifact", "diff", "one.tspan", "other.tspan", code=1).stdout
+    assert "weights.safetensors" in printed("artifact", "show", "one.tspan")
+    assert "It fits this torch and this machine." in printed("artifact", "verify", "one.tspan", "--trusted-key", "key")
+    assert "is not signed" in printed("artifact", "verify", "other.tspan", "--trusted-key", "key", code=1)
+    assert "the same entries and payloads" in printed("artifact", "diff", "one.tspan", "one.tspan")
+    assert "weights.safetensors" in printed("artifact", "diff", "one.tspan", "other.tspan", code=1)
