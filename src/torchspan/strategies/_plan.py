@@ -72,7 +72,7 @@ class Plan:
         self._spent_s = 0.0
         self._lock = threading.RLock()
         self._rung_ends_s = budget.seconds  # when that much is spent, the rest is for the rungs below
-        self._begun: set[int] = set()  # the regions of this rung that have had a turn
+        self._spent_of: dict[int, float] = {}  # what each part of this rung that has had a turn took
         self._why_ended: str | None = None
         self._regions: tuple[Region, ...] = ()
         self._root: Region | None = None
@@ -179,7 +179,7 @@ class Plan:
         self._regions = regions
         left = self._budget.seconds - self._spent_s
         self._rung_ends_s = self._spent_s + left * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
-        self._begun.clear()
+        self._spent_of.clear()
         for region in regions:
             if region.part.is_block:
                 for block in region.part.targets:
@@ -232,13 +232,17 @@ class Plan:
         left = self._rung_ends_s - self._spent_s
         if left <= 0:
             return Ending("skipped", 0.0, cause="nothing is left of the budget")
-        self._begun.add(id(part))
-        num_kinds = 1 + sum(id(one.part) not in self._begun for one in self._regions)
-        return Allowance(replace(self._budget, seconds=left), self._budget.share_s(left, num_kinds))
+        spent = self._spent_of.setdefault(id(part), 0.0)
+        num_kinds = 1 + sum(id(one.part) not in self._spent_of for one in self._regions)
+        share = self._budget.share_s(left + spent, num_kinds) - spent
+        if share <= 0:
+            return Ending("skipped", 0.0, cause=f"nothing is left of its share of the budget: it took {spent:.3g} s")
+        return Allowance(replace(self._budget, seconds=left), min(share, left))
 
     def spend(self, strategy: str, part: Part, ending: Ending) -> None:
         """Count what a child took, and remember how it ended."""
         self._spent_s += ending.seconds
+        self._spent_of[id(part)] = self._spent_of.get(id(part), 0.0) + ending.seconds
         _measured.note_seconds(part, self.settings, ending)
         if not self._request.asked:  # else it was a part of what the strategy is
             measured = _measured.Measured(strategy, ending.outcome, ending.seconds)

@@ -1,0 +1,143 @@
+"""What each kind of region may spend of a budget: one that hangs leaves the others their share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchspan
+from torchspan.core.errors import InputError
+from torchspan.jobs.budget import Allowance, Budget
+from torchspan.jobs.supervisor import Ending
+from torchspan.strategies import _measured
+from torchspan.strategies._plan import Plan
+
+Wait = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured() -> Iterator[None]:
+    _measured.forget()
+    yield
+    _measured.forget()
+
+
+class Kind(nn.Module):
+    """A block of its own kind, by its width; its compile hangs, or not."""
+
+    def __init__(self, width: int, hangs: bool) -> None:
+        super().__init__()
+        self.inner, self.outer, self.hangs = nn.Linear(4, width), nn.Linear(width, 4), hangs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x).sin() if self.hangs else self.inner(x).relu())
+
+
+class Blocks(nn.Module):
+    """Kinds of blocks, each once, the last twice: what stands beside a repeated block is one too."""
+
+    def __init__(self, hangs: tuple[bool, ...]) -> None:
+        super().__init__()
+        kinds = [Kind(5 + number, one) for number, one in enumerate(hangs)]
+        self.parts = nn.ModuleList([*kinds, Kind(4 + len(hangs), hangs[-1])])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def hangs_at_a_sine(graph: Any, inputs: Any) -> Any:
+    if any(node.target in ("sin", torch.sin) for node in graph.graph.nodes):
+        time.sleep(1000)
+    return graph.forward
+
+
+def outcomes(program: Any) -> dict[str, str]:
+    return {one.region: one.outcome for one in program.report.attempts}
+
+
+def test_three_of_six_compiles_hang_and_the_other_three_are_swapped(until: Wait, nothing_left: Callable[[], None]) -> None:
+    model, x = Blocks((True, False, True, False, True, False)), torch.ones(2, 4)
+    with torch.no_grad():
+        compiled = torchspan.partial_compile(model, budget=Budget(20), backend=hangs_at_a_sine)
+        expected = model(x)
+        until(lambda: len(outcomes(compiled)) == 6, lambda: compiled(x))
+        assert torch.equal(compiled(x), expected)
+    assert outcomes(compiled) == {
+        **{f"parts.{number}": "timeout" for number in (0, 2, 4)},
+        **{f"parts.{number}": "compiled" for number in (1, 3)},
+        "Kind ×2": "compiled",
+    }, compiled.report.attempts
+    first = compiled.report.attempts[0]
+    assert first.cause == "not done after 3.333 s, its share of 20 s; ended" and "hangs_at_a_sine" in (first.where or "")
+    assert "swap_stall_s" in compiled.report.figures
+    assert sum(one.seconds for one in compiled.report.attempts) < 20 + 3
+    nothing_left()
+
+
+def plan_of(hangs: int, budget: Budget, **arguments: Any) -> Plan:
+    model = torchspan.partial_compile(Blocks((True,) * hangs), budget=budget, backend="eager", **arguments)
+    plan: Plan = model._torchspan_plan  # type: ignore[assignment]
+    return plan
+
+
+def spend(plan: Plan, number: int, seconds: float, has_compiled: bool = False) -> Allowance | Ending:
+    """Let the region of that number have a turn in which it takes so many seconds; what it was allowed."""
+    part = plan._regions[number].part
+    with plan.turn(part, lambda: False, has_compiled) as allowed:
+        if isinstance(allowed, Allowance):
+            plan.spend("per_block", part, Ending("timeout", seconds))
+    return allowed
+
+
+def shares(*found: Allowance | Ending) -> list[float | str | None]:
+    return [round(one.share_s, 3) if isinstance(one, Allowance) else one.cause for one in found]
+
+
+@pytest.mark.once
+def test_each_kind_has_an_equal_share_of_what_is_left_and_what_one_leaves_over_goes_to_the_others() -> None:
+    plan = plan_of(4, Budget(20))
+    assert shares(spend(plan, 0, 5), spend(plan, 1, 0), spend(plan, 2, 1), spend(plan, 3, 14)) == [5, 5, 7.5, 14]
+    assert shares(spend(plan, 3, 1)) == ["nothing is left of the budget"]
+
+
+@pytest.mark.once
+def test_a_kind_whose_share_is_spent_has_no_other_for_its_next_signature() -> None:
+    plan = plan_of(4, Budget(20))
+    assert shares(spend(plan, 0, 2), spend(plan, 0, 3)) == [5, 3]
+    assert shares(spend(plan, 0, 1)) == ["nothing is left of its share of the budget: it took 5 s"]
+    assert shares(spend(plan, 1, 5), spend(plan, 0, 1, has_compiled=True)) == [5, 20]  # what compiled once has it all again
+
+
+@pytest.mark.once
+def test_a_share_that_was_asked_for_is_the_time_out_of_each_kind() -> None:
+    plan = plan_of(4, Budget(20, region_seconds=8))
+    assert shares(spend(plan, 0, 8), spend(plan, 1, 8), spend(plan, 2, 4)) == [8, 8, 4]
+    with pytest.raises(InputError, match="budget of 0 seconds"):
+        Budget(20, region_seconds=0)
+
+
+@pytest.mark.once
+def test_a_strategy_of_which_some_regions_compiled_is_not_left_out_the_next_time() -> None:
+    budget = Budget(20)
+    plan = torchspan.compile(Blocks((True,) * 3), strategy="per_block", budget=budget, backend="eager")._torchspan_plan  # type: ignore[union-attr]
+    for part, outcome in zip(plan._regions, ("timeout", "compiled", "timeout"), strict=True):  # type: ignore[union-attr]
+        plan.spend("per_block", part.part, Ending(outcome, 1.0))  # type: ignore[union-attr, arg-type]
+    (known,) = _measured.recall(Blocks((True,) * 3), plan.settings, budget)  # type: ignore[union-attr, arg-type]
+    assert known.outcome == "compiled"
+
+
+@pytest.mark.once
+def test_what_took_long_before_is_thought_to_take_as_long_and_else_size_decides() -> None:
+    plan = plan_of(2, Budget(20))
+    small, part = (region.part for region in plan._regions)
+    assert _measured.estimate_s(small, plan.settings) == pytest.approx(3 * _measured.SECONDS_A_MODULE)
+    plan.spend("per_block", part, Ending("timeout", 12.0))
+    again = plan_of(2, Budget(20))
+    assert _measured.estimate_s(again._regions[1].part, plan.settings) == 12.0
