@@ -18,7 +18,7 @@ import pytest
 from torchspan.core.errors import InputError
 from torchspan.environment.scope import Environment
 from torchspan.jobs.budget import Budget
-from torchspan.jobs.supervisor import Ending, Job, run_bounded
+from torchspan.jobs.supervisor import Ending, Job, run_bounded, server_pids
 from torchspan.jobs.transport import dumps
 from torchspan.regions._torch import import_compiler
 
@@ -176,6 +176,12 @@ def test_a_job_sees_the_environment_variables_of_its_caller_and_of_the_active_en
     with Environment([], settings={"MADE_UP": "too"}):
         ending = run(look)
     assert pickle.loads(ending.result or b"") == ["here", "too", "off", None]
+
+
+def test_what_importing_the_compiler_sets_meanwhile_asks_for_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = server_pids()
+    monkeypatch.setenv("TORCH_WARM_POOL", "0")  # as our own import does, for as long as it takes
+    assert run(abs, -1).outcome == "compiled" and server_pids() == before
 
 
 @pytest.mark.once

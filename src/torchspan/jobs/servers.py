@@ -29,7 +29,7 @@ PRELOAD = ("torch", "torch._dynamo", "torch._inductor.compile_fx")
 UNWIND_S = 2.0  # how long the end of the program waits for the threads that wait for a job
 # what torch reads from the environment at import: a server that read another value is of no use
 _AT_IMPORT = re.compile(r"(TORCH|PYTORCH|TRITON|CUDA|INDUCTOR|AOT|CXX|CC$|OMP_|MKL_|KMP_|LD_|PYTHON|NCCL|GLOO)")
-_AT_USE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+_AT_USE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", *server.QUIET)  # of the last, a server has values of its own
 
 
 class ServersEndedError(Exception):
