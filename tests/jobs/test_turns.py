@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from torchspan.jobs.machine import Machine, free_bytes, num_cores
+from torchspan.jobs.machine import Machine, free_bytes, num_cores, num_ranks
 from torchspan.jobs.turns import MAX_CROWD, YOUNG_BYTES, Turn, Turns, Wish, next_turn
 
 pytestmark = pytest.mark.once
@@ -36,6 +36,12 @@ def test_half_of_the_cores_work_on_compiles_and_two_at_least(cores: int, places:
     running = [turn(began=100) for _ in range(places)]
     assert next_turn([turn()], running[1:], machine(cores), now=101) is not None
     assert next_turn([turn()], running, machine(cores), now=101) is None
+
+
+@pytest.mark.parametrize(("told", "places"), [("4", 4), ("64", 1), ("1", 16), ("", 16), ("many", 16)])
+def test_ranks_on_one_machine_divide_its_cores(told: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert Machine(32, lambda: 64 * GIB, num_ranks).num_children == places
 
 
 def test_jobs_that_hang_keep_no_other_waiting_as_long_as_memory_lasts() -> None:

@@ -14,20 +14,31 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores, and a function that gives the bytes that are free now."""
+    """Cores, and functions that give the bytes that are free now, and how many ranks of a job share the machine."""
 
     cores: int
     free_bytes: Callable[[], int]
+    num_ranks: Callable[[], int] = lambda: 1
 
     @property
     def num_children(self) -> int:
-        """How many compiles may work at once: half of the cores, which leaves the program its own, and two at least."""
-        return max(2, self.cores // 2)
+        """How many compiles may work at once: half of the cores, which leaves the program its own, and two at least.
+
+        Ranks divide them, and each has one at least.
+        """
+        ranks = self.num_ranks()
+        return max(2, self.cores // 2) if ranks == 1 else max(1, self.cores // 2 // ranks)
 
 
 def this_machine() -> Machine:
     """The machine that this process runs on."""
-    return Machine(num_cores(), free_bytes)
+    return Machine(num_cores(), free_bytes, num_ranks)
+
+
+def num_ranks() -> int:
+    """How many ranks of a distributed job run on this machine, as their launcher says; 1 without one."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdigit() else 1
 
 
 def num_cores(cgroup: Path = CGROUP) -> int:

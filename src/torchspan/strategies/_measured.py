@@ -108,4 +108,5 @@ def _key(program: Callable[..., Any], settings: Settings) -> Hashable | None:
     if not isinstance(program, torch.nn.Module):
         return None
     options = tuple(sorted((name, repr(value)) for name, value in settings.options.items()))
-    return structure(program), settings.backend, settings.mode, options, settings.fullgraph, settings.dynamic
+    key = structure(program), settings.backend, settings.mode, options, settings.fullgraph, settings.dynamic
+    return key if isinstance(settings.backend, Hashable) else None
