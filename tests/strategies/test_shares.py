@@ -12,6 +12,7 @@ from torch import nn
 
 import torchspan
 from torchspan.core.errors import InputError
+from torchspan.core.report import Outcome
 from torchspan.jobs.budget import Allowance, Budget
 from torchspan.jobs.supervisor import Ending
 from torchspan.strategies import _measured
@@ -81,14 +82,18 @@ def test_three_of_six_compiles_hang_and_the_other_three_are_swapped(until: Wait,
     nothing_left()
 
 
-def plan_of(hangs: int, budget: Budget, **arguments: Any) -> Plan:
-    model = torchspan.partial_compile(Blocks((True,) * hangs), budget=budget, backend="eager", **arguments)
-    plan: Plan = model._torchspan_plan  # type: ignore[assignment]
+def blocks(hangs: int, budget: Budget, **arguments: Any) -> Any:
+    return torchspan.partial_compile(Blocks((True,) * hangs), budget=budget, backend="eager", **arguments)
+
+
+def plan_of(program: Any) -> Plan:
+    plan: Plan = program._torchspan_plan
     return plan
 
 
-def spend(plan: Plan, number: int, seconds: float, has_compiled: bool = False) -> Allowance | Ending:
+def spend(program: Any, number: int, seconds: float, has_compiled: bool = False) -> Allowance | Ending:
     """Let the region of that number have a turn in which it takes so many seconds; what it was allowed."""
+    plan = plan_of(program)
     part = plan._regions[number].part
     with plan.turn(part, lambda: False, has_compiled) as allowed:
         if isinstance(allowed, Allowance):
@@ -102,23 +107,26 @@ def shares(*found: Allowance | Ending) -> list[float | str | None]:
 
 @pytest.mark.once
 def test_each_kind_has_an_equal_share_of_what_is_left_and_what_one_leaves_over_goes_to_the_others() -> None:
-    plan = plan_of(4, Budget(20))
-    assert shares(spend(plan, 0, 5), spend(plan, 1, 0), spend(plan, 2, 1), spend(plan, 3, 14)) == [5, 5, 7.5, 14]
-    assert shares(spend(plan, 3, 1)) == ["nothing is left of the budget"]
+    program = blocks(4, Budget(20))
+    assert shares(spend(program, 0, 5), spend(program, 1, 0), spend(program, 2, 1), spend(program, 3, 14)) == [5, 5, 7.5, 14]
+    assert shares(spend(program, 3, 1)) == ["nothing is left of the budget"]
 
 
 @pytest.mark.once
 def test_a_kind_whose_share_is_spent_has_no_other_for_its_next_signature() -> None:
-    plan = plan_of(4, Budget(20))
-    assert shares(spend(plan, 0, 2), spend(plan, 0, 3)) == [5, 3]
-    assert shares(spend(plan, 0, 1)) == ["nothing is left of its share of the budget: it took 5 s"]
-    assert shares(spend(plan, 1, 5), spend(plan, 0, 1, has_compiled=True)) == [5, 20]  # what compiled once has it all again
+    program = blocks(4, Budget(20))
+    assert shares(spend(program, 0, 2), spend(program, 0, 3)) == [5, 3]
+    assert shares(spend(program, 0, 1)) == ["nothing is left of its share of the budget: it took 5 s"]
+    assert shares(spend(program, 1, 5), spend(program, 0, 1, has_compiled=True)) == [
+        5,
+        20,
+    ]  # what compiled once has it all again
 
 
 @pytest.mark.once
 def test_a_share_that_was_asked_for_is_the_time_out_of_each_kind() -> None:
-    plan = plan_of(4, Budget(20, region_seconds=8))
-    assert shares(spend(plan, 0, 8), spend(plan, 1, 8), spend(plan, 2, 4)) == [8, 8, 4]
+    program = blocks(4, Budget(20, region_seconds=8))
+    assert shares(spend(program, 0, 8), spend(program, 1, 8), spend(program, 2, 4)) == [8, 8, 4]
     with pytest.raises(InputError, match="budget of 0 seconds"):
         Budget(20, region_seconds=0)
 
@@ -126,18 +134,21 @@ def test_a_share_that_was_asked_for_is_the_time_out_of_each_kind() -> None:
 @pytest.mark.once
 def test_a_strategy_of_which_some_regions_compiled_is_not_left_out_the_next_time() -> None:
     budget = Budget(20)
-    plan = torchspan.compile(Blocks((True,) * 3), strategy="per_block", budget=budget, backend="eager")._torchspan_plan  # type: ignore[union-attr]
-    for part, outcome in zip(plan._regions, ("timeout", "compiled", "timeout"), strict=True):  # type: ignore[union-attr]
-        plan.spend("per_block", part.part, Ending(outcome, 1.0))  # type: ignore[union-attr, arg-type]
-    (known,) = _measured.recall(Blocks((True,) * 3), plan.settings, budget)  # type: ignore[union-attr, arg-type]
+    program = torchspan.compile(Blocks((True,) * 3), strategy="per_block", budget=budget, backend="eager")
+    plan = plan_of(program)
+    outcomes: tuple[Outcome, ...] = ("timeout", "compiled", "timeout")
+    for region, outcome in zip(plan._regions, outcomes, strict=True):
+        plan.spend("per_block", region.part, Ending(outcome, 1.0))
+    (known,) = _measured.recall(Blocks((True,) * 3), plan.settings, budget)
     assert known.outcome == "compiled"
 
 
 @pytest.mark.once
 def test_what_took_long_before_is_thought_to_take_as_long_and_else_size_decides() -> None:
-    plan = plan_of(2, Budget(20))
+    program = blocks(2, Budget(20))
+    plan = plan_of(program)
     small, part = (region.part for region in plan._regions)
     assert _measured.estimate_s(small, plan.settings) == pytest.approx(3 * _measured.SECONDS_A_MODULE)
     plan.spend("per_block", part, Ending("timeout", 12.0))
-    again = plan_of(2, Budget(20))
-    assert _measured.estimate_s(again._regions[1].part, plan.settings) == 12.0
+    again = blocks(2, Budget(20))
+    assert _measured.estimate_s(plan_of(again)._regions[1].part, plan.settings) == 12.0
