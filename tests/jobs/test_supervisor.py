@@ -91,6 +91,13 @@ def test_a_job_that_hangs_ends_at_its_limit_and_says_where(
     nothing_left()
 
 
+@pytest.mark.once
+def test_a_share_of_the_budget_is_the_limit_of_the_job_itself(nothing_left: Callable[[], None]) -> None:
+    ending = run(sleep_for_ever, budget=Budget(seconds=60), share_s=1.5)
+    assert ending.outcome == "timeout" and ending.cause == "not done after 1.5 s, its share of 60 s; ended"
+    nothing_left()
+
+
 @pytest.mark.parametrize("function", [eat_memory, eat_memory_in_a_child])
 def test_a_job_that_eats_memory_ends_at_its_limit(function: Callable[..., Any], nothing_left: Callable[[], None]) -> None:
     limit = 2 << 30
