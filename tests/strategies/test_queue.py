@@ -27,7 +27,7 @@ LONG = Budget(seconds=300, memory="1GiB")
 
 @pytest.fixture(autouse=True)
 def two_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the machine bears, whatever it is: two compiles at once, and six more beside those that are slow."""
+    """What the machine bears, whatever it is: two compiles at once, and four more beside those that are slow."""
     monkeypatch.setattr(turns, "machine", Machine(2, lambda: 64 << 30))
 
 

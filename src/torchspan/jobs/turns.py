@@ -19,8 +19,9 @@ from torchspan.jobs.machine import Machine, this_machine
 POLL_S = 0.1
 YOUNG_S = 5.0  # what a child takes after that shows in the machine's free memory
 YOUNG_BYTES = 2 << 30  # what a child is thought to take before
-SLOW_FACTOR = 2.0  # a job that takes more than this many times what was thought is slow, but never in its first YOUNG_S
-MAX_CROWD = 4  # children at once for each place, slow ones included
+SLOW_FACTOR = 2.0  # a job that takes more than this many times what was thought is slow, but never in its first SLOW_S
+SLOW_S = 10.0
+MAX_CROWD = 3  # children at once for each place, slow ones included: they may be slow because there are so many
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Turn:
 
     def is_slow(self, now: float) -> bool:
         """Whether it runs for longer than was thought."""
-        return now - self.began > max(YOUNG_S, SLOW_FACTOR * self.wish.seconds)
+        return now - self.began > max(SLOW_S, SLOW_FACTOR * self.wish.seconds)
 
 
 def next_turn(waiting: Sequence[Turn], running: Sequence[Turn], machine: Machine, now: float) -> Turn | None:

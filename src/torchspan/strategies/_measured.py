@@ -20,6 +20,7 @@ MAX_KNOWN = 256
 # what a larger budget or another strategy may cure; a compile that failed for another reason is tried again
 _COSTLY = ("timeout", "memory", "crashed")
 SECONDS_A_MODULE = 0.1  # of a Llama's, by inductor: 3.5 s for two blocks of about fifteen modules, 44 s for thirty-two
+FIRST_SECONDS = 10.0  # of the least that inductor compiles: its C++ compiler
 _seconds: dict[Hashable, float] = {}
 _known: dict[Hashable, dict[str, tuple[Measured, Budget]]] = {}
 _lock = threading.Lock()
@@ -82,7 +83,8 @@ def estimate_s(part: Part, settings: Settings) -> float:
         known = _seconds.get(key) if key is not None else None
     if known is not None:
         return known
-    return SECONDS_A_MODULE * (sum(1 for _ in target.modules()) if isinstance(target, torch.nn.Module) else 10)
+    num_modules = sum(1 for _ in target.modules()) if isinstance(target, torch.nn.Module) else 1
+    return SECONDS_A_MODULE * num_modules + (FIRST_SECONDS if settings.is_inductor else 0.0)
 
 
 def forget() -> None:
