@@ -67,7 +67,7 @@ def test_twenty_models_called_at_once_do_not_wait_for_two_that_hang(until: Wait,
     reports = [program.report for program in stuck]
     assert [outcomes(report) for report in reports] == [[], []]  # they still hang
     stuck.clear()
-    until(lambda: all(report.attempts for report in reports), timeout_s=20)
+    until(lambda: all(report.attempts for report in reports))
     assert [outcomes(report) for report in reports] == [[GONE], [GONE]]
     nothing_left()
 
@@ -84,11 +84,11 @@ def test_a_compile_is_cancelled_with_its_model_also_in_the_queue(
         if len(reports) == 1:
             first = program  # whose compile goes on
     del program
-    until(lambda: all(report.attempts for report in reports[1:]), timeout_s=20)
+    until(lambda: all(report.attempts for report in reports[1:]))
     assert [outcomes(report) for report in reports] == [[], *[[GONE]] * 11]
     assert turns.num_waiting == 0
     del first
-    until(lambda: bool(reports[0].attempts), timeout_s=20)
+    until(lambda: bool(reports[0].attempts))
     nothing_left()
 
 
@@ -108,7 +108,7 @@ def test_a_model_with_compiled_code_is_not_kept_by_the_compile_of_another_size(
     report = programs[0].report
     programs.clear()
     gc.collect()
-    until(lambda: len(report.attempts) == 2, timeout_s=20)
+    until(lambda: len(report.attempts) == 2)
     assert outcomes(report)[1] == GONE
     nothing_left()
 
@@ -122,7 +122,7 @@ def test_ending_the_servers_or_the_compiles_ends_the_queue_too_and_starts_none(
             program(torch.ones(2, 4))
         until(lambda: turns.num_waiting > 0)
         end()
-        until(lambda programs=programs: all(program.report.attempts for program in programs), timeout_s=20)
+        until(lambda programs=programs: all(program.report.attempts for program in programs))
         assert [outcomes(program.report) for program in programs] == [[("cancelled", why)]] * 12
         if end is end_servers:
             assert server_pids() == []
