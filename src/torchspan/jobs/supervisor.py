@@ -144,6 +144,8 @@ class _Run:
         verdict = folder / "verdict.json"
         if verdict.exists():
             return dict(json.loads(verdict.read_text()))
+        if self._cancel.is_set():  # before its warden was there to say so
+            return _cancelled()
         return {"outcome": "timeout", "where": None} if time.monotonic() > self._deadline else None
 
     def _await_ready(self, folder: Path, server: Connection) -> dict[str, Any] | None:
