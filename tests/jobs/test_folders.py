@@ -41,7 +41,8 @@ def test_a_folder_is_gone_after_its_job(temporary: Path) -> None:
 
 def test_what_a_killed_maker_left_is_swept_and_what_a_living_one_has_is_not(temporary: Path) -> None:
     def make_and_die() -> None:
-        folders.job_folder().__enter__()
+        held = folders.job_folder()
+        held.__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
 
     pid = os.fork()
