@@ -188,7 +188,7 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
 
 def _end_with(bounded: Callable[..., Any], plan: Plan) -> None:
     """Have the compiles of `plan` end when nobody has `bounded` any more; at the program's end, all do."""
-    weakref.finalize(bounded, _end_plan, weakref.ref(plan)).atexit = False
+    weakref.finalize(bounded, _end_plan, weakref.ref(plan))
 
 
 def _end_plan(plan: weakref.ref[Plan]) -> None:
