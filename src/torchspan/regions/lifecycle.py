@@ -23,9 +23,10 @@ from torchspan.caches import ledger
 from torchspan.core.errors import GuardError, InputError, TorchspanError
 from torchspan.core.report import log
 from torchspan.jobs import transport
+from torchspan.jobs.budget import Allowance
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.regions import _torch, ambient, verify, watch
-from torchspan.regions.call import Call
+from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
 from torchspan.regions.fullgraph import break_message
 from torchspan.regions.generation import Generation, Generations
@@ -57,7 +58,7 @@ class _Work:
     """What a thread has compiled: for which generation, which program, and the pickled Task of it."""
 
     generation: Generation
-    target: Any
+    target: Callable[[], Any]  # a program that nobody has any more is not kept for its compile, see `_held`
     payload: bytes
     is_fresh: bool  # whether it needs a process that was not forked
 
@@ -93,7 +94,7 @@ class Lifecycle:
         except InputError as cause:
             self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
-        work = _Work(generation, call.target, payload, gpu.kind != "cpu")
+        work = _Work(generation, _held(call.target), payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
 
     def _payload(self, dims: Dims, call: Call) -> bytes:
@@ -134,7 +135,7 @@ class Lifecycle:
                 self.give_up(generation, ending)
             return
         filled: Filled = pickle.loads(ending.result)
-        if filled.artifact is not None and not self._load(generation, work.target, filled.artifact):
+        if filled.artifact is not None and not self._load(generation, work.target(), filled.artifact):
             generation.wants_artifact = False
             self._attempt(replace(ending, outcome="failed", cause="its artifact does not load here", where="loading"))
             self._compile(work)
@@ -184,19 +185,24 @@ class Lifecycle:
             self._decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
 
     def _run_child(self, work: _Work) -> Ending:
+        generation = work.generation
+        with self._host.turn(self.part, generation.cancel.is_set, self.has_compiled) as allowed:
+            ending = allowed if isinstance(allowed, Ending) else self._run_within(allowed, work)
+        is_cancelled = ending.outcome == "cancelled" and generation.cancel.is_set()
+        return replace(ending, cause=generation.why_cancelled) if is_cancelled else ending
+
+    def _run_within(self, allowed: Allowance, work: _Work) -> Ending:
         generation, payload = work.generation, work.payload
-        with self._host.turn(self.has_compiled) as budget:
-            if budget is None:
-                return Ending("skipped", 0.0, cause="nothing is left of the budget")
-            function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
-            shows = self._host.shows_progress
-            with shown(f"{self.part.name} ({self.strategy})", budget) if shows else nullcontext() as tick:
-                job = Job(function, payload, work.is_fresh, record=shows or watch.is_watched(), tick=tick)
-                ending = run_bounded(job, budget, generation.cancel)
-            if job.record:
-                watch.tell(watch.Finished(self.part.name, self.strategy, self._host.settings, payload, began_ns, ending))
-            self._host.spend(self.strategy, ending)
-            return replace(ending, cause=generation.why_cancelled) if ending.outcome == "cancelled" else ending
+        function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
+        shows = self._host.shows_progress
+        limit = replace(allowed.budget, seconds=allowed.share_s)
+        with shown(f"{self.part.name} ({self.strategy})", limit) if shows else nullcontext() as tick:
+            job = Job(function, payload, work.is_fresh, record=shows or watch.is_watched(), tick=tick)
+            ending = run_bounded(job, allowed.budget, generation.cancel, share_s=allowed.share_s)
+        if job.record:
+            watch.tell(watch.Finished(self.part.name, self.strategy, self._host.settings, payload, began_ns, ending))
+        self._host.spend(self.strategy, self.part, ending)
+        return ending
 
     def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
         """Load an artifact, which needs no call to do; whether that went well."""
@@ -207,6 +213,12 @@ class Lifecycle:
             return False
         self._decide("artifact", "what the child compiled loads without tracing")
         return True
+
+    def end(self, why: str) -> None:
+        """End every compile that is under way; takes no lock, as nothing may that runs when an object goes."""
+        for generation in self._generations.all():
+            if generation.stage == "compiling":
+                generation.end(why)
 
     def give_up(self, generation: Generation, ending: Ending) -> None:
         """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it."""
@@ -342,6 +354,11 @@ class Lifecycle:
 
     def _attempt(self, ending: Ending) -> None:
         self._host.report.attempt(ending.attempt(self.strategy, self.part.name, self._host.settings.backend_name))
+
+
+def _held(target: Any) -> Callable[[], Any]:
+    """Gives `target`; where that is a compiled module, as long as the program has it."""
+    return weakref.ref(target) if original(target) is not target else lambda: target
 
 
 def _failure(cause: Exception, where: str, seconds: float = 0.0, peak_bytes: int | None = None) -> Ending:

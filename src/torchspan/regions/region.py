@@ -55,6 +55,10 @@ class Region:
         """Whether nothing of it could be compiled."""
         return self._life.has_failed
 
+    def end(self, why: str) -> None:
+        """End the compiles that are under way: nobody has the program any more."""
+        self._life.end(why)
+
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
         call = Call(target, args, kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -181,7 +182,18 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     bounded: torch.nn.Module = object.__new__(_class_below(own, names))
     object.__setattr__(bounded, "__dict__", module.__dict__)
     plan.stand_in(bounded)
+    _end_with(bounded, plan)
     return bounded
+
+
+def _end_with(bounded: Callable[..., Any], plan: Plan) -> None:
+    """Have the compiles of `plan` end when nobody has `bounded` any more; at the program's end, all do."""
+    weakref.finalize(bounded, _end_plan, weakref.ref(plan))
+
+
+def _end_plan(plan: weakref.ref[Plan]) -> None:
+    if (known := plan()) is not None:
+        known.end("nobody has the compiled program any more")
 
 
 def _class_below(own: type, names: dict[str, Any]) -> type:
@@ -234,4 +246,5 @@ def _bounded_function(function: Callable[..., Any], plan: Plan) -> Callable[...,
     functools.update_wrapper(bounded, function, updated=())
     for name, value in (("_torchspan_plan", plan), ("report", plan.report)):
         setattr(bounded, name, value)
+    _end_with(bounded, plan)
     return bounded
