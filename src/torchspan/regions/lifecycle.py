@@ -39,6 +39,7 @@ from torchspan.regions.worker import Filled, Task
 
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
+MAX_MISSED = 3
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
 
@@ -91,6 +92,7 @@ class Lifecycle:
         try:
             payload = self._payload(self._marks(generation), call)
         except InputError as cause:
+            generation.is_odd = self._can_be_sent(call.target)
             self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
         work = _Work(generation, call.target, payload, gpu.kind != "cpu")
@@ -109,6 +111,14 @@ class Lifecycle:
             self.part.nested,
         )
         return transport.dumps(task)
+
+    def _can_be_sent(self, target: Any) -> bool:
+        """Whether the program can be sent, so that it is the arguments of a call that cannot."""
+        try:
+            transport.dumps(target)
+        except InputError:
+            return False
+        return True
 
     def _marks(self, generation: Generation) -> Dims:
         """The dimensions that are to be marked as dynamic; none where all are, by the user's ``dynamic=True``."""
@@ -157,6 +167,7 @@ class Lifecycle:
             self._compile_without_damaged(work, ending)
             return
         self._attempt(ending)
+        self.has_failed = False
         generation.stage = "ready"
         generation.done.set()
 
@@ -216,6 +227,8 @@ class Lifecycle:
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
             self._decide("refused", generation.error)
+        elif generation.is_odd:
+            self._decide("eager", f"calls like this one only: {ending.cause}")
         elif ending.outcome == "cancelled":
             self._decide("eager", f"its compile was cancelled: {ending.cause}")
         elif generation.family is not None and not self._host.settings.dynamic:
@@ -255,15 +268,24 @@ class Lifecycle:
         if wrong is not None and isinstance(generation.code, FromArtifact):
             self._without_artifact(generation, wrong, call)
         elif generation.code.misses:
-            self.reject(generation, self.miss(generation.code))
+            self._missed(generation, self.miss(generation.code))
         elif wrong is not None:
             self.reject(generation, f"compiled code gives other results than eager: {wrong}")
             log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
         elif generation.stage == "ready":
             generation.stage = "swapped"
-            generation.proven = call.sizes if generation.family is not None else ()
+            generation.proven = call.sizes
             self.has_compiled = True
             self._host.report.figure("swap_stall_s", time.perf_counter() - started)
+
+    def _missed(self, generation: Generation, why: str) -> None:
+        """What was compiled is not for this call, as when the program's state is another: the next one is taken instead."""
+        generation.num_missed += 1
+        if generation.num_missed >= MAX_MISSED or not isinstance(generation.code, FromCaches):
+            self.reject(generation, why)
+            return
+        generation.code = None
+        self._decide("not taken over", why)
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
@@ -314,6 +336,7 @@ class Lifecycle:
     def start_again(self, generation: Generation, call: Call) -> None:
         """Compile anew; calls run eagerly meanwhile."""
         generation.stage, generation.code, generation.is_traced = "compiling", None, False
+        generation.num_missed = 0
         generation.done.clear()
         self.start(generation, call)
 
