@@ -71,6 +71,7 @@ class Lifecycle:
         self.strategy = strategy
         self.has_failed = False
         self.has_compiled = False
+        self.may_try_others = True
         self._failures: dict[tuple[type[Exception], str], str] = {}
         self._host = host
         self._generations = generations
@@ -236,6 +237,7 @@ class Lifecycle:
             self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
         elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
             self.has_failed = True
+            self.may_try_others = ending.outcome == "failed" and ending.where != "sending the program"
             self._host.part_failed(self.part)
         generation.done.set()
 

@@ -27,6 +27,8 @@ from torchspan.regions.part import Part
 from torchspan.regions.signature import general
 from torchspan.regions.transformers import as_called
 
+MAX_HOPELESS = 3  # signatures that are tried where none compiles
+
 
 @dataclass
 class _Pending:
@@ -54,6 +56,11 @@ class Region:
     def has_failed(self) -> bool:
         """Whether nothing of it could be compiled."""
         return self._life.has_failed
+
+    @property
+    def may_try_others(self) -> bool:
+        """Whether calls of other signatures may be compiled, although nothing was: it did not hang, crash or run out of memory."""
+        return self._life.may_try_others
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
@@ -171,10 +178,11 @@ class Region:
     def _opened(self, call: Call) -> Generation | None:
         """A new generation for this call; None beyond the limit."""
         limit = self._host.settings.limit
-        if self._generations.num_counted >= limit:
+        is_hopeless = self.has_failed and (not self.may_try_others or self._generations.num_counted >= MAX_HOPELESS)
+        if is_hopeless or self._generations.num_counted >= limit:
             if not self._is_full:
                 self._is_full = True
-                self._decide("eager", self._why_full(limit))
+                self._decide("eager", self._why_full())
             return None
         beaten = self._generations.beaten(call)
         is_misfit = any(one.family is not None and one.proven != call.sizes for one in beaten)
@@ -186,10 +194,11 @@ class Region:
         static = dynamic or Generation.of(call, wants_artifact=self._host.wants_artifact(self.part))
         return self._generations.open(static)
 
-    def _why_full(self, limit: int) -> str:
-        count = self._generations.num_compiled
-        told = f"{limit} input signatures and states" + (" were compiled" if count >= limit else f": {count} were compiled")
-        return f"{told}; calls with others run eagerly (recompile_limit={limit})"
+    def _why_full(self) -> str:
+        """What is true of those that there are."""
+        tried, count = self._generations.num_counted, self._generations.num_compiled
+        told = f"{count} input signatures were compiled" if count == tried else f"{count} of {tried} input signatures compiled"
+        return f"{told}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
 
     def _is_forked(self) -> bool:
         """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
