@@ -73,6 +73,11 @@ class Generation:
         self.why_cancelled = why
         self.cancel.set()
 
+    @property
+    def was_dynamic(self) -> bool:
+        """Whether it was given up because dynamic shapes do not serve; each size may be compiled by itself."""
+        return self.stage == "eager" and self.family is not None and self.family.is_static
+
     def covers(self, call: Call) -> bool:
         """Whether it is for a call of these sizes and numbers; text and truth values may be others."""
         if self.key != call.family:
@@ -94,6 +99,8 @@ class Generation:
             return False
         if self.signature != call.signature and (has_negative_zero(call.sizes) or has_negative_zero(self.sizes)):
             return False  # which torch's guards do not tell from 0.0
+        if not self.code.has_traced:
+            return self.is_exactly_for(call)
         return self.code.serves(call.target, call.args, call.kwargs)
 
 
@@ -147,16 +154,21 @@ class Generations:
             return None
         if found is not self.opened[0]:
             self.opened = [found, *(one for one in self.opened if one is not found)]
+        self.remember(found, call)
+        return found
+
+    def remember(self, generation: Generation, call: Call) -> None:
+        """It serves calls like this one, unless they were found in several states."""
         if call.signature not in self._contested:
-            self._known[call.signature] = found
+            self._known[call.signature] = generation
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
-        return found
 
     def meant(self, call: Call) -> Generation | None:
         """One that is not swapped (yet) and that such a call waits for, takes over, or was given up with."""
-        exact = [one for one in self.opened if one.stage != "swapped" and one.is_exactly_for(call)]
-        alike = [one for one in self.opened if one.stage != "swapped" and one not in exact and one.covers(call)]
+        open_ones = [one for one in self.opened if one.stage != "swapped" and not one.was_dynamic]
+        exact = [one for one in open_ones if one.is_exactly_for(call)]
+        alike = [one for one in open_ones if one not in exact and one.covers(call)]
         for found, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
             for stage in ("ready", "compiling"):
                 for one in found:
@@ -180,10 +192,6 @@ class Generations:
         """The guards of the one that served calls like this do not hold in it: the state of the program is another."""
         self._known.pop(call.signature, None)
         self._contested.add(call.signature)
-
-    def is_contested(self, call: Call) -> bool:
-        """Whether calls of this signature were found in another state than before."""
-        return call.signature in self._contested
 
     def raised(self, call: Call) -> Generation | None:
         """The program raises in this call: gives what was begun for it, which is forgotten, unless that happened before."""

@@ -85,6 +85,7 @@ class FromArtifact:
     name = "artifact"
     is_counting = False
     num_calls = 0
+    has_traced = True  # there are guards to ask
 
     def __init__(self, content: bytes, target: Callable[..., Any]) -> None:
         loaded = load(io.BytesIO(content), original(target), report=Report())
@@ -122,6 +123,7 @@ class FromCaches:
         self._dims = dims
         self._nested = part.nested
         self._is_loading = settings.is_inductor
+        self.has_traced = False
         self._guarded: list[Guarded] = []
         self._code = _torch.entry_point(part.is_called_inside)
         self._entry = settings.compile(self._code, self._wrap)
@@ -133,6 +135,7 @@ class FromCaches:
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
+        self.has_traced = True
         with _torch.known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
             return self._entry(target, *args, **kwargs)
 

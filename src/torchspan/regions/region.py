@@ -59,7 +59,7 @@ class Region:
 
     @property
     def may_try_others(self) -> bool:
-        """Whether calls of other signatures may be compiled, although nothing was: it did not hang, crash or run out of memory."""
+        """Whether calls of other signatures may be compiled, although nothing was: it did not hang or crash."""
         return self._life.may_try_others
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -125,6 +125,7 @@ class Region:
                 raise CaptureError(generation.error)
             if self._takes_over(generation, call):
                 self._life.take_over(generation, call)
+                self._remember(generation, call)
         return generation if generation.stage == "swapped" else None
 
     def _chosen(self, call: Call) -> Generation | None:
@@ -138,6 +139,12 @@ class Region:
         if self._host.is_waiting:
             generation.wait()
         return generation
+
+    def _remember(self, generation: Generation, call: Call) -> None:
+        """Have this call and others like it go there without a look at guards, which torch makes when it traces the first."""
+        if generation.stage == "swapped":
+            with self._lock:
+                self._generations.remember(generation, call)
 
     def _takes_over(self, generation: Generation, call: Call) -> bool:
         """Whether this call is to take it over: one of other text or truth values only if no other comes."""
