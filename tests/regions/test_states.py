@@ -139,7 +139,7 @@ def test_the_limit_is_an_option_and_its_decision_says_what_was_compiled(until: W
         assert torch.equal(compiled(x), (x * 2).relu())
     assert outcomes(compiled) == ["failed", "compiled"]
     assert compiled.report.decisions[-1].reason == (
-        "1 of 2 input signatures compiled; calls with others run eagerly (recompile_limit=2)"
+        "1 of 2 input signatures and states of the program were compiled; calls with others run eagerly (recompile_limit=2)"
     )
 
 

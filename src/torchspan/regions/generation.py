@@ -14,7 +14,6 @@ from torchspan.regions.signature import Dims, Sizes, differing, general, has_neg
 
 MAX_MISFITS = 3  # of sizes that the code of dynamic shapes turns out not to serve
 MAX_FAILED = 2  # of calls that differ in plain values only, or in the program's state
-MAX_RAISED = 2  # calls of a signature in which the program raises, and the compile is ended
 PATIENCE = 3  # calls of other values that pass before one of them takes over what is ready
 _MAX_KNOWN = 256  # signatures that are remembered to be served
 
@@ -141,7 +140,6 @@ class Generations:
         self.families: dict[Hashable, Family] = {}
         self._known: OrderedDict[Hashable, Generation] = OrderedDict()
         self._contested: set[Hashable] = set()
-        self._raised: dict[Hashable, int] = {}
 
     def find(self, call: Call) -> Generation | None:
         """The one that serves such a call, as far as that is known without a look at guards."""
@@ -193,15 +191,11 @@ class Generations:
         self._known.pop(call.signature, None)
         self._contested.add(call.signature)
 
-    def raised(self, call: Call) -> Generation | None:
-        """The program raises in this call: gives what was begun for it, which is forgotten, unless that happened before."""
-        found = next((one for one in self.opened if one.signature == call.signature), None)
-        if found is None or found.stage not in ("compiling", "eager"):
-            return None
-        count = self._raised[call.signature] = self._raised.get(call.signature, 0) + 1
-        if count <= MAX_RAISED:
-            self.opened = [one for one in self.opened if one is not found]
-        return found
+    def note_raised(self, call: Call) -> None:
+        """The program raises in this call: if what was begun for it fails, that says nothing of others."""
+        for one in self.opened:
+            if one.signature == call.signature and one.stage in ("compiling", "eager"):
+                one.is_odd = True
 
     @property
     def num_counted(self) -> int:

@@ -72,20 +72,17 @@ class Region:
             return self._host.call_again(args, kwargs)
         try:
             return self.eager(call.target, *call.args, **call.kwargs)
-        except Exception as error:
-            self._note_raised(call, error)
+        except Exception:
+            self._note_raised(call)
             raise
 
-    def _note_raised(self, call: Call, error: Exception) -> None:
-        """The program raises in this call: what is compiled for it is ended, and says nothing of other calls."""
+    def _note_raised(self, call: Call) -> None:
+        """The program raises in this call: what comes of a compile for it says nothing of other calls."""
         if torch._C._current_graph_task_id() != -1:
             return  # inside a backward: activation checkpointing ends its recomputation by raising
         try:
             with self._lock:
-                found = self._generations.raised(call)
-            if found is not None:
-                found.is_odd = True
-                found.end(f"the program raises {type(error).__name__} in the call that it is for")
+                self._generations.note_raised(call)
         except Exception as cause:  # noqa: BLE001 - an argument that cannot be read, which was said; the program's own goes on
             self._life.note_failure(cause, "after the call")
 
@@ -168,6 +165,9 @@ class Region:
                     del self._pending[id(call.target)]
                 return pending.generation
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
+            known = self._generations.find(call)
+            if known is not None and known.stage == "swapped":
+                return known
             with self._lock:
                 return self._generations.serving(call)
         generation = self._current(call)
@@ -204,7 +204,8 @@ class Region:
     def _why_full(self) -> str:
         """What is true of those that there are."""
         tried, count = self._generations.num_counted, self._generations.num_compiled
-        told = f"{count} input signatures were compiled" if count == tried else f"{count} of {tried} input signatures compiled"
+        told = f"{count} of {tried}" if count != tried else str(count)
+        told += " input signatures and states of the program were compiled"
         return f"{told}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
 
     def _is_forked(self) -> bool:
