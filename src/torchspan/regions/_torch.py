@@ -360,12 +360,12 @@ def guards_hold(function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
 def recompile_limit() -> int:
     """Dynamo's limit of compiles for one function, where dynamo is imported; else what it is by default."""
     config = sys.modules.get("torch._dynamo.config")
-    return int(config.recompile_limit) if config is not None else 8  # type: ignore[attr-defined]
+    return int(config.recompile_limit) if config is not None else 8
 
 
 def is_transformed() -> bool:
     """Whether a call stands inside a transform of ``torch.func``, or is recorded by ``torch.jit.trace``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class Lifecycle:
         try:
             payload = self._payload(self._marks(generation), call)
         except InputError as cause:
-            generation.is_odd = self._can_be_sent(call.target)
+            generation.is_odd = self._can_be_sent(call)
             self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
             return
         work = _Work(generation, call.target, payload, gpu.kind != "cpu")
@@ -113,10 +113,10 @@ class Lifecycle:
         )
         return transport.dumps(task)
 
-    def _can_be_sent(self, target: Any) -> bool:
+    def _can_be_sent(self, call: Call) -> bool:
         """Whether the program can be sent, so that it is the arguments of a call that cannot."""
         try:
-            transport.dumps(target)
+            self._payload((), Call(call.target, (), {}))
         except InputError:
             return False
         return True
@@ -152,6 +152,7 @@ class Lifecycle:
             return
         if self._host.settings.is_inductor and filled.graphs == 0:
             self.give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
+            self.may_try_others = True  # another call may get further
             return
         try:
             if filled.artifact is None:

@@ -27,6 +27,7 @@ from torchspan.regions.part import Part
 from torchspan.regions.signature import general
 from torchspan.regions.transformers import as_called
 
+MAX_ODD = 64  # kinds of calls that cannot be sent, or that raise
 MAX_HOPELESS = 3  # signatures that are tried where none compiles
 
 
@@ -185,8 +186,9 @@ class Region:
     def _opened(self, call: Call) -> Generation | None:
         """A new generation for this call; None beyond the limit."""
         limit = self._host.settings.limit
-        is_hopeless = self.has_failed and (not self.may_try_others or self._generations.num_counted >= MAX_HOPELESS)
-        if is_hopeless or self._generations.num_counted >= limit:
+        count = self._generations.num_counted
+        is_hopeless = self.has_failed and (not self.may_try_others or count >= MAX_HOPELESS)
+        if is_hopeless or count >= limit or len(self._generations.all()) >= limit + MAX_ODD:
             if not self._is_full:
                 self._is_full = True
                 self._decide("eager", self._why_full())

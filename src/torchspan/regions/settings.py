@@ -18,8 +18,8 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
     fullgraph: bool = False
     dynamic: bool | None = None
-    recompile_limit: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    recompile_limit: int | None = None
 
     @property
     def is_inductor(self) -> bool:

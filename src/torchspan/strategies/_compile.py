@@ -98,7 +98,7 @@ def compile_bounded(
         raise InputError(f"budget is {budget!r}; expected a Budget, such as Budget(seconds=120, memory='4GiB')")
     program = _original(model)
     own_report = report or Report(parent=current_report())
-    settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, recompile_limit, extra)
+    settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra, recompile_limit)
     within = budget or DEFAULT_BUDGET
     ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
     measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
