@@ -40,6 +40,7 @@ from torchspan.regions.worker import Filled, Task
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
 MAX_MISSED = 3
+_SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
 
@@ -94,7 +95,7 @@ class Lifecycle:
             payload = self._payload(self._marks(generation), call)
         except InputError as cause:
             generation.is_odd = self._can_be_sent(call)
-            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
+            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where=_SENDING))
             return
         work = _Work(generation, call.target, payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
@@ -151,8 +152,8 @@ class Lifecycle:
             self._compile(work)
             return
         if self._host.settings.is_inductor and filled.graphs == 0:
-            self.give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
-            self.may_try_others = True  # another call may get further
+            nothing = Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled")
+            self.give_up(generation, nothing, is_of_call=True)
             return
         try:
             if filled.artifact is None:
@@ -221,8 +222,11 @@ class Lifecycle:
         self._decide("artifact", "what the child compiled loads without tracing")
         return True
 
-    def give_up(self, generation: Generation, ending: Ending) -> None:
-        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it."""
+    def give_up(self, generation: Generation, ending: Ending, *, is_of_call: bool = False) -> None:
+        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it.
+
+        Calls of other signatures may be compiled yet if it failed with an error, or `is_of_call`: that lies in the call.
+        """
         generation.stage = "eager"
         self._attempt(ending)
         if self._host.settings.fullgraph and ending.outcome == "failed":
@@ -238,7 +242,7 @@ class Lifecycle:
             self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
         elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
             self.has_failed = True
-            self.may_try_others = ending.outcome == "failed" and ending.where != "sending the program"
+            self.may_try_others = is_of_call or (ending.outcome == "failed" and ending.where != _SENDING)
             self._host.part_failed(self.part)
         generation.done.set()
 
