@@ -140,6 +140,7 @@ class Generations:
         self.families: dict[Hashable, Family] = {}
         self._known: OrderedDict[Hashable, Generation] = OrderedDict()
         self._contested: set[Hashable] = set()
+        self._latest: Generation | None = None  # the one that served the last call whose guards were asked
 
     def find(self, call: Call) -> Generation | None:
         """The one that serves such a call, as far as that is known without a look at guards."""
@@ -147,13 +148,11 @@ class Generations:
 
     def serving(self, call: Call) -> Generation | None:
         """The one whose guards hold in this call; it comes first the next time."""
-        found = next((one for one in self.opened if one.serves(call)), None)
-        if found is None:
-            return None
-        if found is not self.opened[0]:
-            self.opened = [found, *(one for one in self.opened if one is not found)]
-        self.remember(found, call)
-        return found
+        in_turn = self.opened if self._latest is None else [self._latest, *self.opened]
+        self._latest = next((one for one in in_turn if one.serves(call)), None)
+        if self._latest is not None:
+            self.remember(self._latest, call)
+        return self._latest
 
     def remember(self, generation: Generation, call: Call) -> None:
         """It serves calls like this one, unless they were found in several states."""
