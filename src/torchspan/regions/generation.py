@@ -224,12 +224,12 @@ def describe(first: Sizes, sizes: Sizes) -> str:
     """How two calls' sizes and numbers differ, for a Report.
 
     >>> describe(((2, 3), (3,), (0.5, 4)), ((4, 3), (3,), (0.7, 4)))
-    'tensor 0 of the inputs is 2×3 and 4×3, a number among them is 0.5 and 0.7'
+    'tensor 0 of the inputs is 2×3 and 4×3, a number among the arguments is 0.5 and 0.7'
     """
     pairs = enumerate(zip(first[:-1], sizes[:-1], strict=True))
     told = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
     numbers_now = [(first[-1][place], sizes[-1][place]) for place in sorted(_varying(first, sizes)[-1])]
-    return ", ".join([*told, *(f"a number among them is {a!r} and {b!r}" for a, b in numbers_now)])
+    return ", ".join([*told, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
 
 
 def _times(size: tuple[int, ...]) -> str:

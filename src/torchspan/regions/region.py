@@ -231,7 +231,8 @@ class Region:
         if dims is None or alike.is_static:
             return None
         if not asked:
-            self._decide("dynamic", f"sizes differ between calls: {describe(alike.first, call.sizes)}")
+            what = "numbers" if alike.first[:-1] == call.sizes[:-1] else "sizes"
+            self._decide("dynamic", f"{what} differ between calls: {describe(alike.first, call.sizes)}")
         generation = Generation.of(call, family=alike, dims=dims)
         alike.generations.append(generation)
         return generation
