@@ -330,7 +330,7 @@ def dynamic_numbers(numbers: Sequence[float]) -> Iterator[None]:
         yield
         return
     mine, wanted = threading.get_ident(), {(type(one), one) for one in numbers}
-    wrap, process = builder.VariableBuilder.wrap_symint, builder.process_automatic_dynamic
+    wrap, process = builder.VariableBuilder.wrap_symint, builder.process_automatic_dynamic  # type: ignore[attr-defined]
 
     def is_wanted(value: Any) -> bool:
         return threading.get_ident() == mine and type(value) in (int, float) and (type(value), value) in wanted
@@ -365,7 +365,7 @@ def recompile_limit() -> int:
 
 def is_transformed() -> bool:
     """Whether a call stands inside a transform of ``torch.func``, or is recorded by ``torch.jit.trace``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def _add(value: Any, found: list[Hashable], gathered: _Gathered | None, depth: i
         found.append((layout, value.dtype, value.device, value.requires_grad, type(value)))
     elif gathered is not None and type(value) in _OPEN:
         gathered.values.append(value)
-        found.append(type(value))
+        found.append((type(value),))
     elif isinstance(value, _VALUES):
         found.append((type(value), _plain(value)))
     elif isinstance(value, (tuple, list)):
