@@ -40,6 +40,8 @@ from torchspan.regions.worker import Filled, Task
 
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
+MAX_MISSED = 3
+_SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
 
@@ -71,6 +73,7 @@ class Lifecycle:
         self.strategy = strategy
         self.has_failed = False
         self.has_compiled = False
+        self.may_try_others = True
         self._failures: dict[tuple[type[Exception], str], str] = {}
         self._host = host
         self._generations = generations
@@ -92,7 +95,8 @@ class Lifecycle:
         try:
             payload = self._payload(self._marks(generation), call)
         except InputError as cause:
-            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
+            generation.is_odd = self._can_be_sent(call)
+            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where=_SENDING))
             return
         work = _Work(generation, _held(call.target), payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
@@ -110,6 +114,14 @@ class Lifecycle:
             self.part.nested,
         )
         return transport.dumps(task)
+
+    def _can_be_sent(self, call: Call) -> bool:
+        """Whether the program can be sent, so that it is the arguments of a call that cannot."""
+        try:
+            self._payload((), Call(call.target, (), {}))
+        except InputError:
+            return False
+        return True
 
     def _marks(self, generation: Generation) -> Dims:
         """The dimensions that are to be marked as dynamic; none where all are, by the user's ``dynamic=True``."""
@@ -141,7 +153,8 @@ class Lifecycle:
             self._compile(work)
             return
         if self._host.settings.is_inductor and filled.graphs == 0:
-            self.give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
+            nothing = Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled")
+            self.give_up(generation, nothing, is_of_call=True)
             return
         try:
             if filled.artifact is None:
@@ -158,6 +171,7 @@ class Lifecycle:
             self._compile_without_damaged(work, ending)
             return
         self._attempt(ending)
+        self.has_failed = False
         generation.stage = "ready"
         generation.done.set()
 
@@ -220,14 +234,19 @@ class Lifecycle:
             if generation.stage == "compiling":
                 generation.end(why)
 
-    def give_up(self, generation: Generation, ending: Ending) -> None:
-        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it."""
+    def give_up(self, generation: Generation, ending: Ending, *, is_of_call: bool = False) -> None:
+        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it.
+
+        Calls of other signatures may be compiled yet if it failed with an error, or `is_of_call`: that lies in the call.
+        """
         generation.stage = "eager"
         self._attempt(ending)
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
             self._decide("refused", generation.error)
+        elif generation.is_odd:
+            self._decide("eager", f"calls like this one only: {ending.cause}")
         elif ending.outcome == "cancelled":
             self._decide("eager", f"its compile was cancelled: {ending.cause}")
         elif generation.family is not None and not self._host.settings.dynamic:
@@ -235,6 +254,7 @@ class Lifecycle:
             self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
         elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
             self.has_failed = True
+            self.may_try_others = is_of_call or (ending.outcome == "failed" and ending.where != _SENDING)
             self._host.part_failed(self.part)
         generation.done.set()
 
@@ -267,15 +287,24 @@ class Lifecycle:
         if wrong is not None and isinstance(generation.code, FromArtifact):
             self._without_artifact(generation, wrong, call)
         elif generation.code.misses:
-            self.reject(generation, self.miss(generation.code))
+            self._missed(generation, self.miss(generation.code))
         elif wrong is not None:
             self.reject(generation, f"compiled code gives other results than eager: {wrong}")
             log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
         elif generation.stage == "ready":
             generation.stage = "swapped"
-            generation.proven = call.sizes if generation.family is not None else ()
+            generation.proven = call.sizes
             self.has_compiled = True
             self._host.report.figure("swap_stall_s", time.perf_counter() - started)
+
+    def _missed(self, generation: Generation, why: str) -> None:
+        """What was compiled is not for this call, as when the program's state is another: the next one is taken instead."""
+        generation.num_missed += 1
+        if generation.num_missed >= MAX_MISSED or not isinstance(generation.code, FromCaches):
+            self.reject(generation, why)
+            return
+        generation.code = None
+        self._decide("not taken over", why)
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
@@ -326,6 +355,7 @@ class Lifecycle:
     def start_again(self, generation: Generation, call: Call) -> None:
         """Compile anew; calls run eagerly meanwhile."""
         generation.stage, generation.code, generation.is_traced = "compiling", None, False
+        generation.num_missed = 0
         generation.done.clear()
         self.start(generation, call)
 

@@ -76,6 +76,7 @@ class Plan:
         self._why_ended: str | None = None
         self._regions: tuple[Region, ...] = ()
         self._root: Region | None = None
+        self._first: tuple[str, tuple[Region, ...]] | None = None  # the first rung that had regions
         self._profiler: Profiler | None = None
         self._request = conduct.request
         self._overhead_s = 0.0
@@ -164,6 +165,8 @@ class Plan:
             if found.parts or strategy == "eager":
                 self.report.decide("compile", program_name(self.program), strategy, found.reason)
                 self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
+                if strategy == "eager" and self._first is not None and any(one.may_try_others for one in self._first[1]):
+                    self._install(*self._first)  # what failed was one kind of call: others are tried
                 return
             self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
 
@@ -180,6 +183,8 @@ class Plan:
         left = self._budget.seconds - self._spent_s
         self._rung_ends_s = self._spent_s + left * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
         self._spent_of.clear()
+        if regions and self._first is None:
+            self._first = strategy, regions
         for region in regions:
             if region.part.is_block:
                 for block in region.part.targets:
@@ -189,6 +194,8 @@ class Plan:
     def part_failed(self, part: Part) -> None:
         """A region has nothing compiled: if that is so for all of this rung, the next one is tried."""
         with self._lock:
+            if not self._rungs:
+                return
             if any(one.part is part for one in self._regions) and all(one.has_failed for one in self._regions):
                 for one in self._regions:
                     _uninstall(one)
