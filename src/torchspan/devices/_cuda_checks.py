@@ -132,6 +132,19 @@ def attended(operands: Sequence[Operand]) -> Memory:
     return iterated(operands)
 
 
+def recurrent(operands: Sequence[Operand]) -> Memory:
+    """``nn.LSTM`` compares its input with the hidden state, then with the parameters."""
+    given, *rest = operands
+    hidden = [("hidden", other) for other in rest if other.name.startswith(("hx", "cx"))]
+    for name, other in (*hidden, *(("parameter", other) for other in rest if other.name.startswith("weight"))):
+        if {given.memory, other.memory} == {HOST, DEVICE}:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at {given.device} "
+                f"and {name} tensor at {other.device}"
+            )
+    return given.memory
+
+
 def packed(operands: Sequence[Operand]) -> Memory:
     """``pack_padded_sequence``: the lengths lie on the host."""
     lengths = operands[1]
@@ -157,6 +170,7 @@ _BY_NAME: dict[str, Judge] = {
     **dict.fromkeys(("_fused_sdp_choice", "_scaled_dot_product_flash_attention_for_cpu"), attended),
     "where": partial(iterated, most_numbers=None),
     "_pack_padded_sequence": packed,
+    "mkldnn_rnn_layer": recurrent,
     "embedding": partial(alike, kernel="wrapper_CUDA__index_select", renamed=(("indices", "index"),)),
     "stack": partial(alike, kernel="wrapper_CUDA_cat"),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     if redirection.follows:
         yield Redefinition("random", "torch.random", "fork_rng", partial(_forking, redirection))
         yield Redefinition("random", "torch.utils.checkpoint", "get_device_states", partial(_states, redirection))
+        yield Redefinition("random", "torch.utils.checkpoint", "_get_device_module", partial(_module, redirection))
 
 
 def _functions(redirection: Redirection) -> dict[str, Function]:
@@ -132,6 +134,23 @@ def _states(redirection: Redirection, old: Function) -> Function:
         return [0], [redirection.generator.get_state()]
 
     return get_device_states
+
+
+def _module(redirection: Redirection, old: Function) -> Function:
+    """... and does so where CUDA is in use, of which it is told in ``torch.cuda._initialized``, as a GPU's driver would."""
+
+    def _get_device_module(device: str = "cuda") -> Any:
+        found = old(device)
+        if found is not torch.cuda:
+            return found
+        return SimpleNamespace(
+            _initialized=True,
+            device=torch.cuda.device,
+            get_rng_state=torch.cuda.get_rng_state,
+            set_rng_state=torch.cuda.set_rng_state,
+        )
+
+    return _get_device_module
 
 
 def _generator_class(redirection: Redirection, real: Any) -> type:
