@@ -402,7 +402,12 @@ def test_draws_of_the_cpu_do_not_follow_those_of_the_device(followed: Report) ->
     torch.manual_seed(0)
     torch.cuda.manual_seed(1)
     first = torch.rand(3)
-    on_device = [torch.randn(3, device="cuda"), nn.Dropout()(on_gpu(8)), on_gpu(3).uniform_(), nn.Linear(3, 2, device="cuda").weight]
+    on_device = [
+        torch.randn(3, device="cuda"),
+        nn.Dropout()(on_gpu(8)),
+        on_gpu(3).uniform_(),
+        nn.Linear(3, 2, device="cuda").weight,
+    ]
     assert {tensor.device.type for tensor in on_device} == {"cuda"}
     assert torch.equal(first, alone[0]) and torch.equal(torch.rand(3), alone[1])
 
