@@ -151,7 +151,8 @@ def packed(operands: Sequence[Operand]) -> Memory:
     if lengths.memory is DEVICE:
         kind = lengths.kind.rpartition(".")[2].removesuffix("Tensor")
         raise RuntimeError(
-            f"'lengths' argument should be a 1D CPU int64 tensor, but got {lengths.tensor.dim()}D {lengths.device} {kind} tensor"
+            "'lengths' argument should be a 1D CPU int64 tensor, but got "
+            f"{lengths.tensor.dim()}D {lengths.device} {kind} tensor"
         )
     return operands[0].memory
 
@@ -160,11 +161,29 @@ def packed(operands: Sequence[Operand]) -> Memory:
 
 _BY_NAME: dict[str, Judge] = {
     **dict.fromkeys(
-        "copy copy_ _copy_from _copy_from_and_resize _to_copy _foreach_copy_ fill_ set_ set_data is_set_to is_same_size "
-        "result_type broadcast_tensors expand_as view_as reshape_as resize_as_ _has_compatible_shallow_copy_type".split(),
+        [
+            "copy",
+            "copy_",
+            "_copy_from",
+            "_copy_from_and_resize",
+            "_to_copy",
+            "_foreach_copy_",
+            "fill_",
+            "set_",
+            "set_data",
+            "is_set_to",
+            "is_same_size",
+            "result_type",
+            "broadcast_tensors",
+            "expand_as",
+            "view_as",
+            "reshape_as",
+            "resize_as_",
+            "_has_compatible_shallow_copy_type",
+        ],
         anywhere,
     ),
-    **dict.fromkeys("index _unsafe_index index_put index_put_ _index_put_impl_ _unsafe_index_put".split(), indexed),
+    **dict.fromkeys(["index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"], indexed),
     **dict.fromkeys(("masked_fill", "masked_fill_"), masked),
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), convolved),
     **dict.fromkeys(("_fused_sdp_choice", "_scaled_dot_product_flash_attention_for_cpu"), attended),

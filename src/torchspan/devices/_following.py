@@ -1,7 +1,7 @@
 """Every operator is followed: its result lies where CUDA would put it, and what CUDA refuses is refused (``cuda-semantics``).
 
-A mode of torch's dispatcher sees each operator of the thread that it is entered in, those of backward too, below autograd. Tensors
-stay what they are, on the CPU; the mark on the storage says which memory they would lie in (see ``_memories``).
+A mode of torch's dispatcher sees each operator of the thread that it is entered in, those of backward too, below autograd.
+Tensors stay what they are, on the CPU; the mark on the storage says which memory they would lie in (see ``_memories``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
 from torchspan.devices._cuda_checks import OF_MANY, Judge, Operand, judge_of
-from torchspan.devices._memories import DEVICE, HOST, NO_STORAGE, PLAIN, UNKNOWN, Memory, memory_of, storage_of
+from torchspan.devices._memories import DEVICE, NO_STORAGE, PLAIN, UNKNOWN, Memory, memory_of, storage_of
 from torchspan.devices._redirect import Redirection
 
 _LISTS = (list, tuple)

@@ -269,7 +269,7 @@ class Redirection:
         return self.in_use and _DEVICE_OF(tensor).type == "cpu" and not self._is_on_host(memory_of(tensor))
 
     def _is_on_host(self, memory: Memory) -> bool:
-        """Whether a program in disguise is told so; where every operator is followed, what is unknown was never on the device."""
+        """Whether a program in disguise is told so: where every operator is followed, of what is unknown too."""
         return memory is HOST or (memory is UNKNOWN and self.follows)
 
     def believed(self, holder: Any) -> torch.device | None:

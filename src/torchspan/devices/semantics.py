@@ -1,7 +1,7 @@
 """``cuda-semantics``: what CUDA refuses is refused on the CPU, as every operator is followed and the random streams are apart.
 
-The operators are followed by a mode of torch's dispatcher (see ``_following``). Here is what no operator does: what is handed to
-numpy, assigned as a gradient, saved, run in another thread or compiled.
+The operators are followed by a mode of torch's dispatcher (see ``_following``). Here is what no operator does: what is handed
+to numpy, assigned as a gradient, saved, run in another thread or compiled.
 """
 
 from __future__ import annotations
