@@ -1,4 +1,4 @@
-"""``cuda-semantics``: what raises on CUDA raises here, in torch's words; what runs there has the numbers of the default mode."""
+"""``cuda-semantics``: what raises on CUDA raises here, in torch's words; what runs has the default mode's numbers."""
 
 from __future__ import annotations
 
