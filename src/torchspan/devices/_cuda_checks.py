@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchgen
+import torchgen  # type: ignore[import-untyped]
 
 from torchspan.devices._memories import DEVICE, HOST, UNKNOWN, Memory
 

@@ -188,7 +188,7 @@ def _settle(result: Any, memory: Memory | list[Memory]) -> None:
         if type(result) in PLAIN and memory_of(result) is UNKNOWN:
             _mark(result, memory)
     elif type(result) in _LISTS:
-        for one, where in zip(result, memory if type(memory) is list else [memory] * len(result)):
+        for one, where in zip(result, memory if isinstance(memory, list) else [memory] * len(result)):
             _settle(one, where)
 
 

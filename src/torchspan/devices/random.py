@@ -94,7 +94,7 @@ class _Placed(torch._C.Generator):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        real_device: torch.device = torch._C.Generator.device.__get__(self)  # type: ignore[attr-defined]
+        real_device: torch.device = torch._C.Generator.device.__get__(self)
         return real_device if asked_by_torch() else self._torchspan_asked
 
 
@@ -102,7 +102,7 @@ _Placed.__module__, _Placed.__name__, _Placed.__qualname__ = "torch", "Generator
 
 
 def _placed(redirection: Redirection, device: Any) -> Any:
-    made: Any = torch._C.Generator.__new__(_Placed, device=redirection.target)
+    made: Any = _Placed(device=redirection.target)
     made._torchspan_asked = torch.device("cuda", redirection.index(device))
     redirection.generators[made._cdata] = made
     return made

@@ -7,7 +7,7 @@ to numpy, assigned as a gradient, saved, run in another thread or compiled.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,11 +97,10 @@ def _check_gradient(redirection: Redirection, what: str, position: int, of: Any,
 
 def _applied(redirection: Redirection, old: Any) -> Any:
     """A function of the program's own: its node of the graph remembers where what it was given lies."""
-    inner = old.__func__
+    unbound = old if isinstance(old, classmethod) else vars(torch._C._FunctionBase)["apply"]  # torch 2.15's is inherited
 
-    @wraps(inner)
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        result = inner(cls, *args, **kwargs)
+        result = unbound.__get__(None, cls)(*args, **kwargs)
         first = next((one for one in (result if isinstance(result, tuple) else (result,)) if _is_of(cls, one)), None)
         if first is not None:
             first.grad_fn._torchspan_memories = [memory_of(one) if isinstance(one, torch.Tensor) else UNKNOWN for one in args]
