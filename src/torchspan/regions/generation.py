@@ -14,6 +14,7 @@ from torchspan.regions.signature import Dims, Sizes, differing, general, has_neg
 
 MAX_MISFITS = 3  # of sizes that the code of dynamic shapes turns out not to serve
 MAX_FAILED = 2  # of calls that differ in plain values only, or in the program's state
+MAX_UNSERVED = 8
 PATIENCE = 3  # calls of other values that pass before one of them takes over what is ready
 _MAX_KNOWN = 256  # signatures that are remembered to be served
 
@@ -36,6 +37,7 @@ class Generation:
     num_unchecked: int = 0
     num_missed: int = 0
     num_passed: int = 0
+    num_unserved: int = 0  # calls in which its guards held before, and not any longer inside
     signature: Hashable = None
     key: Hashable = None
     sizes: Sizes = ()
@@ -185,10 +187,12 @@ class Generations:
         self.opened = [*self.opened, generation]
         return generation
 
-    def contest(self, call: Call) -> None:
-        """The guards of the one that served calls like this do not hold in it: the state of the program is another."""
+    def contest(self, call: Call) -> bool:
+        """The guards of the one that served calls like this do not hold in it; whether they were asked before the call."""
+        was_asked = call.signature in self._contested
         self._known.pop(call.signature, None)
         self._contested.add(call.signature)
+        return was_asked
 
     def note_raised(self, call: Call) -> None:
         """The program raises in this call: if what was begun for it fails, that says nothing of others."""

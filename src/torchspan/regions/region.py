@@ -19,7 +19,7 @@ from torchspan.core.errors import CaptureError, GuardError
 from torchspan.regions import _torch
 from torchspan.regions.backward import saves_are_hooked
 from torchspan.regions.call import Call
-from torchspan.regions.generation import PATIENCE, Family, Generation, Generations, describe
+from torchspan.regions.generation import MAX_UNSERVED, PATIENCE, Family, Generation, Generations, describe
 from torchspan.regions.handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.regions.host import Host
 from torchspan.regions.lifecycle import Lifecycle
@@ -298,11 +298,16 @@ class Region:
     def _note_stale(self, generation: Generation, call: Call) -> None:
         """The guards failed, so that call ran eagerly: the next one like it looks for another generation, or opens one.
 
-        The program's own state has changed since it was compiled, or it is for other sizes than it was meant for.
+        The program's own state has changed since it was compiled, or it is for other sizes than it was meant for. Where guards
+        held before the call, the program has changed that state inside of it, and would again.
         """
         with self._lock:
-            if generation.stage == "swapped":
-                self._generations.contest(call)
+            if generation.stage != "swapped" or not self._generations.contest(call):
+                return
+            generation.num_unserved += 1
+            if generation.num_unserved >= MAX_UNSERVED:
+                why = f"{MAX_UNSERVED} calls changed, in themselves, the state of the program that it was compiled for"
+                self._life.retire(generation, why)
 
     def _misfit(self, call: Call) -> None:
         alike = self._generations.families[call.family]
