@@ -44,7 +44,7 @@ def activate(
         device: ``auto`` gives the device that was asked for where it is here, else the best accelerator, else the CPU;
             a device such as ``cpu`` gives that one; ``strict`` makes each redirection an error that names file and line;
             ``torchdevice`` gives the accelerator to what asks for the CPU too (see :func:`torchspan.keep_cpu`), and the CPU to
-            ``cpu:-1``; ``off`` leaves devices alone.
+            ``cpu:-1``; ``cuda-semantics`` raises on the CPU what CUDA raises; ``off`` leaves devices alone.
         masquerade: whether a tensor answers the program (``x.is_cuda``, ``x.device``) as if it were on the device that it
             asked for; torch's own code is always told the truth.
         backports: whether names that this torch lacks are provided.
@@ -212,7 +212,8 @@ def _patches(activation: Activation, budget: Budget | None, report: Report) -> l
     if activation.backports:
         patches += [*backport_patches(), *setting_patches(torch.__version__)]
     patches = [patch for patch in patches if patch.owner not in disabled]
-    if activation.compile == "bounded":
+    is_followed = any(patch.owner == "semantics" for patch in patches)  # compiled code is not followed
+    if activation.compile == "bounded" and not is_followed:
         from torchspan.strategies import torch_compile_patch
 
         patches.append(torch_compile_patch(budget=budget))

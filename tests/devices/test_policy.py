@@ -72,6 +72,6 @@ def test_nothing_is_patched_where_what_was_asked_for_is_here() -> None:
 
 def test_an_unknown_device_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match="device is 'gpu'; expected one of auto, strict, torchdevice, off, cpu, cuda, xpu, mps"
+        InputError, match="device is 'gpu'; expected one of auto, strict, torchdevice, cuda-semantics, off, cpu, cuda, xpu, mps"
     ):
         device_patches(NOTHING, "gpu")

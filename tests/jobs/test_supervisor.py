@@ -18,7 +18,7 @@ import pytest
 from torchspan.core.errors import InputError
 from torchspan.environment.scope import Environment
 from torchspan.jobs.budget import Budget
-from torchspan.jobs.supervisor import Ending, Job, run_bounded
+from torchspan.jobs.supervisor import Ending, Job, run_bounded, server_pids
 from torchspan.jobs.transport import dumps
 from torchspan.regions._torch import import_compiler
 
@@ -88,6 +88,13 @@ def test_a_job_that_hangs_ends_at_its_limit_and_says_where(
     assert ending.outcome == "timeout" and ending.cause == "not done after 3 s; ended"
     assert 3 <= ending.seconds <= 3 + OVERSHOOT_S
     assert where is None or where in (ending.where or "")
+    nothing_left()
+
+
+@pytest.mark.once
+def test_a_share_of_the_budget_is_the_limit_of_the_job_itself(nothing_left: Callable[[], None]) -> None:
+    ending = run(sleep_for_ever, budget=Budget(seconds=60), share_s=1.5)
+    assert ending.outcome == "timeout" and ending.cause == "not done after 1.5 s, its share of 60 s; ended"
     nothing_left()
 
 
@@ -176,6 +183,12 @@ def test_a_job_sees_the_environment_variables_of_its_caller_and_of_the_active_en
     with Environment([], settings={"MADE_UP": "too"}):
         ending = run(look)
     assert pickle.loads(ending.result or b"") == ["here", "too", "off", None]
+
+
+def test_what_importing_the_compiler_sets_meanwhile_asks_for_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = server_pids()
+    monkeypatch.setenv("TORCH_WARM_POOL", "0")  # as our own import does, for as long as it takes
+    assert run(abs, -1).outcome == "compiled" and server_pids() == before
 
 
 @pytest.mark.once

@@ -102,5 +102,5 @@ def test_more_signatures_than_the_limit_run_eagerly_with_one_decision() -> None:
         assert torch.equal(compiled(x), torch.sin(x))
     assert len(compiled.report.attempts) == 8
     assert [one.reason for one in compiled.report.decisions].count(
-        "8 input signatures were compiled; calls with others run eagerly"
+        "8 input signatures and states of the program were compiled; calls with others run eagerly (recompile_limit=8)"
     ) == 1

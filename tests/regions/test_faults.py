@@ -287,7 +287,7 @@ def compiles(name: str, program: Callable[[], Any]) -> Fault:
 
 
 def changes(name: str, program: Callable[[], Any]) -> Fault:
-    says = "the program's state changed 3 times since it was compiled"
+    says = "4 input signatures and states of the program were compiled; calls with others run eagerly (recompile_limit=4)"
     return Fault(name, ("compiled",) * 4, says, program=program, decides="eager")
 
 
@@ -323,7 +323,13 @@ FAULTS = (
     changes("it counts", lambda: Mutates(counts)),
     changes("it appends", lambda: Mutates(appends)),
     changes("it registers buffers", lambda: Mutates(registers_a_buffer)),
-    changes("a changing global", ReadsAGlobal),
+    Fault(
+        "a changing global",
+        ("compiled", "compiled"),
+        "8 calls changed, in themselves, the state of the program",
+        program=ReadsAGlobal,
+        decides="eager",
+    ),
     Fault("a hook that raises", ("failed",), "ValueError: the hook says no", "in hook", program=with_a_hook_that_raises),
 )
 
@@ -342,7 +348,9 @@ class Run:
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
         self.reference, program = (self._make() for _ in range(2))
-        self.compiled = torchspan.compile(program, backend=fault.backend, budget=fault.budget, strategy="whole")
+        self.compiled = torchspan.compile(
+            program, backend=fault.backend, budget=fault.budget, strategy="whole", recompile_limit=4
+        )
         self.inputs = itertools.cycle([torch.ones(4, 8), -torch.ones(4, 8)])
         self.num_steps = 0
 

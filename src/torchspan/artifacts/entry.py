@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchspan.artifacts.checker import Checker
+from torchspan.artifacts.checks import Failed
 from torchspan.artifacts.instructions import Runner
 from torchspan.artifacts.paths import decode_path, following, show_path
 from torchspan.artifacts.size_conditions import read_sizes
@@ -65,6 +66,14 @@ class Entry:
         for place, key, value in [store(outputs, values) for store in self._stores]:
             place[key] = value
         return result
+
+    def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether its guards hold in this call; nothing is run."""
+        try:
+            self.checker.gather(target, args, kwargs)
+        except Failed:
+            return False
+        return True
 
     def run_forward(self, inputs: Sequence[Tensor], symbols: Symbols) -> tuple[list[Tensor], list[Tensor]]:
         """What the program computes, and what its backward needs; inputs that it changes are changed."""

@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
     run = commands.add_parser(
         "run", help="run an unmodified program", usage="torchspan run [options] (script.py | -m module) ..."
     )
-    run.add_argument("--device", default="auto", help="auto, off, or the device that every request is given (default: auto)")
+    modes = "auto, strict, torchdevice, cuda-semantics, off, or the device that every request is given"
+    run.add_argument("--device", default="auto", help=f"{modes} (default: auto)")
     run.add_argument(
         "--masquerade", action="store_true", help="tensors answer the program as if they were on the device that it asked for"
     )

@@ -34,7 +34,7 @@ def memory_of(tensor: Any) -> Memory:
     try:
         storage = storage_of(tensor) if type(tensor) in PLAIN else tensor.untyped_storage()
     except NO_STORAGE:
-        return UNKNOWN  # a move copies more than it has to
+        return getattr(tensor, "_torchspan_memory", UNKNOWN)  # then a move copies more than it has to
     return getattr(storage, "_torchspan_memory", UNKNOWN)
 
 

@@ -8,7 +8,9 @@ from torchspan.core.errors import InputError
 from torchspan.environment.facts import Facts
 
 ACCELERATORS = ("cuda", "xpu", "mps")
-POLICIES = ("auto", "strict", "torchdevice")
+FOLLOWED = "cuda-semantics"
+"""The mode in which every operator is followed, so that what CUDA refuses is refused on the CPU."""
+POLICIES = ("auto", "strict", "torchdevice", FOLLOWED)
 KEEP_CPU = "cpu:-1"
 """How a program says, in the mode ``torchdevice``, that it means the CPU; torch knows no such device."""
 MOST_DEVICES = 16
@@ -48,9 +50,9 @@ class Choice:
 def check_mode(mode: str) -> str:
     """The `mode` itself, if it is one.
 
-    >>> check_mode("gpu")
+    >>> check_mode("gpu")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    torchspan.core.errors.InputError: device is 'gpu'; expected one of auto, strict, torchdevice, off, cpu, cuda, xpu, mps
+    torchspan.core.errors.InputError: device is 'gpu'; expected one of auto, strict, torchdevice, cuda-semantics, ...
     """
     if mode not in (*POLICIES, "cpu", *ACCELERATORS):
         raise InputError(f"device is {mode!r}; expected one of {', '.join((*POLICIES, 'off', 'cpu', *ACCELERATORS))}")
@@ -63,7 +65,7 @@ def choose(facts: Facts, request: DeviceRequest, mode: str = "auto") -> Choice:
     Mode ``auto``: what was asked for where it is here, else the best accelerator that is, else the CPU; what asks for the CPU,
     or for nothing, is left alone. ``strict`` chooses the same: what it refuses is to act on it. ``torchdevice`` gives the best
     accelerator to what asks for the CPU and for nothing too, and the CPU for index -1. A device's name as the mode: that device
-    for every request for an accelerator.
+    for every request for an accelerator. ``cuda-semantics``: the CPU stands in for CUDA where that is not here.
 
     >>> choose(Facts(has_mps=True), DeviceRequest("cuda", 0))
     Choice(device='mps', reason='no CUDA device here; mps is the best accelerator that is', is_possible=True)
@@ -71,7 +73,7 @@ def choose(facts: Facts, request: DeviceRequest, mode: str = "auto") -> Choice:
     'cpu'
     """
     is_policy = check_mode(mode) in POLICIES
-    best = facts.accelerator()
+    best = None if mode == FOLLOWED and not facts.has_device("cuda") else facts.accelerator()
     if mode == "torchdevice" and request.kind in ("", "cpu"):
         if request.index == -1:
             return Choice("cpu", f"{KEEP_CPU!r} asks for the CPU itself")
@@ -79,12 +81,13 @@ def choose(facts: Facts, request: DeviceRequest, mode: str = "auto") -> Choice:
             return Choice(best, f"device='torchdevice' gives the accelerator; {KEEP_CPU!r} would give the CPU")
     if request.kind not in ACCELERATORS:
         return Choice(str(request) or "cpu", "not an accelerator: given as asked")
-    if mode == request.kind or (is_policy and facts.has_device(request.kind)):
+    if mode == request.kind or (is_policy and best is not None and facts.has_device(request.kind)):
         return Choice(str(request), f"{request.kind} is here")
     if (request.index or 0) >= MOST_DEVICES:
         return Choice(str(request), f"no machine has {request}", is_possible=False)
     if not is_policy:
         return Choice(mode, f"device={mode!r} was asked of torchspan")
     if best is None:
-        return Choice("cpu", f"no {request.kind.upper()} device here, nor another accelerator")
+        why = "" if mode == FOLLOWED else ", nor another accelerator"
+        return Choice("cpu", f"no {request.kind.upper()} device here{why}")
     return Choice(best, f"no {request.kind.upper()} device here; {best} is the best accelerator that is")

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -19,7 +20,7 @@ from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
 from torchspan.core.topics import Standing, Topic
 from torchspan.devices._memories import DEVICE, HOST, PLAIN, UNKNOWN, Answers, Memory, mark, memory_of, memory_of_storage
-from torchspan.devices._policy import ACCELERATORS, KEEP_CPU, DeviceRequest, choose
+from torchspan.devices._policy import ACCELERATORS, FOLLOWED, KEEP_CPU, DeviceRequest, choose
 from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
@@ -66,11 +67,14 @@ class Redirection:
         self.facts = facts
         self.mode = mode
         self.report = report
-        self.masquerade = masquerade
         self.knows_keep_cpu = mode == "torchdevice"
         self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
+        self.follows = mode == FOLLOWED and self.target == "cpu"
+        self.masquerade = masquerade or self.follows
+        self.generator: Any = torch.default_generator  # of draws on the device, where nothing gives them one of their own
+        self.generators: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # on the device, by address
         self.kinds = tuple(
             kind for kind in (*ACCELERATORS, "cpu") if choose(facts, DeviceRequest(kind), mode).device.partition(":")[0] != kind
         )
@@ -140,7 +144,7 @@ class Redirection:
 
     def _out_of_range(self, request: DeviceRequest) -> str:
         """Why there is no such index, "" where there is: a process that a program started has a device of its own."""
-        is_told = self.mode in ("auto", "torchdevice") and request.kind in self.kinds and request.kind in ACCELERATORS
+        is_told = self.mode in ("auto", "torchdevice", FOLLOWED) and request.kind in self.kinds and request.kind in ACCELERATORS
         if not is_told or (request.index or 0) < self.num_devices() or multiprocessing.parent_process() is not None:
             return ""
         return (
@@ -176,6 +180,10 @@ class Redirection:
             return int(torch.cuda._utils._get_device_index(device, optional=is_optional))
         self.lookup(device)
         return device
+
+    def is_placed(self, generator: Any) -> bool:
+        """Whether a generator, or what torch wraps anew around it, was asked for on the device."""
+        return generator._cdata in self.generators
 
     # which memory, where one stands in for the device's and the host's
 
@@ -258,7 +266,11 @@ class Redirection:
 
     def may_be_placed(self, tensor: Any) -> bool:
         """Whether the program may believe this tensor to be on the device."""
-        return self.in_use and _DEVICE_OF(tensor).type == "cpu" and memory_of(tensor) is not HOST
+        return self.in_use and _DEVICE_OF(tensor).type == "cpu" and not self._is_on_host(memory_of(tensor))
+
+    def _is_on_host(self, memory: Memory) -> bool:
+        """Whether a program in disguise is told so: where every operator is followed, of what is unknown too."""
+        return memory is HOST or (memory is UNKNOWN and self.follows)
 
     def believed(self, holder: Any) -> torch.device | None:
         """The device that a program in disguise believes a tensor or a storage to be on; None where that is where it is."""
@@ -266,7 +278,7 @@ class Redirection:
         if is_tensor and _DEVICE_OF(holder).type != self.target:
             return None
         memory = memory_of(holder) if is_tensor else memory_of_storage(holder)
-        if self.target == "cpu" and (not self.in_use or memory is HOST):
+        if self.target == "cpu" and (not self.in_use or self._is_on_host(memory)):
             return None
         return self.ordinal() if memory is DEVICE else self.answers.of(self.ordinal(), UNKNOWN)
 

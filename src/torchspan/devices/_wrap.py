@@ -66,7 +66,7 @@ FACTORIES = [
     "_empty_per_channel_affine_quantized",
 ]
 
-_BESIDE = ("_like", "torch.tensor", "torch.normal")  # made where their argument is, if that is a tensor
+BESIDE = ("_like", "torch.tensor", "torch.normal")  # made where their argument is, if that is a tensor
 
 # Methods that make a tensor where another is, if no device is named.
 NEW = ["new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
@@ -111,7 +111,7 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
     """
     kinds, target = redirection.kinds, torch.device(redirection.target)
     traced = partial(_note_traced, redirection, name)
-    made_where = _where_its_argument_is if name.startswith("Tensor.") or name.endswith(_BESIDE) else None
+    made_where = _where_its_argument_is if name.startswith("Tensor.") or name.endswith(BESIDE) else None
 
     def note_traced(context: Any) -> None:
         traced(context)

@@ -12,7 +12,7 @@ from torch.utils._device import _device_constructors
 from torchspan.devices import _redirect
 from torchspan.devices._memories import HOST, UNKNOWN, Memory, mark, memory_of
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import FACTORIES, NEW, Function, is_compiling, named_like, placing
+from torchspan.devices._wrap import BESIDE, FACTORIES, NEW, Function, is_compiling, named_like, placing
 from torchspan.environment.patch import Patch, Replacement
 
 ELSEWHERE = {"torch.fft": ("fftfreq", "rfftfreq"), "torch.nested": ("nested_tensor", "as_nested_tensor")}
@@ -39,6 +39,8 @@ def _replacement(target: str, attribute: str, build: Callable[[Any], object]) ->
 
 def _wrapped(redirection: Redirection, old: Function, *, name: str, module: str = "torch") -> Function:
     placed = placing(redirection, old, name, module)
+    if redirection.follows:
+        return _followed(redirection, placed, old, name, module)
     if "cpu" not in redirection.kinds or name.startswith("Tensor.") or name.endswith("_like"):
         return placed
 
@@ -48,6 +50,15 @@ def _wrapped(redirection: Redirection, old: Function, *, name: str, module: str 
             kwargs["device"] = "cpu"
         return placed(*args, **kwargs)
 
+    redirection.originals[id(function)] = old
+    return named_like(function, old, module)
+
+
+def _followed(redirection: Redirection, placed: Function, old: Function, name: str, module: str) -> Function:
+    """`placed`, whose operators are told where to: random numbers are drawn there."""
+    from torchspan.devices._following import making
+
+    function = making(redirection, placed, is_beside=name.startswith("Tensor.") or name.endswith(BESIDE))
     redirection.originals[id(function)] = old
     return named_like(function, old, module)
 

@@ -1,6 +1,6 @@
 """Patches: reversible changes to a module's names or to an import, applied when their target is first there.
 
-Six kinds, all of them data::
+Seven kinds, all of them data::
 
     MissingModule    a module that this torch lacks; built when it is imported
     MissingName      a name that a module lacks; built when it is first looked up
@@ -8,6 +8,7 @@ Six kinds, all of them data::
     Redefinition     the same for a Python function that stays the object it was
     AbsentModule     a module that is not installed, and stays so: who imports it is told of
     Variable         an environment variable, which child processes are given too
+    Effect           what is begun and ended as a whole, such as a mode of torch
 
 `Patches` applies a list of them and undoes it exactly: every object that was there is there again.
 """
@@ -104,7 +105,16 @@ class Variable:
     build: Callable[[str | None], str]
 
 
-Patch = MissingModule | MissingName | Replacement | Redefinition | AbsentModule | Variable
+@dataclass(frozen=True)
+class Effect:
+    """What is no name: `begin` puts it in force, in the thread that applies it, and returns what ends it."""
+
+    owner: str
+    target: str
+    begin: Callable[[], Callable[[], None]]
+
+
+Patch = MissingModule | MissingName | Replacement | Redefinition | AbsentModule | Variable | Effect
 
 
 class Patches:
@@ -130,6 +140,8 @@ class Patches:
                 absent[patch.target] = patch
             elif isinstance(patch, Variable):
                 self._set_variable(patch)
+            elif isinstance(patch, Effect):
+                self._undo.append(patch.begin())
             elif isinstance(patch, MissingName):
                 names.setdefault(patch.target, []).append(patch)
             else:

@@ -21,15 +21,18 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 POLL_S = 0.02
+ALARM_S = 0.5
 IDLE_S = 120.0
 DUMP_WAIT_S = 0.4
 LOG_BYTES = 8192
@@ -48,10 +51,28 @@ def main() -> None:
     start = json.loads(sys.argv[2])
     sys.path[:] = start["path"]  # without this file's folder: its plug-ins are no top-level modules
     os.environ.update(start["quiet"])
-    for name in start["preload"]:
-        importlib.import_module(name)
+    with _ending_with(start["parent"]):
+        for name in start["preload"]:
+            importlib.import_module(name)
     _Server(connection, start["parent"], start["environ"]).run()
     os._exit(0)  # taking an interpreter with torch in it down takes seconds
+
+
+@contextlib.contextmanager
+def _ending_with(parent: int) -> Iterator[None]:
+    """End soon after `parent`, also in the middle of an import, which takes seconds and may hang."""
+
+    def look(number: int, frame: object) -> None:
+        if os.getppid() != parent:
+            os._exit(0)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 class _Server:
@@ -106,6 +127,7 @@ class _Server:
         if pid == 0:
             _run_and_leave(lambda: self._become_warden(server, request))
         self._wardens[pid] = request["job"]
+        self._say({"warden": pid, "job": request["job"]})
 
     def _become_warden(self, server: int, request: dict[str, Any]) -> None:
         signal.set_wakeup_fd(-1)
@@ -139,6 +161,8 @@ class _Server:
             os._exit(0)
 
     def _end_all(self) -> None:
+        """End all jobs, whose maker is gone: their folders go too."""
+        folders = list(self._wardens.values())
         for pid in self._wardens:
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 2
@@ -148,6 +172,8 @@ class _Server:
                     del self._wardens[pid]
             time.sleep(0.01)
         kill_tree(os.getpid())
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Warden:

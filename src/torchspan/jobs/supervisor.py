@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torchspan.core.report import Attempt, Outcome
 from torchspan.core.text import format_bytes
-from torchspan.environment.scope import active_environment
 from torchspan.jobs import server
 from torchspan.jobs.budget import Budget
+from torchspan.jobs.folders import job_folder
+from torchspan.jobs.servers import Connection, ServersEndedError, child_environ, run_on_server, servers
 
-# importing torch, dynamo and inductor takes seconds of CPU (7 to 9 s where this was measured); a fork of a process that has
-# done so takes a hundredth of one
-PRELOAD = ("torch", "torch._dynamo", "torch._inductor.compile_fx")
 GRACE_S = 2.0
 EVENTS_VARIABLE = "TORCHSPAN_COMPILE_EVENTS"  # tells a worker which file to note into what the compiler does
-# what torch reads from the environment at import: a server that read another value is of no use
-_AT_IMPORT = re.compile(r"(TORCH|PYTORCH|TRITON|CUDA|INDUCTOR|AOT|CXX|CC$|OMP_|MKL_|KMP_|LD_|PYTHON|NCCL|GLOO)")
-_AT_USE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass(frozen=True)
@@ -77,25 +68,34 @@ class Ending:
         return Attempt(strategy, region, backend, self.outcome, self.seconds, self.peak_bytes, self.cause, self.where)
 
 
-def run_bounded(job: Job, budget: Budget, cancel: threading.Event | None = None) -> Ending:
+def run_bounded(job: Job, budget: Budget, cancel: threading.Event | None = None, *, share_s: float | None = None) -> Ending:
     """Run `job` in a child process inside `budget`; blocks until it ended, and leaves none of its processes running.
 
-    Setting `cancel` ends it early. Nothing is raised for what goes wrong in the child: the Ending says it.
+    `share_s` is what the job itself may take of the budget's seconds, once there is a server that has imported torch: by
+    default all that the server's start leaves. Setting `cancel` ends it early. Nothing is raised for what goes wrong in the
+    child: the Ending says it.
     """
-    started = time.monotonic()
-    deadline = started + budget.seconds
-    folder: Path | None = None
+    run = _Run(job, budget, cancel or threading.Event(), share_s)
     try:
-        folder = Path(tempfile.mkdtemp(prefix="torchspan-job-"))
-        _write_job(folder, job)
-        verdict = _ask_server(job, folder, deadline, budget, cancel)
-        ending = _judge(verdict, folder, budget, time.monotonic() - started)
-        return replace(ending, **_seen(verdict, folder))
+        with job_folder() as folder:
+            _write_job(folder, job)
+            verdict = run_on_server(job.fresh, job.function.partition(":")[0], partial(run.ask, folder))
+            ending = _judge(verdict, folder, run.limit(), run.seconds())
+            return replace(ending, **_seen(verdict, folder))
+    except ServersEndedError as why:
+        return Ending("cancelled", run.seconds(), cause=str(why))
     except Exception as cause:  # noqa: BLE001 - no space for the payload, no process or thread to start, no interpreter
-        return Ending("failed", time.monotonic() - started, cause=f"{type(cause).__name__}: {cause}", where="starting the job")
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        return Ending("failed", run.seconds(), cause=f"{type(cause).__name__}: {cause}", where="starting the job")
+
+
+def server_pids() -> list[int]:
+    """The compile servers that this process keeps; each is idle unless a job runs, and ends with this process."""
+    return servers.pids()
+
+
+def end_servers() -> None:
+    """End the compile servers now, with whatever they run and with what waits for its turn."""
+    servers.end("the compile servers were ended")
 
 
 def _write_job(folder: Path, job: Job) -> None:
@@ -112,42 +112,89 @@ def _write_job(folder: Path, job: Job) -> None:
     (folder / "job.json").write_text(json.dumps(described))
 
 
-def child_environ() -> dict[str, str]:
-    """The environment variables of a child: the caller's, and those that put the active Environment in force there too."""
-    environment = active_environment()
-    settings: Mapping[str, str] = getattr(environment, "settings", {}) if environment else {}
-    return {**os.environ, **settings, "TORCHSPAN_COMPILE": "off", "TORCHSPAN_REPORT_PARTS": ""}
+class _Run:
+    """One job on its way: its clock, and what is asked of the server."""
 
+    def __init__(self, job: Job, budget: Budget, cancel: threading.Event, share_s: float | None) -> None:
+        self._job = job
+        self._budget = budget
+        self._cancel = cancel
+        self._share_s = budget.seconds if share_s is None else min(share_s, budget.seconds)
+        self._started = time.monotonic()
+        self._deadline = self._started + budget.seconds
 
-def _ask_server(
-    job: Job, folder: Path, deadline: float, budget: Budget, cancel: threading.Event | None
-) -> dict[str, Any] | None:
-    server = _servers.get(job.fresh, job.function.partition(":")[0])
-    done = server.submit(folder, deadline, budget.limit_bytes)
-    is_cancelled = False
-    while not done.wait(0.05):
-        if job.tick is not None:
-            _tick(job.tick, folder, server)
-        if cancel is not None and cancel.is_set() and not is_cancelled:
+    def seconds(self) -> float:
+        """Those since it began."""
+        return time.monotonic() - self._started
+
+    def limit(self) -> _Limit:
+        """What it may take, for the words of its Ending."""
+        return _Limit(self._share_s, self._budget)
+
+    def ask(self, folder: Path, server: Connection) -> dict[str, Any] | None:
+        """Have `server` run it; the verdict of its warden, or ours where there is none."""
+        why_not = self._await_ready(folder, server)
+        if why_not is not None:
+            return why_not
+        self._deadline = min(self._deadline, time.monotonic() + self._share_s)
+        done = server.submit(folder, self._deadline, self._budget.limit_bytes)
+        self._await_done(folder, server, done)
+        if server.why_ended is not None:
+            return _cancelled(server.why_ended)
+        verdict = folder / "verdict.json"
+        if verdict.exists():
+            return dict(json.loads(verdict.read_text()))
+        if self._cancel.is_set():  # before its warden was there to say so
+            return _cancelled()
+        return {"outcome": "timeout", "where": None} if time.monotonic() > self._deadline else None
+
+    def _await_ready(self, folder: Path, server: Connection) -> dict[str, Any] | None:
+        """Wait until it has imported torch; the verdict where that takes too long."""
+        while not server.ready.wait(0.05):
+            self._tick(folder, server)
+            if self._cancel.is_set():
+                return _cancelled()
+            if time.monotonic() > self._deadline:
+                servers.end_if_alone(server)  # it hangs, importing torch, and nobody has more patience
+                return {"outcome": "timeout", "where": None, "in_server": True}
+        return _cancelled(server.why_ended) if server.why_ended is not None else None
+
+    def _await_done(self, folder: Path, server: Connection, done: threading.Event) -> None:
+        is_cancelled = is_late = False
+        while not done.wait(0.05):
+            self._tick(folder, server)
+            if self._cancel.is_set() and not is_cancelled:
+                server.cancel(folder)
+                is_cancelled = True
+            if time.monotonic() > self._deadline + GRACE_S and not is_late:
+                server.end_job(folder)
+                is_late = True
+
+    def _tick(self, folder: Path, server: Connection) -> None:
+        if self._job.tick is None:
+            return
+        try:
+            self._job.tick(folder)
+        except BaseException:  # nobody will wait for the job any longer
             server.cancel(folder)
-            is_cancelled = True
-            if not server.is_ready:  # it still imports torch: it will read this when it is done, before it starts anything
-                return {"outcome": "cancelled"}
-        if time.monotonic() > deadline + GRACE_S or (not server.is_ready and time.monotonic() > deadline):
-            server.end()  # the server itself hangs: importing torch, most likely
-            break
-    verdict = folder / "verdict.json"
-    if verdict.exists():
-        return dict(json.loads(verdict.read_text()))
-    return {"outcome": "timeout", "where": None, "in_server": True} if time.monotonic() > deadline else None
+            raise
 
 
-def _tick(tick: Callable[[Path], None], folder: Path, server: _Connection) -> None:
-    try:
-        tick(folder)
-    except BaseException:  # nobody will wait for the job any longer
-        server.cancel(folder)
-        raise
+def _cancelled(why: str = "cancelled") -> dict[str, Any]:
+    return {"outcome": "cancelled", "why": why}
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """The seconds that a job had for itself, and the budget that they are of."""
+
+    share_s: float
+    budget: Budget
+
+    def __str__(self) -> str:
+        if self.share_s == self.budget.seconds:
+            return f"{self.budget.seconds:.4g} s"
+        return f"{self.share_s:.4g} s, its share of {self.budget.seconds:.4g} s"
 
 
 def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
@@ -165,20 +212,22 @@ def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def _judge(verdict: dict[str, Any] | None, folder: Path, budget: Budget, seconds: float) -> Ending:
+def _judge(verdict: dict[str, Any] | None, folder: Path, limit: _Limit, seconds: float) -> Ending:
     """What a warden's verdict and a worker's result mean."""
     if verdict is None:
         return Ending("crashed", seconds, cause="the compile server ended before the job did", where="compile server")
     peak = verdict.get("peak_bytes") or None
     outcome = verdict["outcome"]
     if outcome == "timeout":
-        where = "starting: importing torch" if verdict.get("in_server") else _where(verdict)
-        return Ending("timeout", seconds, peak, f"not done after {budget.seconds:.4g} s; ended", where)
+        is_starting = verdict.get("in_server")
+        took = f"{limit.budget.seconds:.4g} s" if is_starting else str(limit)
+        where = "starting: importing torch" if is_starting else _where(verdict)
+        return Ending("timeout", seconds, peak, f"not done after {took}; ended", where)
     if outcome == "memory":
-        limit = format_bytes(budget.limit_bytes or 0)
-        return Ending("memory", seconds, peak, f"used {format_bytes(peak or 0)} of {limit}; ended", _where(verdict))
+        used, of_bytes = format_bytes(peak or 0), format_bytes(limit.budget.limit_bytes or 0)
+        return Ending("memory", seconds, peak, f"used {used} of {of_bytes}; ended", _where(verdict))
     if outcome == "cancelled":
-        return Ending("cancelled", seconds, peak, "cancelled", None)
+        return Ending("cancelled", seconds, peak, verdict.get("why", "cancelled"), None)
     result = folder / "result"
     if result.exists() and outcome == "exit":
         return _judge_result(result.read_bytes(), seconds, peak)
@@ -227,167 +276,3 @@ def summarise_stack(dump: str) -> str | None:
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
     ours = os.path.abspath(server.__file__)
     return "; ".join(f"{file}:{line} in {name}" for file, line, name in frames[:8] if file != ours) or None
-
-
-# the servers
-
-
-@dataclass
-class _Connection:
-    """A compile server and the jobs that it has."""
-
-    process: subprocess.Popen[bytes]
-    channel: socket.socket
-    wanted: Mapping[str, str]
-    is_ready: bool = False
-    waiting: dict[str, threading.Event] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def submit(self, folder: Path, deadline: float, limit_bytes: int | None) -> threading.Event:
-        done = threading.Event()
-        with self.lock:
-            self.waiting[str(folder)] = done
-        request = {"do": "run", "job": str(folder), "folder": str(folder), "deadline": deadline, "limit_bytes": limit_bytes}
-        self._say(request)
-        if not self.is_alive:
-            done.set()
-        return done
-
-    def cancel(self, folder: Path) -> None:
-        self._say({"do": "cancel", "job": str(folder)})
-
-    def end(self) -> None:
-        """Kill the server and everything below it."""
-        server.kill_tree(self.process.pid)
-        self.process.kill()
-        self.process.wait()
-        self.channel.close()
-
-    def _say(self, message: dict[str, Any]) -> None:
-        try:
-            self.channel.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return  # it is gone: whoever waits is told by listen()
-
-    def listen(self) -> None:
-        """Pass on what the server says, until it is gone; then nobody waits for it any longer."""
-        buffer = b""
-        try:
-            while chunk := self.channel.recv(65536):
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in lines:
-                    self._hear(json.loads(line))
-        except (OSError, ValueError):
-            pass  # the channel was closed by end(), or carried what no server says: the same as its end
-        self.channel.close()
-        self.process.wait()
-        with self.lock:
-            for done in self.waiting.values():
-                done.set()
-
-    def _hear(self, message: dict[str, Any]) -> None:
-        if "ready" in message:
-            self.is_ready = True
-        with self.lock:
-            done = self.waiting.pop(message.get("done", ""), None)
-        if done is not None:
-            done.set()
-
-
-class _Servers:
-    """At most two servers a process: one with torch imported, one without."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_kind: dict[bool, _Connection] = {}
-        atexit.register(self.end)
-        os.register_at_fork(after_in_child=self._forget)
-
-    def get(self, is_fresh: bool, module: str) -> _Connection:
-        """The server of this kind; a new one imports `module` besides torch."""
-        wanted = {name: value for name, value in child_environ().items() if _matters_at_import(name)}
-        with self._lock:
-            known = self._by_kind.get(is_fresh)
-            if known is not None and known.is_alive and known.wanted == wanted:
-                return known
-            if known is not None and known.is_alive and not known.waiting:
-                known.end()
-            self._by_kind[is_fresh] = _start_server(wanted, is_fresh, module)
-            return self._by_kind[is_fresh]
-
-    def pids(self) -> list[int]:
-        """The servers that are running."""
-        with self._lock:
-            return [one.process.pid for one in self._by_kind.values() if one.is_alive]
-
-    def end(self) -> None:
-        with self._lock:
-            for connection in self._by_kind.values():
-                connection.end()
-            self._by_kind.clear()
-
-    def _forget(self) -> None:
-        """In a fork of the user's process (a data loader's worker): the servers are not its own."""
-        for connection in self._by_kind.values():
-            connection.channel.close()
-        self._by_kind = {}
-        self._lock = threading.Lock()
-
-
-def _matters_at_import(name: str) -> bool:
-    return bool(_AT_IMPORT.match(name)) and name not in _AT_USE
-
-
-def _start_server(wanted: Mapping[str, str], is_fresh: bool, module: str) -> _Connection:
-    ours, theirs = socket.socketpair()
-    environ = child_environ()
-    start = {
-        "path": [os.path.abspath(entry) for entry in sys.path],
-        "preload": () if is_fresh else (*PRELOAD, module),
-        "quiet": server.QUIET,
-        "environ": {name: environ.get(name) for name in server.QUIET},
-        "parent": os.getpid(),
-    }
-    try:
-        process = _server_process(theirs, environ, start)
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    connection = _Connection(process, ours, dict(wanted))
-    try:
-        threading.Thread(target=connection.listen, name="torchspan-compile-server", daemon=True).start()
-    except RuntimeError:  # no thread to be had
-        connection.end()
-        raise
-    return connection
-
-
-def _server_process(channel: socket.socket, environ: Mapping[str, str], start: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, server.__file__, str(channel.fileno()), json.dumps(start)],
-        pass_fds=[channel.fileno()],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-_servers = _Servers()
-
-
-def server_pids() -> list[int]:
-    """The compile servers that this process keeps; each is idle unless a job runs, and ends with this process."""
-    return _servers.pids()
-
-
-def end_servers() -> None:
-    """End the compile servers now, with whatever they run."""
-    _servers.end()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import logging
 import os
+import sys
 import threading
 import traceback
 import types
@@ -68,8 +70,6 @@ def inductor(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool 
 
 def named_backend(name: str) -> Callable[..., Any] | str:
     """The function behind a backend that this process registered, to be sent to another; the name of one that torch brings."""
-    import sys
-
     registry = sys.modules.get("torch._dynamo.backends.registry")
     found = registry._COMPILER_FNS.get(name) if registry else None
     is_ours = found is not None and not str(getattr(found, "__module__", "")).startswith("torch.")
@@ -313,6 +313,59 @@ def only_loading() -> Iterator[None]:
 def dynamic_dims(tensors: Sequence[torch.Tensor], dims: Sequence[Iterable[int]]) -> AbstractContextManager[None]:
     """Have dynamo take these dimensions of each tensor as symbols in what it traces inside; the tensors forget it after."""
     return capture_torch.dynamic_dims(tensors, [dict.fromkeys(which, capture_torch.Dynamic()) for which in dims])
+
+
+@contextmanager
+def dynamic_numbers(numbers: Sequence[float]) -> Iterator[None]:
+    """Have dynamo take what this thread traces inside, and what equals one of these numbers, as a symbol.
+
+    A number is known by its value and class, not by its source: behind a graph break the same one has another source. A
+    constant of the program's own that has the value too becomes a symbol with it: a guard less, and the same results.
+    """
+    from torch._dynamo.pgo import auto_dynamic
+    from torch._dynamo.variables import builder
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    if not numbers:
+        yield
+        return
+    mine, wanted = threading.get_ident(), {(type(one), one) for one in numbers}
+    wrap, process = builder.VariableBuilder.wrap_symint, builder.process_automatic_dynamic  # type: ignore[attr-defined]
+
+    def is_wanted(value: Any) -> bool:
+        return threading.get_ident() == mine and type(value) in (int, float) and (type(value), value) in wanted
+
+    def wrap_symint(self: Any, value: int, dynamism: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return wrap(self, value, DimDynamic.DYNAMIC if dynamism is None and is_wanted(value) else dynamism, *args, **kwargs)
+
+    def processed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
+        found = process(tx, name, entry, **kwargs)
+        return dataclasses.replace(found, scalar=auto_dynamic) if is_wanted(entry.scalar) else found
+
+    with (
+        replaced(builder.VariableBuilder, "wrap_symint", wrap_symint),
+        replaced(builder, "process_automatic_dynamic", processed),
+    ):
+        yield
+
+
+def guards_hold(function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
+    """Whether some code that dynamo compiled for `function` serves a call with these local names; nothing is run."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    entries = _debug_get_cache_entry_list(function.__code__)
+    return any(one.guard_manager.check(dict(names)) for one in entries)
+
+
+def recompile_limit() -> int:
+    """Dynamo's limit of compiles for one function, where dynamo is imported; else what it is by default."""
+    config = sys.modules.get("torch._dynamo.config")
+    return int(config.recompile_limit) if config is not None else 8
+
+
+def is_transformed() -> bool:
+    """Whether a call stands inside a transform of ``torch.func``, or is recorded by ``torch.jit.trace``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 @contextmanager

@@ -1,24 +1,30 @@
-"""What serves the calls of a region: a Generation one input signature, or, of dynamic shapes, a Family of signatures."""
+"""What serves the calls of a region: Generations, each of one signature and one state of the program, or of many sizes."""
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torchspan.regions.call import Call
 from torchspan.regions.handback import FromArtifact, FromCaches
-from torchspan.regions.signature import Dims, Sizes, differing
+from torchspan.regions.signature import Dims, Sizes, differing, general, has_negative_zero, numbers
 
 MAX_MISFITS = 3  # of sizes that the code of dynamic shapes turns out not to serve
+MAX_FAILED = 2  # of calls that differ in plain values only, or in the program's state
+MAX_UNSERVED = 8
+PATIENCE = 3  # calls of other values that pass before one of them takes over what is ready
+_MAX_KNOWN = 256  # signatures that are remembered to be served
 
 
 @dataclass(eq=False)
 class Generation:
-    """What serves one input signature, or those of a `family` that differ in the dimensions `dims` only.
+    """What serves calls like the one that it was made for: of its `signature`, or of a `family` if they differ in `dims` only.
 
-    `proven` are the sizes of the call that its code was checked with.
+    `sizes` are those of that call. `proven` are the sizes of the call that its code was checked with. An `is_odd` one was
+    made for a call that cannot be compiled, which says nothing of others.
     """
 
     stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
@@ -26,9 +32,15 @@ class Generation:
     code: FromArtifact | FromCaches | None = None
     wants_artifact: bool = False
     is_traced: bool = False
-    stale: int = 0
+    is_odd: bool = False
     num_damaged: int = 0
     num_unchecked: int = 0
+    num_missed: int = 0
+    num_passed: int = 0
+    num_unserved: int = 0  # calls in which its guards held before, and not any longer inside
+    signature: Hashable = None
+    key: Hashable = None
+    sizes: Sizes = ()
     family: Family | None = None
     dims: Dims = ()
     proven: Sizes = ()
@@ -36,6 +48,18 @@ class Generation:
     done: threading.Event = field(default_factory=threading.Event)
     cancel: threading.Event = field(default_factory=threading.Event)
     why_cancelled: str = ""
+
+    @classmethod
+    def of(cls, call: Call, *, family: Family | None = None, dims: Dims = (), wants_artifact: bool = False) -> Generation:
+        """One that is to be compiled for `call`."""
+        return cls(
+            signature=call.signature,
+            key=call.family,
+            sizes=call.sizes,
+            family=family,
+            dims=dims,
+            wants_artifact=wants_artifact,
+        )
 
     def wait(self) -> None:
         """Wait for its compile, which ends if the user interrupts."""
@@ -50,25 +74,50 @@ class Generation:
         self.why_cancelled = why
         self.cancel.set()
 
+    @property
+    def was_dynamic(self) -> bool:
+        """Whether it was given up because dynamic shapes do not serve; each size may be compiled by itself."""
+        return self.stage == "eager" and self.family is not None and self.family.is_static
+
+    def covers(self, call: Call) -> bool:
+        """Whether it is for a call of these sizes and numbers; text and truth values may be others."""
+        if self.key != call.family:
+            return False
+        varies = _varying(self.sizes, call.sizes)
+        return not any(varies) or (any(self.dims) and _covers(self.dims, varies) and _covers(general(call.sizes), self.dims))
+
+    def is_exactly_for(self, call: Call) -> bool:
+        """Whether it is for this call, in every plain value."""
+        if self.signature == call.signature:
+            return True
+        if not self.covers(call) or has_negative_zero(call.sizes) or has_negative_zero(self.sizes):
+            return False
+        return _covers(_varying(self.sizes, call.sizes), differing(self.sizes, call.sizes))
+
+    def serves(self, call: Call) -> bool:
+        """Whether its code's guards hold in this call."""
+        if self.stage != "swapped" or self.code is None:
+            return False
+        if self.signature != call.signature and (has_negative_zero(call.sizes) or has_negative_zero(self.sizes)):
+            return False  # which torch's guards do not tell from 0.0
+        if not self.code.has_traced:
+            return self.is_exactly_for(call)
+        return self.code.serves(call.target, call.args, call.kwargs)
+
 
 @dataclass(eq=False)
 class Family:
-    """Calls that differ in the sizes of their tensors only: those of the `first`, and what serves some of the others."""
+    """Calls that differ in the sizes of their tensors and in numbers only: those of the `first`, and what varied since."""
 
     first: Sizes
     generations: list[Generation] = field(default_factory=list)
     num_misfits: int = 0
 
-    def find(self, sizes: Sizes) -> Generation | None:
-        """The generation that is for a call of these sizes."""
-        varies = differing(self.first, sizes)
-        return next((one for one in self.generations if _covers(one.dims, varies) and _are_general(sizes, one.dims)), None)
-
     def widened(self, sizes: Sizes) -> Dims | None:
         """The dimensions that vary, those of these sizes included; None where torch would make a case of its own of one."""
-        seen = [differing(self.first, sizes), *(one.dims for one in self.generations)]
+        seen = [_varying(self.first, sizes), *(one.dims for one in self.generations)]
         dims = tuple(frozenset().union(*of_one) for of_one in zip(*seen, strict=True))
-        return dims if any(dims) and _are_general(sizes, dims) else None
+        return dims if any(dims) and _covers(general(sizes), dims) else None
 
     def give_up(self) -> None:
         """Have each size compiled by itself from now on."""
@@ -82,32 +131,93 @@ class Family:
 
 
 class Generations:
-    """Those of one region: of one signature each, and of families."""
+    """Those of one region.
+
+    A signature that one of them was seen to serve is `known`, and its calls go there without being looked at. A signature whose
+    calls were found in several states of the program is `contested`: the guards of each are asked before each call.
+    """
 
     def __init__(self) -> None:
-        self.by_signature: dict[Hashable, Generation] = {}
+        self.opened: list[Generation] = []
         self.families: dict[Hashable, Family] = {}
+        self._known: OrderedDict[Hashable, Generation] = OrderedDict()
+        self._contested: set[Hashable] = set()
+        self._latest: Generation | None = None  # the one that served the last call whose guards were asked
 
     def find(self, call: Call) -> Generation | None:
-        """The one that serves such a call, if there is one."""
-        found = self.by_signature.get(call.signature)
-        if found is not None or not self.families:
-            return found
-        alike = self.families.get(call.family)
-        return alike.find(call.sizes) if alike is not None else None
+        """The one that serves such a call, as far as that is known without a look at guards."""
+        return self._known.get(call.signature)
+
+    def serving(self, call: Call) -> Generation | None:
+        """The one whose guards hold in this call; it comes first the next time."""
+        in_turn = self.opened if self._latest is None else [self._latest, *self.opened]
+        self._latest = next((one for one in in_turn if one.serves(call)), None)
+        if self._latest is not None:
+            self.remember(self._latest, call)
+        return self._latest
+
+    def remember(self, generation: Generation, call: Call) -> None:
+        """It serves calls like this one, unless they were found in several states."""
+        if call.signature not in self._contested:
+            self._known[call.signature] = generation
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+
+    def meant(self, call: Call) -> Generation | None:
+        """One that is not swapped (yet) and that such a call waits for, takes over, or was given up with."""
+        open_ones = [one for one in self.opened if one.stage != "swapped" and not one.was_dynamic]
+        exact = [one for one in open_ones if one.is_exactly_for(call)]
+        alike = [one for one in open_ones if one not in exact and one.covers(call)]
+        for found, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
+            for stage in ("ready", "compiling"):
+                for one in found:
+                    if one.stage == stage:
+                        return one
+            failed = [one for one in found if one.stage == "eager"]
+            if len(failed) >= limit:
+                return failed[0]
+        return None
+
+    def beaten(self, call: Call) -> list[Generation]:
+        """Those that are swapped and for this very call, although their guards do not hold in it."""
+        return [one for one in self.opened if one.stage == "swapped" and one.is_exactly_for(call)]
+
+    def open(self, generation: Generation) -> Generation:
+        """Add one."""
+        self.opened = [*self.opened, generation]
+        return generation
+
+    def contest(self, call: Call) -> bool:
+        """The guards of the one that served calls like this do not hold in it; whether they were asked before the call."""
+        was_asked = call.signature in self._contested
+        self._known.pop(call.signature, None)
+        self._contested.add(call.signature)
+        return was_asked
+
+    def note_raised(self, call: Call) -> None:
+        """The program raises in this call: if what was begun for it fails, that says nothing of others."""
+        for one in self.opened:
+            if one.signature == call.signature and one.stage in ("compiling", "eager"):
+                one.is_odd = True
+
+    @property
+    def num_counted(self) -> int:
+        """How many count against the limit: not those of odd calls."""
+        return sum(not one.is_odd for one in self.opened)
+
+    @property
+    def num_compiled(self) -> int:
+        """How many have code, or had."""
+        return sum(bool(one.proven) or one.stage in ("ready", "swapped") for one in self.opened)
 
     def all(self) -> list[Generation]:
         """Every one of them."""
-        return [*self.by_signature.values(), *(one for alike in self.families.values() for one in alike.generations)]
+        return self.opened
 
 
-def general(sizes: Sizes) -> Dims:
-    """Every dimension that code for these sizes can be dynamic in: to torch, a size of 0 or 1 is a case of its own."""
-    return tuple(frozenset(dim for dim, length in enumerate(size) if length > 1) for size in sizes)
-
-
-def _are_general(sizes: Sizes, dims: Dims) -> bool:
-    return _covers(general(sizes), dims)
+def _varying(first: Sizes, sizes: Sizes) -> Dims:
+    """In which dimensions and numbers two calls differ."""
+    return tuple(one & other for one, other in zip(differing(first, sizes), numbers(sizes), strict=True))
 
 
 def _covers(dims: Dims, others: Dims) -> bool:
@@ -115,13 +225,15 @@ def _covers(dims: Dims, others: Dims) -> bool:
 
 
 def describe(first: Sizes, sizes: Sizes) -> str:
-    """How two calls' sizes differ, for a Report.
+    """How two calls' sizes and numbers differ, for a Report.
 
-    >>> describe(((2, 3), (3,)), ((4, 3), (3,)))
-    'tensor 0 of the inputs is 2×3 and 4×3'
+    >>> describe(((2, 3), (3,), (0.5, 4)), ((4, 3), (3,), (0.7, 4)))
+    'tensor 0 of the inputs is 2×3 and 4×3, a number among the arguments is 0.5 and 0.7'
     """
-    pairs = enumerate(zip(first, sizes, strict=True))
-    return ", ".join(f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b)
+    pairs = enumerate(zip(first[:-1], sizes[:-1], strict=True))
+    told = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
+    numbers_now = [(first[-1][place], sizes[-1][place]) for place in sorted(_varying(first, sizes)[-1])]
+    return ", ".join([*told, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
 
 
 def _times(size: tuple[int, ...]) -> str:

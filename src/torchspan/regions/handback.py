@@ -22,10 +22,11 @@ from torchspan.core.report import Report
 from torchspan.regions import _torch
 from torchspan.regions.backward import EagerBackward
 from torchspan.regions.call import original
+from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.part import Part
 from torchspan.regions.settings import Settings
-from torchspan.regions.signature import Dims, tensors_of
+from torchspan.regions.signature import Dims
 
 
 class Guarded:
@@ -84,6 +85,7 @@ class FromArtifact:
     name = "artifact"
     is_counting = False
     num_calls = 0
+    has_traced = True  # there are guards to ask
 
     def __init__(self, content: bytes, target: Callable[..., Any]) -> None:
         loaded = load(io.BytesIO(content), original(target), report=Report())
@@ -103,6 +105,10 @@ class FromArtifact:
 
     trace = run
 
+    def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether its guards hold in this call; nothing is run."""
+        return any(one.serves(original(target), args, kwargs) for one in self._entries)
+
 
 class FromCaches:
     """Compiled code from torch's caches: `trace` may trace (and load), `run` uses only what was traced."""
@@ -117,8 +123,10 @@ class FromCaches:
         self._dims = dims
         self._nested = part.nested
         self._is_loading = settings.is_inductor
+        self.has_traced = False
         self._guarded: list[Guarded] = []
-        self._entry = settings.compile(_torch.entry_point(part.is_called_inside), self._wrap)
+        self._code = _torch.entry_point(part.is_called_inside)
+        self._entry = settings.compile(self._code, self._wrap)
         self.run = _torch.run_only(self._entry)
 
     def _wrap(self, backend: Callable[..., Any]) -> Guarded:
@@ -127,9 +135,13 @@ class FromCaches:
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
-        marked = _torch.dynamic_dims(tensors_of(args, kwargs), self._dims)
-        with _torch.known_isas(self._isas), marked, nesting(self._nested):
+        self.has_traced = True
+        with _torch.known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
             return self._entry(target, *args, **kwargs)
+
+    def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether dynamo's guards hold in this call; nothing is run."""
+        return _torch.guards_hold(self._code, {"target": target, "args": args, "kwargs": dict(kwargs)})
 
     @property
     def misses(self) -> list[str]:

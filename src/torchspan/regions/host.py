@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from torchspan.core.report import Report
-from torchspan.jobs.budget import Budget
+from torchspan.jobs.budget import Allowance
 from torchspan.jobs.supervisor import Ending
 from torchspan.regions.part import Part
 from torchspan.regions.settings import Settings
@@ -25,10 +25,12 @@ class Host(Protocol):
     def wants_artifact(self, part: Part) -> bool:
         """Whether the compile process is to make an artifact of `part`."""
 
-    def turn(self, has_compiled: bool) -> AbstractContextManager[Budget | None]:
-        """Wait for the turn to have a compile process; gives what it may spend, None if nothing is left."""
+    def turn(
+        self, part: Part, is_cancelled: Callable[[], bool], has_compiled: bool
+    ) -> AbstractContextManager[Allowance | Ending]:
+        """Wait for the turn to have a compile process for `part`; gives what it may spend, or how it ended without one."""
 
-    def spend(self, strategy: str, ending: Ending) -> None:
+    def spend(self, strategy: str, part: Part, ending: Ending) -> None:
         """Count what a compile process took."""
 
     def overhead(self) -> AbstractContextManager[None]:

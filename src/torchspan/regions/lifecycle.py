@@ -23,9 +23,10 @@ from torchspan.caches import ledger
 from torchspan.core.errors import GuardError, InputError, TorchspanError
 from torchspan.core.report import log
 from torchspan.jobs import transport
+from torchspan.jobs.budget import Allowance
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.regions import _torch, ambient, verify, watch
-from torchspan.regions.call import Call
+from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
 from torchspan.regions.fullgraph import break_message
 from torchspan.regions.generation import Generation, Generations
@@ -39,6 +40,8 @@ from torchspan.regions.worker import Filled, Task
 
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
+MAX_MISSED = 3
+_SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
 
@@ -57,7 +60,7 @@ class _Work:
     """What a thread has compiled: for which generation, which program, and the pickled Task of it."""
 
     generation: Generation
-    target: Any
+    target: Callable[[], Any]  # a program that nobody has any more is not kept for its compile, see `_held`
     payload: bytes
     is_fresh: bool  # whether it needs a process that was not forked
 
@@ -70,6 +73,7 @@ class Lifecycle:
         self.strategy = strategy
         self.has_failed = False
         self.has_compiled = False
+        self.may_try_others = True
         self._failures: dict[tuple[type[Exception], str], str] = {}
         self._host = host
         self._generations = generations
@@ -91,9 +95,10 @@ class Lifecycle:
         try:
             payload = self._payload(self._marks(generation), call)
         except InputError as cause:
-            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where="sending the program"))
+            generation.is_odd = self._can_be_sent(call)
+            self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where=_SENDING))
             return
-        work = _Work(generation, call.target, payload, gpu.kind != "cpu")
+        work = _Work(generation, _held(call.target), payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
 
     def _payload(self, dims: Dims, call: Call) -> bytes:
@@ -109,6 +114,14 @@ class Lifecycle:
             self.part.nested,
         )
         return transport.dumps(task)
+
+    def _can_be_sent(self, call: Call) -> bool:
+        """Whether the program can be sent, so that it is the arguments of a call that cannot."""
+        try:
+            self._payload((), Call(call.target, (), {}))
+        except InputError:
+            return False
+        return True
 
     def _marks(self, generation: Generation) -> Dims:
         """The dimensions that are to be marked as dynamic; none where all are, by the user's ``dynamic=True``."""
@@ -134,13 +147,14 @@ class Lifecycle:
                 self.give_up(generation, ending)
             return
         filled: Filled = pickle.loads(ending.result)
-        if filled.artifact is not None and not self._load(generation, work.target, filled.artifact):
+        if filled.artifact is not None and not self._load(generation, work.target(), filled.artifact):
             generation.wants_artifact = False
             self._attempt(replace(ending, outcome="failed", cause="its artifact does not load here", where="loading"))
             self._compile(work)
             return
         if self._host.settings.is_inductor and filled.graphs == 0:
-            self.give_up(generation, Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled"))
+            nothing = Ending("skipped", ending.seconds, ending.peak_bytes, "nothing here can be compiled")
+            self.give_up(generation, nothing, is_of_call=True)
             return
         try:
             if filled.artifact is None:
@@ -157,6 +171,7 @@ class Lifecycle:
             self._compile_without_damaged(work, ending)
             return
         self._attempt(ending)
+        self.has_failed = False
         generation.stage = "ready"
         generation.done.set()
 
@@ -184,19 +199,24 @@ class Lifecycle:
             self._decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
 
     def _run_child(self, work: _Work) -> Ending:
+        generation = work.generation
+        with self._host.turn(self.part, generation.cancel.is_set, self.has_compiled) as allowed:
+            ending = allowed if isinstance(allowed, Ending) else self._run_within(allowed, work)
+        is_cancelled = ending.outcome == "cancelled" and generation.cancel.is_set()
+        return replace(ending, cause=generation.why_cancelled) if is_cancelled else ending
+
+    def _run_within(self, allowed: Allowance, work: _Work) -> Ending:
         generation, payload = work.generation, work.payload
-        with self._host.turn(self.has_compiled) as budget:
-            if budget is None:
-                return Ending("skipped", 0.0, cause="nothing is left of the budget")
-            function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
-            shows = self._host.shows_progress
-            with shown(f"{self.part.name} ({self.strategy})", budget) if shows else nullcontext() as tick:
-                job = Job(function, payload, work.is_fresh, record=shows or watch.is_watched(), tick=tick)
-                ending = run_bounded(job, budget, generation.cancel)
-            if job.record:
-                watch.tell(watch.Finished(self.part.name, self.strategy, self._host.settings, payload, began_ns, ending))
-            self._host.spend(self.strategy, ending)
-            return replace(ending, cause=generation.why_cancelled) if ending.outcome == "cancelled" else ending
+        function, began_ns = _JOBS[generation.wants_artifact], time.time_ns()
+        shows = self._host.shows_progress
+        limit = replace(allowed.budget, seconds=allowed.share_s)
+        with shown(f"{self.part.name} ({self.strategy})", limit) if shows else nullcontext() as tick:
+            job = Job(function, payload, work.is_fresh, record=shows or watch.is_watched(), tick=tick)
+            ending = run_bounded(job, allowed.budget, generation.cancel, share_s=allowed.share_s)
+        if job.record:
+            watch.tell(watch.Finished(self.part.name, self.strategy, self._host.settings, payload, began_ns, ending))
+        self._host.spend(self.strategy, self.part, ending)
+        return ending
 
     def _load(self, generation: Generation, target: Any, artifact: bytes) -> bool:
         """Load an artifact, which needs no call to do; whether that went well."""
@@ -208,14 +228,25 @@ class Lifecycle:
         self._decide("artifact", "what the child compiled loads without tracing")
         return True
 
-    def give_up(self, generation: Generation, ending: Ending) -> None:
-        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it."""
+    def end(self, why: str) -> None:
+        """End every compile that is under way; takes no lock, as nothing may that runs when an object goes."""
+        for generation in self._generations.all():
+            if generation.stage == "compiling":
+                generation.end(why)
+
+    def give_up(self, generation: Generation, ending: Ending, *, is_of_call: bool = False) -> None:
+        """It is not compiled: calls run eagerly, and where nothing of the region is compiled the plan hears of it.
+
+        Calls of other signatures may be compiled yet if it failed with an error, or `is_of_call`: that lies in the call.
+        """
         generation.stage = "eager"
         self._attempt(ending)
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
             self._decide("refused", generation.error)
+        elif generation.is_odd:
+            self._decide("eager", f"calls like this one only: {ending.cause}")
         elif ending.outcome == "cancelled":
             self._decide("eager", f"its compile was cancelled: {ending.cause}")
         elif generation.family is not None and not self._host.settings.dynamic:
@@ -223,6 +254,7 @@ class Lifecycle:
             self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
         elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
             self.has_failed = True
+            self.may_try_others = is_of_call or (ending.outcome == "failed" and ending.where != _SENDING)
             self._host.part_failed(self.part)
         generation.done.set()
 
@@ -255,15 +287,24 @@ class Lifecycle:
         if wrong is not None and isinstance(generation.code, FromArtifact):
             self._without_artifact(generation, wrong, call)
         elif generation.code.misses:
-            self.reject(generation, self.miss(generation.code))
+            self._missed(generation, self.miss(generation.code))
         elif wrong is not None:
             self.reject(generation, f"compiled code gives other results than eager: {wrong}")
             log.warning("torchspan: %s runs eagerly: compiled code gives other results: %s", self.part.name, wrong)
         elif generation.stage == "ready":
             generation.stage = "swapped"
-            generation.proven = call.sizes if generation.family is not None else ()
+            generation.proven = call.sizes
             self.has_compiled = True
             self._host.report.figure("swap_stall_s", time.perf_counter() - started)
+
+    def _missed(self, generation: Generation, why: str) -> None:
+        """What was compiled is not for this call, as when the program's state is another: the next one is taken instead."""
+        generation.num_missed += 1
+        if generation.num_missed >= MAX_MISSED or not isinstance(generation.code, FromCaches):
+            self.reject(generation, why)
+            return
+        generation.code = None
+        self._decide("not taken over", why)
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
@@ -314,6 +355,7 @@ class Lifecycle:
     def start_again(self, generation: Generation, call: Call) -> None:
         """Compile anew; calls run eagerly meanwhile."""
         generation.stage, generation.code, generation.is_traced = "compiling", None, False
+        generation.num_missed = 0
         generation.done.clear()
         self.start(generation, call)
 
@@ -342,6 +384,11 @@ class Lifecycle:
 
     def _attempt(self, ending: Ending) -> None:
         self._host.report.attempt(ending.attempt(self.strategy, self.part.name, self._host.settings.backend_name))
+
+
+def _held(target: Any) -> Callable[[], Any]:
+    """Gives `target`; where that is a compiled module, as long as the program has it."""
+    return weakref.ref(target) if original(target) is not target else lambda: target
 
 
 def _failure(cause: Exception, where: str, seconds: float = 0.0, peak_bytes: int | None = None) -> Ending:

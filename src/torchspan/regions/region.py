@@ -1,7 +1,8 @@
 """A region at run time: eager from the first call, compiled once a compile process has done the work and it is proven.
 
-Each input signature has a Generation, whose life is that of :mod:`.lifecycle`; from the second size of an input on, one with
-dynamic shapes serves all sizes. A call runs in one generation from beginning to end, and its backward belongs to it.
+Each input signature and each state of the program has a Generation, whose life is that of :mod:`.lifecycle`; they live side by
+side, and a call is served by one whose guards hold in it. From the second size of an input, or the second value of a number,
+one serves all. A call runs in one generation from beginning to end, and its backward belongs to it.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from typing import Any
 import torch
 
 from torchspan.core.errors import CaptureError, GuardError
+from torchspan.regions import _torch
 from torchspan.regions.backward import saves_are_hooked
 from torchspan.regions.call import Call
-from torchspan.regions.generation import Family, Generation, Generations, describe, general
+from torchspan.regions.generation import MAX_UNSERVED, PATIENCE, Family, Generation, Generations, describe
 from torchspan.regions.handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.regions.host import Host
 from torchspan.regions.lifecycle import Lifecycle
 from torchspan.regions.part import Part
+from torchspan.regions.signature import general
 from torchspan.regions.transformers import as_called
 
-MAX_GENERATIONS = 8  # dynamo's own limit of recompiles
-MAX_STALE = 3
+MAX_ODD = 64  # kinds of calls that cannot be sent, or that raise
+MAX_HOPELESS = 3  # signatures that are tried where none compiles
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Region:
         self._pid = os.getpid()
         self._generations = Generations()
         self._life = Lifecycle(part, strategy, host, self._generations, self.eager)
-        self._full = Generation("eager")  # serves the signatures beyond the limit
+        self._is_full = False  # whether it was said that there are more signatures and states than the limit
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
 
@@ -54,6 +57,15 @@ class Region:
     def has_failed(self) -> bool:
         """Whether nothing of it could be compiled."""
         return self._life.has_failed
+
+    def end(self, why: str) -> None:
+        """End the compiles that are under way: nobody has the program any more."""
+        self._life.end(why)
+
+    @property
+    def may_try_others(self) -> bool:
+        """Whether calls of other signatures may be compiled, although nothing was: it did not hang or crash."""
+        return self._life.may_try_others
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
@@ -63,10 +75,27 @@ class Region:
             return self._run(generation, call)
         if self.has_failed and self._host.is_waiting and not self.part.is_block and self._host.has_moved_on(self.part):
             return self._host.call_again(args, kwargs)
-        return self.eager(call.target, *call.args, **call.kwargs)
+        try:
+            return self.eager(call.target, *call.args, **call.kwargs)
+        except Exception:
+            self._note_raised(call)
+            raise
+
+    def _note_raised(self, call: Call) -> None:
+        """The program raises in this call: what comes of a compile for it says nothing of other calls."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # inside a backward: activation checkpointing ends its recomputation by raising
+        try:
+            with self._lock:
+                self._generations.note_raised(call)
+        except Exception as cause:  # noqa: BLE001 - an argument that cannot be read, which was said; the program's own goes on
+            self._life.note_failure(cause, "after the call")
 
     def _serving(self, call: Call) -> Generation | None:
         """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
+        if _torch.is_transformed():
+            self._decide("eager", "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled")
+            return None
         try:
             call.signature  # noqa: B018 - computed here: whatever an argument may be, the program has its own use for it
         except Exception as cause:  # noqa: BLE001 - whatever a user's own object raises when it is looked at
@@ -86,16 +115,47 @@ class Region:
     def _current(self, call: Call) -> Generation | None:
         """The swapped generation for this call, which may be swapped just now; None to run eagerly."""
         generation = self._generations.find(call)
-        if generation is None or generation.stage != "swapped" or self._host.verify == "always":
-            if self._is_forked():
+        if generation is not None and generation.stage == "swapped" and self._host.verify != "always":
+            return generation
+        if self._is_forked():
+            return None
+        with self._host.overhead():
+            generation = self._chosen(call)
+            if generation is None:
                 return None
-            with self._host.overhead():
-                generation = generation or self._open(call)
-                if generation.error is not None:
-                    raise CaptureError(generation.error)
-                if generation.stage == "ready" or (generation.stage == "swapped" and self._host.verify == "always"):
-                    self._life.take_over(generation, call)
+            if generation.error is not None:
+                raise CaptureError(generation.error)
+            if self._takes_over(generation, call):
+                self._life.take_over(generation, call)
+                self._remember(generation, call)
         return generation if generation.stage == "swapped" else None
+
+    def _chosen(self, call: Call) -> Generation | None:
+        """One whose guards hold, or one that is under way for such calls, or a new one; None beyond the limit."""
+        with self._lock:
+            found = self._generations.serving(call) or self._generations.meant(call)
+            generation = found or self._opened(call)
+        if generation is None or found is not None:
+            return generation
+        self._life.start(generation, call)
+        if self._host.is_waiting:
+            generation.wait()
+        return generation
+
+    def _remember(self, generation: Generation, call: Call) -> None:
+        """Have this call and others like it go there without a look at guards, which torch makes when it traces the first."""
+        if generation.stage == "swapped":
+            with self._lock:
+                self._generations.remember(generation, call)
+
+    def _takes_over(self, generation: Generation, call: Call) -> bool:
+        """Whether this call is to take it over: one of other text or truth values only if no other comes."""
+        if generation.stage == "swapped":
+            return self._host.verify == "always"
+        if generation.stage != "ready":
+            return False
+        generation.num_passed += 1
+        return generation.num_passed > PATIENCE or generation.is_exactly_for(call)
 
     def _as_checkpointed(self, is_recomputing: bool, call: Call) -> Generation | None:
         """The generation of a call that activation checkpointing runs again in the backward: both must be of one kind.
@@ -111,7 +171,10 @@ class Region:
                 return pending.generation
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
             known = self._generations.find(call)
-            return known if known is not None and known.stage == "swapped" else None
+            if known is not None and known.stage == "swapped":
+                return known
+            with self._lock:
+                return self._generations.serving(call)
         generation = self._current(call)
         with self._lock:
             self._pending[id(call.target)] = _Pending(generation)
@@ -124,24 +187,32 @@ class Region:
 
     # compiling
 
-    def _open(self, call: Call) -> Generation:
-        with self._lock:
-            known = self._generations.find(call)
-            if known is not None:
-                return known
-            if len(self._generations.all()) >= MAX_GENERATIONS:
-                if not self._full.done.is_set():
-                    self._full.done.set()
-                    self._decide("eager", f"{MAX_GENERATIONS} input signatures were compiled; calls with others run eagerly")
-                return self._full
-            generation = self._dynamic(call)
-            if generation is None:
-                generation = Generation(wants_artifact=self._host.wants_artifact(self.part))
-                self._generations.by_signature[call.signature] = generation
-        self._life.start(generation, call)
-        if self._host.is_waiting:
-            generation.wait()
-        return generation
+    def _opened(self, call: Call) -> Generation | None:
+        """A new generation for this call; None beyond the limit."""
+        limit = self._host.settings.limit
+        count = self._generations.num_counted
+        is_hopeless = self.has_failed and (not self.may_try_others or count >= MAX_HOPELESS)
+        if is_hopeless or count >= limit or len(self._generations.all()) >= limit + MAX_ODD:
+            if not self._is_full:
+                self._is_full = True
+                self._decide("eager", self._why_full())
+            return None
+        beaten = self._generations.beaten(call)
+        is_misfit = any(one.family is not None and one.proven != call.sizes for one in beaten)
+        if is_misfit:
+            self._misfit(call)
+        elif beaten:
+            self._decide("compiled again", "the program's state changed since it was compiled (its guards failed)")
+        dynamic = None if is_misfit else self._dynamic(call)
+        static = dynamic or Generation.of(call, wants_artifact=self._host.wants_artifact(self.part))
+        return self._generations.open(static)
+
+    def _why_full(self) -> str:
+        """What is true of those that there are."""
+        tried, count = self._generations.num_counted, self._generations.num_compiled
+        told = f"{count} of {tried}" if count != tried else str(count)
+        told += " input signatures and states of the program were compiled"
+        return f"{told}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
 
     def _is_forked(self) -> bool:
         """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
@@ -164,8 +235,9 @@ class Region:
         if dims is None or alike.is_static:
             return None
         if not asked:
-            self._decide("dynamic", f"sizes differ between calls: {describe(alike.first, call.sizes)}")
-        generation = Generation(family=alike, dims=dims)
+            what = "numbers" if alike.first[:-1] == call.sizes[:-1] else "sizes"
+            self._decide("dynamic", f"{what} differ between calls: {describe(alike.first, call.sizes)}")
+        generation = Generation.of(call, family=alike, dims=dims)
         alike.generations.append(generation)
         return generation
 
@@ -224,26 +296,21 @@ class Region:
         return self.eager(call.target, *call.args, **call.kwargs)
 
     def _note_stale(self, generation: Generation, call: Call) -> None:
-        """The guards failed, so that call ran eagerly: the program's own state has changed since it was compiled.
+        """The guards failed, so that call ran eagerly: the next one like it looks for another generation, or opens one.
 
-        Or it is for other sizes than it was meant for; then these have a generation of their own from the next call on.
+        The program's own state has changed since it was compiled, or it is for other sizes than it was meant for. Where guards
+        held before the call, the program has changed that state inside of it, and would again.
         """
-        with generation.lock:
-            if generation.stage != "swapped":
+        with self._lock:
+            if generation.stage != "swapped" or not self._generations.contest(call):
                 return
-            if generation.family is not None and call.sizes != generation.proven:
-                self._misfit(generation.family)
-                fallback = self._generations.by_signature[call.signature] = Generation()
-                self._life.start(fallback, call)
-                return
-            generation.stale += 1
-            if generation.stale > MAX_STALE:
-                self._life.retire(generation, f"the program's state changed {MAX_STALE} times since it was compiled")
-                return
-            self._decide("compiled again", "the program's state changed since it was compiled (its guards failed)")
-            self._life.start_again(generation, call)
+            generation.num_unserved += 1
+            if generation.num_unserved >= MAX_UNSERVED:
+                why = f"{MAX_UNSERVED} calls changed, in themselves, the state of the program that it was compiled for"
+                self._life.retire(generation, why)
 
-    def _misfit(self, alike: Family) -> None:
+    def _misfit(self, call: Call) -> None:
+        alike = self._generations.families[call.family]
         alike.num_misfits += 1
         if alike.is_static:
             alike.give_up()

@@ -19,6 +19,7 @@ class Settings:
     fullgraph: bool = False
     dynamic: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    recompile_limit: int | None = None
 
     @property
     def is_inductor(self) -> bool:
@@ -35,6 +36,11 @@ class Settings:
     def is_random(self) -> bool:
         """Whether compiled code draws other random numbers than eager does (inductor's own, unless told otherwise)."""
         return self.is_inductor and not self.options.get("fallback_random", False)
+
+    @property
+    def limit(self) -> int:
+        """How many signatures and states of a region are compiled: as asked for, or torch's own limit, at least 8."""
+        return self.recompile_limit or max(8, _torch.recompile_limit())
 
     def to_send(self) -> Settings:
         """The same for another process, which has not registered this one's backends."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ import torch
 from torchspan.core.errors import InputError
 from torchspan.regions.ambient import autocast_state
 
-Sizes = tuple[tuple[int, ...], ...]  # of each tensor of a call, in the order in which they are found
-Dims = tuple[frozenset[int], ...]  # of each tensor, which of its dimensions
+Sizes = tuple[tuple[Any, ...], ...]  # of each tensor of a call, in the order in which they are found; last its plain values
+Dims = tuple[frozenset[int], ...]  # of each tensor, which of its dimensions; last which of the plain values
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NOT_ENTERED = (*_VALUES, type, types.FunctionType, types.MethodType, types.ModuleType, torch.nn.Module)
 _EXACT = frozenset(_VALUES) - {float, complex}
+_OPEN = frozenset((bool, int, float, complex, str, bytes))  # that a family leaves out, of exactly these classes
 _DEPTH = 5  # of the objects in an object that are looked into for tensors
 _NESTED = 100  # containers in containers that are followed: one that holds itself has no end
 
@@ -32,72 +35,112 @@ def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def family(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, Sizes]:
-    """The signature without sizes (of strides, their order is left), and the sizes.
+    """The signature without sizes (of strides, their order is left) and without numbers and text; and these.
 
-    >>> one, sizes = family(None, (torch.ones(2, 3),), {})
-    >>> other, other_sizes = family(None, (torch.ones(4, 3),), {})
+    >>> one, sizes = family(None, (torch.ones(2, 3), 0.5), {})
+    >>> other, other_sizes = family(None, (torch.ones(4, 3), 0.7), {})
     >>> one == other, sizes, differing(sizes, other_sizes)
-    (True, ((2, 3),), (frozenset({0}),))
+    (True, ((2, 3), (0.5,)), (frozenset({0}), frozenset({0})))
     """
-    tensors: list[torch.Tensor] = []
-    found = _walk(target, args, kwargs, tensors)
-    return found, tuple(tuple(tensor.shape) for tensor in tensors)
+    gathered = _Gathered()
+    found = _walk(target, args, kwargs, gathered)
+    return found, (*(tuple(tensor.shape) for tensor in gathered.tensors), tuple(gathered.values))
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors of a call, in the order of :func:`family`'s sizes."""
-    tensors: list[torch.Tensor] = []
-    _walk(None, args, kwargs, tensors)
-    return tensors
+    gathered = _Gathered()
+    _walk(None, args, kwargs, gathered)
+    return gathered.tensors
 
 
-def differing(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> Dims:
-    """In which dimensions the sizes of two calls of one family differ."""
+def differing(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Dims:
+    """In which dimensions the sizes of two calls of one family differ, and in which plain values."""
     return tuple(
-        frozenset(dim for dim, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        frozenset(dim for dim, (a, b) in enumerate(zip(one, other, strict=True)) if not _is_equal(a, b))
         for one, other in zip(first, second, strict=True)
     )
 
 
-def _walk(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor] | None) -> Hashable:
-    """What was found of a call; with `tensors` they are gathered there, and their sizes are left out."""
+def general(sizes: Sizes) -> Dims:
+    """Every dimension that code for these sizes can be dynamic in: to torch, a size of 0 or 1 is a case of its own.
+
+    >>> general(((2, 1), (0.5, 7, 1, True, "text", float("nan"))))
+    (frozenset({0}), frozenset({0, 1}))
+    """
+    return tuple(frozenset(dim for dim, value in enumerate(size) if _is_general(value)) for size in sizes)
+
+
+def numbers(sizes: Sizes) -> Dims:
+    """Every dimension, and every plain value that may become a symbol: not text, nor what is true or false."""
+    return tuple(frozenset(dim for dim, value in enumerate(size) if type(value) in (int, float)) for size in sizes)
+
+
+def _is_general(value: Any) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is int and value not in (-1, 0, 1)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    return bool(one == other) and (type(one) not in (float, complex) or repr(one) == repr(other))
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What a family leaves out."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+
+def has_negative_zero(sizes: Sizes) -> bool:
+    """Whether a plain value is -0.0, which torch's guards take for 0.0."""
+    return any(type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0 for value in sizes[-1])
+
+
+def _walk(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gathered: _Gathered | None) -> Hashable:
+    """What was found of a call; with `gathered` its tensors and values are kept there, and sizes and values are left out."""
     found: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_state()]
     if isinstance(target, torch.nn.Module):
         found.append(target.training)
     for value in args:
-        _add(value, found, tensors)
+        _add(value, found, gathered)
     for name in sorted(kwargs):
         found.append(name)
-        _add(kwargs[name], found, tensors)
+        _add(kwargs[name], found, gathered)
     return tuple(found)
 
 
-def _add(value: Any, found: list[Hashable], tensors: list[torch.Tensor] | None, depth: int = _NESTED) -> None:
+def _add(value: Any, found: list[Hashable], gathered: _Gathered | None, depth: int = _NESTED) -> None:
     if not depth:
         raise InputError(f"an argument holds more than {_NESTED} containers in one another, or itself")
     if isinstance(value, torch.Tensor):
-        if tensors is None:
+        if gathered is None:
             layout: Hashable = (value.shape, value.stride() if value.layout is torch.strided else value.layout)
         else:
-            tensors.append(value)
+            gathered.tensors.append(value)
             layout = _order(value)
         found.append((layout, value.dtype, value.device, value.requires_grad, type(value)))
+    elif gathered is not None and type(value) in _OPEN:
+        gathered.values.append(value)
+        found.append((type(value),))
     elif isinstance(value, _VALUES):
         found.append((type(value), _plain(value)))
     elif isinstance(value, (tuple, list)):
         found.append((type(value), len(value)))
         for item in value:
-            _add(item, found, tensors, depth - 1)
+            _add(item, found, gathered, depth - 1)
     elif isinstance(value, Mapping):
         found.append((type(value), *map(_plain, value)))
         for item in value.values():
-            _add(item, found, tensors, depth - 1)
+            _add(item, found, gathered, depth - 1)
     elif isinstance(value, torch.nn.Module):
         found.append((type(value), id(value), value.training))
     else:
         found.append(f"{type(value).__module__}.{type(value).__qualname__}")
         for tensor in _held(value, _DEPTH, set()):
-            _add(tensor, found, tensors)
+            _add(tensor, found, gathered)
 
 
 def _plain(value: Any) -> Hashable:

@@ -20,9 +20,10 @@ from torchspan.core.report import Report
 from torchspan.jobs import transport
 from torchspan.regions import _torch, ambient, events, transformers
 from torchspan.regions.ambient import Ambient
+from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.settings import Settings
-from torchspan.regions.signature import Dims, tensors_of
+from torchspan.regions.signature import Dims
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def _compile(task: Task, isas: dict[str, bool]) -> None:
 
 def call_task(task: Task, entry: Callable[..., Any]) -> Any:
     """Call `entry` as the task's caller would: with its inputs and modes, its dimensions marked, its classes nested."""
-    marked = _torch.dynamic_dims(tensors_of(task.args, task.kwargs), task.dims)
-    with ambient.modes(task.ambient), marked, nesting(task.nested):
+    with ambient.modes(task.ambient), marked(task.args, task.kwargs, task.dims), nesting(task.nested):
         return entry(task.target, *task.args, **task.kwargs)
 
 

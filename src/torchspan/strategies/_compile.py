@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -43,6 +44,7 @@ def compile_bounded(
     verify: Verify = "first",
     handback: Handback = "auto",
     report: Report | None = None,
+    recompile_limit: int | None = None,
     **extra: Any,
 ) -> Program:
     """`model` (a module or a function), compiled inside a `budget` while it already runs.
@@ -64,6 +66,8 @@ def compile_bounded(
     `handback` says how the code comes here: as an ``artifact`` that loads without tracing, where the program is one that an
     artifact can hold, or through torch's ``caches``, where dynamo traces once more; ``auto`` takes an artifact for a whole
     program that is called without gradients.
+    `recompile_limit` is how many input signatures and states of the program a region is compiled for, by default torch's own
+    limit, at least 8.
     `mode`, `fullgraph`, `dynamic`, `backend`, `options` and `extra` are torch.compile's. With ``dynamic=None`` the first call's
     sizes are compiled as they are; when a call differs in sizes only, those that differ are compiled as symbols, once for all
     sizes (a Decision says which), in a child and within the budget like everything. A module comes back as a module of the
@@ -95,7 +99,7 @@ def compile_bounded(
         raise InputError(f"budget is {budget!r}; expected a Budget, such as Budget(seconds=120, memory='4GiB')")
     program = _original(model)
     own_report = report or Report(parent=current_report())
-    settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra)
+    settings = Settings(backend, mode, _options(backend, options), fullgraph, dynamic, extra, recompile_limit)
     within = budget or DEFAULT_BUDGET
     ledger.limit_bytes()  # a setting that is no size is refused here, not in the compile process
     measured = _measured.recall(program, settings, within) if strategy == "auto" else ()
@@ -181,7 +185,18 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     bounded: torch.nn.Module = object.__new__(_class_below(own, names))
     object.__setattr__(bounded, "__dict__", module.__dict__)
     plan.stand_in(bounded)
+    _end_with(bounded, plan)
     return bounded
+
+
+def _end_with(bounded: Callable[..., Any], plan: Plan) -> None:
+    """Have the compiles of `plan` end when nobody has `bounded` any more; at the program's end, all do."""
+    weakref.finalize(bounded, _end_plan, weakref.ref(plan))
+
+
+def _end_plan(plan: weakref.ref[Plan]) -> None:
+    if (known := plan()) is not None:
+        known.end("nobody has the compiled program any more")
 
 
 def _class_below(own: type, names: dict[str, Any]) -> type:
@@ -234,4 +249,5 @@ def _bounded_function(function: Callable[..., Any], plan: Plan) -> Callable[...,
     functools.update_wrapper(bounded, function, updated=())
     for name, value in (("_torchspan_plan", plan), ("report", plan.report)):
         setattr(bounded, name, value)
+    _end_with(bounded, plan)
     return bounded

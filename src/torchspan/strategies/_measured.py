@@ -11,12 +11,17 @@ import torch
 
 from torchspan.core.report import Outcome
 from torchspan.jobs.budget import Budget
+from torchspan.jobs.supervisor import Ending
+from torchspan.regions.part import Part
 from torchspan.regions.settings import Settings
 from torchspan.strategies._blocks import structure
 
 MAX_KNOWN = 256
 # what a larger budget or another strategy may cure; a compile that failed for another reason is tried again
 _COSTLY = ("timeout", "memory", "crashed")
+SECONDS_A_MODULE = 0.1  # of a Llama's, by inductor: 3.5 s for two blocks of about fifteen modules, 44 s for thirty-two
+FIRST_SECONDS = 10.0  # of the least that inductor compiles: its C++ compiler
+_seconds: dict[Hashable, float] = {}
 _known: dict[Hashable, dict[str, tuple[Measured, Budget]]] = {}
 _lock = threading.Lock()
 
@@ -33,14 +38,19 @@ class Measured:
         return f"{self.strategy}, {self.outcome} after {self.seconds:.3g} s"
 
 
-def note(program: Callable[..., Any], settings: Settings, budget: Budget, measured: Measured) -> None:
-    """Remember how a compile ended, for :func:`recall`; of a strategy with several regions, the worst."""
+def note(
+    program: Callable[..., Any], settings: Settings, budget: Budget, measured: Measured, *, is_one_of_many: bool = False
+) -> None:
+    """Remember how a compile ended, for :func:`recall`.
+
+    What ended worst counts; where it `is_one_of_many` regions, which have a share each, what ended best: it compiles again.
+    """
     key = _key(program, settings)
     if key is None or measured.outcome not in ("compiled", *_COSTLY):
         return
     with _lock:
         known = _known.setdefault(key, {})
-        if measured.strategy not in known or measured.outcome in _COSTLY:
+        if measured.strategy not in known or (measured.outcome in _COSTLY) != is_one_of_many:
             known[measured.strategy] = measured, budget
         while len(_known) > MAX_KNOWN:
             del _known[next(iter(_known))]
@@ -54,10 +64,34 @@ def recall(program: Callable[..., Any], settings: Settings, budget: Budget) -> t
     return tuple(one for one, was in known if _tells(one, was, budget))
 
 
+def note_seconds(part: Part, settings: Settings, ending: Ending) -> None:
+    """Remember how long the compile of `part` took, for :func:`estimate_s`."""
+    key = _key(part.targets[0], settings)
+    if key is None or ending.outcome == "cancelled":
+        return
+    with _lock:
+        _seconds[key] = ending.seconds
+        while len(_seconds) > MAX_KNOWN:
+            del _seconds[next(iter(_seconds))]
+
+
+def estimate_s(part: Part, settings: Settings) -> float:
+    """The seconds that the compile of `part` may take, for its place in the queue: those of an equal one, or by its size."""
+    target = part.targets[0]
+    key = _key(target, settings)
+    with _lock:
+        known = _seconds.get(key) if key is not None else None
+    if known is not None:
+        return known
+    num_modules = sum(1 for _ in target.modules()) if isinstance(target, torch.nn.Module) else 1
+    return SECONDS_A_MODULE * num_modules + (FIRST_SECONDS if settings.is_inductor else 0.0)
+
+
 def forget() -> None:
     """Forget every measurement."""
     with _lock:
         _known.clear()
+        _seconds.clear()
 
 
 def _tells(measured: Measured, was: Budget, budget: Budget) -> bool:
@@ -76,4 +110,5 @@ def _key(program: Callable[..., Any], settings: Settings) -> Hashable | None:
     if not isinstance(program, torch.nn.Module):
         return None
     options = tuple(sorted((name, repr(value)) for name, value in settings.options.items()))
-    return structure(program), settings.backend, settings.mode, options, settings.fullgraph, settings.dynamic
+    key = structure(program), settings.backend, settings.mode, options, settings.fullgraph, settings.dynamic
+    return key if isinstance(settings.backend, Hashable) else None

@@ -41,7 +41,8 @@ def partial_compile(
     """`model`, of which only repeated blocks are compiled: all, those of `layer_indices`, or the first `max_layers` of them.
 
     Blocks are numbered as the model holds them, from 0, or from the end with negative numbers. One compile serves all that are
-    equal, so that few blocks compile no faster than many; a kind that fails runs eagerly, alone. A model without blocks is
+    equal, so that few blocks compile no faster than many; a kind that fails runs eagerly, alone, and one that hangs takes its
+    share of the `budget` only (``Budget(20, region_seconds=5)``; by default an equal one). A model without blocks is
     compiled as a whole below 10 billion parameters and runs eagerly above, with a Decision that says so; with `strict` it is an
     InputError, as a number that no block has always is. `arguments` are those of :func:`torchspan.compile`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -15,8 +14,9 @@ import torch
 
 from torchspan.core.program import program_name
 from torchspan.core.report import Attempt, Report, current_report
-from torchspan.jobs.budget import Budget
+from torchspan.jobs.budget import Allowance, Budget
 from torchspan.jobs.supervisor import Ending
+from torchspan.jobs.turns import Wish, turns
 from torchspan.regions.part import Part
 from torchspan.regions.region import Region
 from torchspan.regions.settings import Settings
@@ -29,7 +29,6 @@ from torchspan.strategies._step import Profiler
 Verify = Literal["first", "off", "always"]
 Handback = Literal["auto", "artifact", "caches"]
 FIRST_SHARE = 0.6  # of what is left of the budget, for a rung that has another one below it
-_turns: list[threading.BoundedSemaphore] = []
 _within = threading.local()
 
 
@@ -72,9 +71,12 @@ class Plan:
         self._rungs = list(ladder.strategies)
         self._spent_s = 0.0
         self._lock = threading.RLock()
-        self._one_child = threading.Lock()
+        self._rung_ends_s = budget.seconds  # when that much is spent, the rest is for the rungs below
+        self._spent_of: dict[int, float] = {}  # what each part of this rung that has had a turn took
+        self._why_ended: str | None = None
         self._regions: tuple[Region, ...] = ()
         self._root: Region | None = None
+        self._first: tuple[str, tuple[Region, ...]] | None = None  # the first rung that had regions
         self._profiler: Profiler | None = None
         self._request = conduct.request
         self._overhead_s = 0.0
@@ -90,6 +92,12 @@ class Plan:
     def stand_in(self, compiled: torch.nn.Module) -> None:
         """Have calls be made on `compiled`, which is not kept alive here."""
         self._called = weakref.ref(compiled)
+
+    def end(self, why: str) -> None:
+        """End its compiles and start no more: nobody has the compiled program any more."""
+        self._why_ended = why
+        for region in self._regions:
+            region.end(why)
 
     def for_program(self, program: Callable[..., Any]) -> Plan:
         """A plan of its own for a copy of this one's program."""
@@ -157,6 +165,8 @@ class Plan:
             if found.parts or strategy == "eager":
                 self.report.decide("compile", program_name(self.program), strategy, found.reason)
                 self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
+                if strategy == "eager" and self._first is not None and any(one.may_try_others for one in self._first[1]):
+                    self._install(*self._first)  # what failed was one kind of call: others are tried
                 return
             self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
 
@@ -170,6 +180,11 @@ class Plan:
 
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
+        left = self._budget.seconds - self._spent_s
+        self._rung_ends_s = self._spent_s + left * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
+        self._spent_of.clear()
+        if regions and self._first is None:
+            self._first = strategy, regions
         for region in regions:
             if region.part.is_block:
                 for block in region.part.targets:
@@ -179,6 +194,8 @@ class Plan:
     def part_failed(self, part: Part) -> None:
         """A region has nothing compiled: if that is so for all of this rung, the next one is tried."""
         with self._lock:
+            if not self._rungs:
+                return
             if any(one.part is part for one in self._regions) and all(one.has_failed for one in self._regions):
                 for one in self._regions:
                     _uninstall(one)
@@ -200,22 +217,43 @@ class Plan:
     # the budget
 
     @contextmanager
-    def turn(self, has_compiled: bool) -> Iterator[Budget | None]:
-        """Wait for this plan's turn to have a child, and give it what it may spend; None if nothing is left.
+    def turn(self, part: Part, is_cancelled: Callable[[], bool], has_compiled: bool) -> Iterator[Allowance | Ending]:
+        """Wait for the turn to have a child for `part`, and give it what it may spend; or why there is none.
 
-        A region that `has_compiled` asks for a new signature: it has the whole budget again.
+        A program has one child at a time, so that it takes no more memory than its budget has.
         """
-        with self._one_child, _turns[0]:
-            left = self._budget.seconds if has_compiled else self._budget.seconds - self._spent_s
-            share = FIRST_SHARE if any(rung != "eager" for rung in self._rungs) and not has_compiled else 1.0
-            yield replace(self._budget, seconds=left * share) if left > 0 else None
+        wish = Wish(self, _measured.estimate_s(part, self.settings), self._budget.limit_bytes)
+        came = time.monotonic()
+        with turns.turn(wish, is_cancelled) as has_come:
+            if self._why_ended is not None or not has_come:
+                why = self._why_ended or "the compile servers were ended"
+                yield Ending("cancelled", time.monotonic() - came, cause=why)
+                return
+            self.report.figure("turn_wait_s", self.report.figures.get("turn_wait_s", 0.0) + time.monotonic() - came)
+            yield self._allowance(part, has_compiled)
 
-    def spend(self, strategy: str, ending: Ending) -> None:
+    def _allowance(self, part: Part, has_compiled: bool) -> Allowance | Ending:
+        """What a child for `part` may spend. A region that `has_compiled` asks for a new signature: it has all of it again."""
+        if has_compiled:
+            return Allowance(self._budget, self._budget.share_s(self._budget.seconds, 1))
+        left = self._rung_ends_s - self._spent_s
+        if left <= 0:
+            return Ending("skipped", 0.0, cause="nothing is left of the budget")
+        spent = self._spent_of.setdefault(id(part), 0.0)
+        num_kinds = 1 + sum(id(one.part) not in self._spent_of for one in self._regions)
+        share = self._budget.share_s(left + spent, num_kinds) - spent
+        if share <= 0:
+            return Ending("skipped", 0.0, cause=f"nothing is left of its share of the budget: it took {spent:.3g} s")
+        return Allowance(replace(self._budget, seconds=left), min(share, left))
+
+    def spend(self, strategy: str, part: Part, ending: Ending) -> None:
         """Count what a child took, and remember how it ended."""
         self._spent_s += ending.seconds
+        self._spent_of[id(part)] = self._spent_of.get(id(part), 0.0) + ending.seconds
+        _measured.note_seconds(part, self.settings, ending)
         if not self._request.asked:  # else it was a part of what the strategy is
             measured = _measured.Measured(strategy, ending.outcome, ending.seconds)
-            _measured.note(self.program, self.settings, self._budget, measured)
+            _measured.note(self.program, self.settings, self._budget, measured, is_one_of_many=len(self._regions) > 1)
 
     # figures
 
@@ -267,14 +305,6 @@ class BlockCall:
 
     def __reduce__(self) -> Any:
         return type(None), ()
-
-
-def _renew_turns() -> None:
-    _turns[:] = [threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))]
-
-
-_renew_turns()
-os.register_at_fork(after_in_child=_renew_turns)  # those that the threads of the other process hold are never given back
 
 
 def _uninstall(region: Region) -> None:
