@@ -6,7 +6,7 @@ import copy
 import io
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -16,13 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from device_modes import TWO, in_mode, on_gpu
 from torchspan.core.report import Report
 from torchspan.core.topics import Standing
-from torchspan.devices._base import device_patches
-from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
-
-TWO = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 
 
 def other(name: str, kernel: str, here: str = "cpu", there: str = "cuda:0") -> str:
@@ -30,21 +26,6 @@ def other(name: str, kernel: str, here: str = "cpu", there: str = "cuda:0") -> s
         f"Expected all tensors to be on the same device, but got {name} is on {here}, different from other tensors on {there} "
         f"(when checking argument in method wrapper_CUDA_{kernel})"
     )
-
-
-def in_mode(mode: str) -> Environment:
-    report = Report()
-    return Environment(device_patches(Facts(), mode, report), report)
-
-
-@pytest.fixture
-def followed() -> Iterator[Report]:
-    with in_mode("cuda-semantics") as environment:
-        yield environment.report
-
-
-def on_gpu(*shape: int) -> torch.Tensor:
-    return torch.ones(*shape, device="cuda")
 
 
 # wrong programs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,28 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from device_modes import TWO, in_mode, on_gpu
 from torchspan.core.report import Report
 from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
-
-TWO = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
-
-
-def in_mode(mode: str) -> Environment:
-    report = Report()
-    return Environment(device_patches(Facts(), mode, report), report)
-
-
-@pytest.fixture
-def followed() -> Iterator[Report]:
-    with in_mode("cuda-semantics") as environment:
-        yield environment.report
-
-
-def on_gpu(*shape: int) -> torch.Tensor:
-    return torch.ones(*shape, device="cuda")
-
 
 # random streams
 
