@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from torchspan.backports._base import Backport
+from torchspan.core.dtypes import dtypes_of
 
 
 def get_device_capability(device: Any = None, /) -> dict[str, Any]:
@@ -23,20 +22,7 @@ def get_device_capability(device: Any = None, /) -> dict[str, Any]:
     if accelerator is None:
         raise RuntimeError("Cannot access accelerator device when none is available.")
     index = _get_device_index(device, optional=True)
-    return {"supported_dtypes": set(_dtypes(torch.device(accelerator.type, index)))}
-
-
-def _dtypes(device: torch.device) -> Iterator[torch.dtype]:
-    for name in sorted(vars(torch)):
-        dtype = getattr(torch, name)
-        if isinstance(dtype, torch.dtype) and name == str(dtype).partition(".")[2] and not name.startswith(("q", "bits")):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of complex numbers' imaginary parts, which nobody will miss
-                    torch.empty(1, dtype=dtype, device=device).to(torch.float32)
-            except (RuntimeError, NotImplementedError, TypeError):
-                continue  # such as packed types, which nothing is turned from
-            yield dtype
+    return {"supported_dtypes": set(dtypes_of(torch.device(accelerator.type, index)))}
 
 
 BACKPORT = Backport(

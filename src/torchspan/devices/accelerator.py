@@ -5,7 +5,6 @@ As with ``torch.cuda``, torch's own code is told the truth. Where there is anoth
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch._compile import _disable_dynamo
 
+from torchspan.core.dtypes import dtypes_of
 from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -68,7 +68,7 @@ def _answers(redirection: Redirection) -> dict[str, Function]:
 
     def get_device_capability(device: Any = None, /) -> dict[str, Any]:
         redirection.simulate("torch.accelerator.get_device_capability()", "the types of numbers that a CPU computes with")
-        return {"supported_dtypes": set(_dtypes())}
+        return {"supported_dtypes": set(dtypes_of(torch.device("cpu")))}
 
     return {
         "is_available": is_available,
@@ -108,20 +108,6 @@ def _current(redirection: Redirection) -> dict[str, Function]:
         "set_stream": set_stream,
         "synchronize": synchronize,
     }
-
-
-def _dtypes() -> Iterable[torch.dtype]:
-    """The types of which the CPU can hold a tensor and turn it into another."""
-    for name in sorted(vars(torch)):
-        dtype = getattr(torch, name)
-        if isinstance(dtype, torch.dtype) and name == str(dtype).partition(".")[2] and not name.startswith(("q", "bits")):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of complex numbers' imaginary parts, which nobody will miss
-                    torch.empty(1, dtype=dtype).to(torch.float32)
-            except (RuntimeError, NotImplementedError):
-                continue  # such as packed types, which nothing is turned from
-            yield dtype
 
 
 def _index(device: Any) -> Any:
