@@ -109,6 +109,19 @@ def _snapshot(device: Any = None, augment_with_fx_traces: bool = False) -> Any:
     return take(device, augment_with_fx_traces=True) if augment_with_fx_traces else take(device)
 
 
+_PUBLIC = {
+    "empty_cache": lambda: empty_cache,
+    "empty_host_cache": lambda: empty_host_cache,
+    "memory_stats": lambda: memory_stats,
+    "memory_allocated": lambda: memory_allocated,
+    "max_memory_allocated": lambda: max_memory_allocated,
+    "memory_reserved": lambda: memory_reserved,
+    "max_memory_reserved": lambda: max_memory_reserved,
+    "reset_accumulated_memory_stats": lambda: reset_accumulated_memory_stats,
+    "reset_peak_memory_stats": lambda: reset_peak_memory_stats,
+    "get_memory_info": lambda: get_memory_info,
+}
+
 BACKPORT = Backport(
     name="accelerator_memory",
     summary="memory of the accelerator that is here: get_memory_info, memory_allocated, memory_stats, empty_cache, …",
@@ -118,31 +131,13 @@ BACKPORT = Backport(
     differs="figures are those of torch.cuda or torch.xpu; other devices are refused",
     is_module=True,
     names={
-        "empty_cache": lambda: empty_cache,
-        "empty_host_cache": lambda: empty_host_cache,
-        "memory_stats": lambda: memory_stats,
-        "memory_allocated": lambda: memory_allocated,
-        "max_memory_allocated": lambda: max_memory_allocated,
-        "memory_reserved": lambda: memory_reserved,
-        "max_memory_reserved": lambda: max_memory_reserved,
-        "reset_accumulated_memory_stats": lambda: reset_accumulated_memory_stats,
-        "reset_peak_memory_stats": lambda: reset_peak_memory_stats,
-        "get_memory_info": lambda: get_memory_info,
+        **_PUBLIC,
         "_snapshot": lambda: _snapshot,
     },
     elsewhere={
         "torch.accelerator": {
             "memory": lambda: importlib.import_module("torch.accelerator.memory"),
-            "empty_cache": lambda: empty_cache,
-            "empty_host_cache": lambda: empty_host_cache,
-            "memory_stats": lambda: memory_stats,
-            "memory_allocated": lambda: memory_allocated,
-            "max_memory_allocated": lambda: max_memory_allocated,
-            "memory_reserved": lambda: memory_reserved,
-            "max_memory_reserved": lambda: max_memory_reserved,
-            "reset_accumulated_memory_stats": lambda: reset_accumulated_memory_stats,
-            "reset_peak_memory_stats": lambda: reset_peak_memory_stats,
-            "get_memory_info": lambda: get_memory_info,
+            **_PUBLIC,
         }
     },
 )

@@ -28,6 +28,27 @@ def _gathering() -> object:
     return torch.ops.cplib.flex_cp_allgather
 
 
+_BALANCERS = {
+    "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
+    "_LoadBalancer": _moved("_LoadBalancer"),
+    "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
+    "_PerDocumentHeadTailLoadBalancer": _moved("_PerDocumentHeadTailLoadBalancer"),
+}
+_SHARED = {
+    "_CausalBehavior": _moved("_CausalBehavior"),
+    "_ContextParallel": _moved("_ContextParallel"),
+    "_RotateMethod": _moved("_RotateMethod"),
+    "_context_parallel_shard": _moved("_context_parallel_shard"),
+    "_cp_options": _moved("_cp_options"),
+    "_disable_context_parallel_dispatcher": _moved("_disable_context_parallel_dispatcher"),
+    "_enable_context_parallel_dispatcher": _moved("_enable_context_parallel_dispatcher"),
+    "_is_causal_behavior": _moved("_is_causal_behavior"),
+    "context_parallel": _moved("context_parallel"),
+    "context_parallel_unshard": _moved("context_parallel_unshard"),
+    "flex_cp_allgather": _gathering,
+    "set_rotate_method": _moved("set_rotate_method"),
+}
+
 BACKPORT = Backport(
     name="context_parallel_package",
     summary="context parallelism at its newer place: torch.distributed.tensor.experimental._context_parallel",
@@ -37,47 +58,17 @@ BACKPORT = Backport(
     differs="see the backport context_parallel",
     is_module=True,
     names={
-        "_CausalBehavior": _moved("_CausalBehavior"),
-        "_ContextParallel": _moved("_ContextParallel"),
-        "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
-        "_LoadBalancer": _moved("_LoadBalancer"),
-        "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
-        "_PerDocumentHeadTailLoadBalancer": _moved("_PerDocumentHeadTailLoadBalancer"),
-        "_RotateMethod": _moved("_RotateMethod"),
-        "_context_parallel_shard": _moved("_context_parallel_shard"),
-        "_cp_options": _moved("_cp_options"),
-        "_disable_context_parallel_dispatcher": _moved("_disable_context_parallel_dispatcher"),
-        "_enable_context_parallel_dispatcher": _moved("_enable_context_parallel_dispatcher"),
-        "_is_causal_behavior": _moved("_is_causal_behavior"),
-        "context_parallel": _moved("context_parallel"),
-        "context_parallel_unshard": _moved("context_parallel_unshard"),
-        "flex_cp_allgather": _gathering,
-        "set_rotate_method": _moved("set_rotate_method"),
+        **_BALANCERS,
+        **_SHARED,
     },
     elsewhere={
         "torch.distributed.tensor.experimental._context_parallel._attention": {
-            "_CausalBehavior": _moved("_CausalBehavior"),
-            "_ContextParallel": _moved("_ContextParallel"),
-            "_RotateMethod": _moved("_RotateMethod"),
-            "_context_parallel_shard": _moved("_context_parallel_shard"),
-            "_cp_options": _moved("_cp_options"),
-            "_disable_context_parallel_dispatcher": _moved("_disable_context_parallel_dispatcher"),
-            "_enable_context_parallel_dispatcher": _moved("_enable_context_parallel_dispatcher"),
-            "_is_causal_behavior": _moved("_is_causal_behavior"),
+            **_SHARED,
             "_templated_ring_attention": _moved("_templated_ring_attention"),
-            "context_parallel": _moved("context_parallel"),
-            "context_parallel_unshard": _moved("context_parallel_unshard"),
-            "flex_cp_allgather": _gathering,
-            "set_rotate_method": _moved("set_rotate_method"),
         },
         "torch.distributed.tensor.experimental._context_parallel._cp_custom_ops": {
             "flex_cp_allgather": _gathering,
         },
-        "torch.distributed.tensor.experimental._context_parallel._load_balancer": {
-            "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
-            "_LoadBalancer": _moved("_LoadBalancer"),
-            "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
-            "_PerDocumentHeadTailLoadBalancer": _moved("_PerDocumentHeadTailLoadBalancer"),
-        },
+        "torch.distributed.tensor.experimental._context_parallel._load_balancer": _BALANCERS,
     },
 )

@@ -107,6 +107,7 @@ class _Reader:
         self.unread_target = ""
         self.refused: dict[str, str] = {}
         self.constants = _constants(tree)
+        self.tables = _tables(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torchspan.backports":
                 for beside in (alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()):
@@ -161,12 +162,21 @@ class _Reader:
         elsewhere = self.given.get("elsewhere")
         modules = [*self.keys(elsewhere)]
         self.modules.update(modules)
-        if isinstance(elsewhere, ast.Dict):
-            yield from zip(modules, elsewhere.values)
+        yield from zip(modules, (value for _, value in self.entries(elsewhere)))
+
+    def entries(self, node: ast.expr | None) -> Iterator[tuple[ast.expr | None, ast.expr]]:
+        """The keys and values of a dict, or of one that the file has at its top by name, those that it unpacks included."""
+        table = self.tables.get(node.id) if isinstance(node, ast.Name) else node
+        for key, value in zip(table.keys, table.values) if isinstance(table, ast.Dict) else ():
+            is_known = isinstance(value, ast.Name) and value.id in self.tables
+            if key is None and is_known:
+                yield from self.entries(value)
+            else:
+                yield key, value
 
     def find_refused(self, names: ast.expr | None) -> Iterator[tuple[str, str]]:
         """Those of the names that are built by ``unavailable(…)``, and why they cannot work."""
-        for key, value in zip(names.keys, names.values) if isinstance(names, ast.Dict) else ():
+        for key, value in self.entries(names):
             call = value.body if isinstance(value, ast.Lambda) else None
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "unavailable":
                 cause = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "cause")]
@@ -175,8 +185,8 @@ class _Reader:
     def keys(self, node: ast.expr | None) -> Iterator[str]:
         """The keys of a dict in the declaration."""
         keys: Iterable[ast.expr | None] = ()
-        if isinstance(node, ast.Dict):
-            keys = node.keys
+        if isinstance(node, ast.Dict) or (isinstance(node, ast.Name) and node.id in self.tables):
+            keys = [key for key, _ in self.entries(node)]
         elif isinstance(node, ast.DictComp) and isinstance(node.generators[0].iter, (ast.Tuple, ast.List)):
             keys = node.generators[0].iter.elts
         elif node is not None:
@@ -194,6 +204,12 @@ def _constants(tree: ast.Module) -> dict[str, str]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = _text(node.value, found)
     return found
+
+
+def _tables(tree: ast.Module) -> dict[str, ast.Dict]:
+    """The dicts at the top of a file, by name."""
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict))
+    return {target.id: node.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}  # type: ignore[misc]
 
 
 def _maker(node: ast.stmt) -> tuple[str, tuple[list[str], ast.Call]] | None:
