@@ -89,7 +89,7 @@ def anywhere(operands: Sequence[Operand]) -> Memory:
     return operands[0].memory
 
 
-def indexed(operands: Sequence[Operand], *, is_accumulating: bool = False) -> Memory:
+def indexed(operands: Sequence[Operand]) -> Memory:
     """``x[index]`` and ``x[index] = values``: an index may lie on the host, a value without dimensions anywhere."""
     target = operands[0]
     for operand in operands[1:]:
