@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -128,3 +129,14 @@ def until() -> Callable[..., None]:
             time.sleep(0.02)
 
     return wait
+
+
+def sleeps_here(pid: int) -> Callable[..., Any]:
+    """A backend that hangs in every process but `pid`."""
+
+    def sleeps(graph: Any, inputs: Any) -> Any:
+        if os.getpid() != pid:
+            time.sleep(1000)
+        return graph.forward
+
+    return sleeps

@@ -15,16 +15,16 @@ from torchspan.environment.scope import Environment
 TWO = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 
 
-def in_mode(mode: str) -> Environment:
+def in_mode(mode: str = "auto", facts: Facts = Facts(), **options: bool) -> Environment:  # noqa: B008 - a frozen value
     """An environment of these rules, with its report."""
     report = Report()
-    return Environment(device_patches(Facts(), mode, report), report)
+    return Environment(device_patches(facts, mode, report, **options), report)
 
 
 @pytest.fixture
 def redirected() -> Iterator[Report]:
     """The report of an environment with the default mode's rules in force."""
-    with in_mode("auto") as environment:
+    with in_mode() as environment:
         yield environment.report
 
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from device_modes import in_mode
 from torchspan.core.report import Report
-from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -72,8 +71,7 @@ def test_torchs_own_code_is_told_the_truth(redirected: Report) -> None:
 
 def test_another_accelerator_is_left_to_torch() -> None:
     before = vars(torch.accelerator).copy(), torch.accelerator.is_available.__code__
-    report = Report()
-    with Environment(device_patches(Facts(has_mps=True), "auto", report), report):
+    with in_mode(facts=Facts(has_mps=True)):
         assert (vars(torch.accelerator), torch.accelerator.is_available.__code__) == before
 
 
@@ -138,7 +136,6 @@ def test_a_device_module_is_cudas(redirected: Report) -> None:
 
 
 def test_strict_leaves_it_to_torch() -> None:
-    report = Report()
     before = torch.accelerator.is_available.__code__
-    with Environment(device_patches(Facts(), "strict", report), report):
+    with in_mode("strict"):
         assert torch.accelerator.is_available.__code__ is before and not torch.accelerator.is_available()

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from device_modes import in_mode
 from torchspan.core.errors import UnsupportedError
-from torchspan.core.report import Report
-from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 ONES = torch.ones(2, dtype=torch.float64)
 
@@ -28,25 +26,23 @@ ONES = torch.ones(2, dtype=torch.float64)
     ],
 )
 def test_on_mps_double_precision_becomes_single_and_is_reported(call: Callable[[], object], subject: str) -> None:
-    report = Report()
-    with Environment(device_patches(Facts(has_mps=True), "auto", report), report):
+    with in_mode(facts=Facts(has_mps=True)) as environment:
         if torch.backends.mps.is_available():
             call()
         else:  # the request has gone to MPS, which is not here
             with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)mps"):
                 call()
-    found = {decision.subject: (decision.choice, decision.reason) for decision in report.decisions}
+    found = {decision.subject: (decision.choice, decision.reason) for decision in environment.report.decisions}
     narrow = "torch.complex64" if "complex" in subject else "torch.float32"
     assert found[subject] == (narrow, "MPS has no double precision")
 
 
 def test_on_the_cpu_it_stays_double() -> None:
-    report = Report()
-    with Environment(device_patches(Facts(), "auto", report), report):
+    with in_mode() as environment:
         assert ONES.cuda().dtype == torch.zeros(2, dtype=torch.float64, device="cuda").dtype == torch.float64
-    assert not any("precision" in decision.reason for decision in report.decisions)
+    assert not any("precision" in decision.reason for decision in environment.report.decisions)
 
 
 def test_strict_refuses() -> None:
-    with Environment(device_patches(Facts(has_mps=True), "strict", Report())), pytest.raises(UnsupportedError):
+    with in_mode("strict", Facts(has_mps=True)), pytest.raises(UnsupportedError):
         ONES.cuda()

@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from device_modes import in_mode
 from torchspan.core.report import Report
-from torchspan.devices._base import device_patches
-from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 
 @pytest.fixture
 def disguised() -> Iterator[Report]:
-    report = Report()
-    with Environment(device_patches(Facts(), "auto", report, masquerade=True), report):
-        yield report
+    with in_mode(masquerade=True) as environment:
+        yield environment.report
 
 
 def where(tensor: torch.Tensor) -> str:
@@ -149,7 +146,7 @@ def test_torch_itself_is_told_the_truth(disguised: Report) -> None:
 
 
 def test_a_pickle_and_a_copy_are_the_truth_for_torch_and_load_without_torchspan(tmp_path: Path) -> None:
-    with Environment(device_patches(Facts(), "auto", Report(), masquerade=True)):
+    with in_mode(masquerade=True):
         x = torch.zeros(2, device="cuda")
         assert where(copy.deepcopy(x)) == "cuda"
         torch.save(x, tmp_path / "x.pt")
@@ -197,5 +194,5 @@ def test_the_default_device_is_the_one_that_was_asked_for(disguised: Report) -> 
 
 
 def test_without_it_a_tensor_answers_truthfully() -> None:
-    with Environment(device_patches(Facts(), "auto", Report())):
+    with in_mode():
         assert torch.zeros(2, device="cuda").device == CPU

@@ -12,20 +12,19 @@ import pytest
 import torch
 
 import torchspan
+from device_modes import in_mode
 from torchspan.core.errors import InputError, UnsupportedError
 from torchspan.core.report import Report
 from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 NO_MPS = r"(?i)mps"  # what torch says of a machine without one: so the request has gone there
 
 
 @contextmanager
 def mode(name: str, facts: Facts = Facts()) -> Iterator[Report]:  # noqa: B008 - a frozen value
-    report = Report()
-    with Environment(device_patches(facts, name, report), report):
-        yield report
+    with in_mode(name, facts) as environment:
+        yield environment.report
 
 
 # strict

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from device_modes import in_mode
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report
 from torchspan.core.topics import Standing
-from torchspan.devices._base import device_patches
 from torchspan.devices._redirect import PlacementWarning
-from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -96,10 +94,9 @@ def test_a_refusal_names_the_line_the_reason_and_what_to_do(
 @pytest.fixture
 def on_the_cpu() -> Iterator[Report]:
     """The report where the CPU was asked for by name: it takes every index."""
-    report = Report()
-    with Environment(device_patches(Facts(), "cpu", report), report), warnings.catch_warnings():
+    with in_mode("cpu") as environment, warnings.catch_warnings():
         warnings.simplefilter("ignore", PlacementWarning)
-        yield report
+        yield environment.report
 
 
 def test_copies_between_devices_are_copies_on_the_one_that_is_here(on_the_cpu: Report) -> None:
@@ -196,14 +193,13 @@ def test_what_is_no_cuda_device_is_torchs_own_error(device: object, redirected: 
 
 
 def test_several_devices_where_the_cpu_stands_in_for_all_are_warned_of_once() -> None:
-    report = Report()
-    with Environment(device_patches(Facts(), "cpu", report), report):
+    with in_mode("cpu") as environment:
         torch.ones(2, device="cuda:0")
         with pytest.warns(PlacementWarning, match=r"cuda:0 to cuda:1; run a process for each device") as caught:
             torch.ones(2, device="cuda:1")
         torch.ones(2).to("cuda:2")  # a second warning would be an error
     assert len(caught) == 1 and caught[0].filename == __file__
-    reasons = {decision.subject: decision.reason for decision in report.decisions}
+    reasons = {decision.subject: decision.reason for decision in environment.report.decisions}
     assert reasons["torch.ones(device='cuda:1')"].endswith("one device stands in for cuda:0 to cuda:1")
     assert "stands in" not in reasons["torch.ones(device='cuda:0')"] and "stands in" in reasons["Tensor.to(device='cuda:2')"]
 

@@ -7,17 +7,15 @@ import pickle
 import pytest
 import torch
 
+from device_modes import in_mode
 from torchspan.core.report import Report
-from torchspan.devices._base import device_patches
 from torchspan.environment.facts import Facts
-from torchspan.environment.scope import Environment
 
 
 @pytest.fixture(params=["auto", "torchdevice"])
 def package(request: pytest.FixtureRequest):
     """The package, under rules that are in force."""
-    report = Report()
-    with Environment(device_patches(Facts(), request.param, report), report):
+    with in_mode(request.param):
         import TorchDevice
 
         yield TorchDevice

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import torchspan
+from compile_server import sleeps_here
 from torchspan.core.report import Attempt
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.supervisor import server_pids
@@ -30,15 +31,6 @@ Wait = Callable[..., None]
 OVERSHOOT_S = 1.0
 SOON = Budget(seconds=120, memory="6GiB")
 LONG = Budget(seconds=100)
-
-
-def sleeps_here(pid: int) -> Callable[..., Any]:
-    def sleeps(graph: Any, inputs: Any) -> Any:
-        if os.getpid() != pid:
-            time.sleep(1000)
-        return graph.forward
-
-    return sleeps
 
 
 def first_attempt(program: Any, x: torch.Tensor, until: Wait) -> Attempt:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import torchspan
+from compile_server import sleeps_here
 from torchspan.core.report import Report
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.machine import Machine
@@ -29,15 +30,6 @@ LONG = Budget(seconds=300, memory="1GiB")
 def two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine bears, whatever it is: two compiles at once, and four more beside those that are slow."""
     monkeypatch.setattr(turns, "machine", Machine(2, lambda: 64 << 30))
-
-
-def sleeps_here(pid: int) -> Callable[..., Any]:
-    def sleeps(graph: Any, inputs: Any) -> Any:
-        if os.getpid() != pid:
-            time.sleep(1000)
-        return graph.forward
-
-    return sleeps
 
 
 def linear(backend: Any = "eager", program: Any = None, **arguments: Any) -> Any:
