@@ -20,7 +20,7 @@ from torchspan.environment.scope import Environment
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded, server_pids
 from torchspan.jobs.transport import dumps
-from torchspan.regions._torch import import_compiler
+from torchspan.private.inductor import import_compiler
 
 OVERSHOOT_S = 1.0
 

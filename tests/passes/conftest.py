@@ -24,8 +24,8 @@ from torchspan.parallel.mesh import TP, Degrees, build_meshes, submesh
 from torchspan.parallel.reshard import Resharding
 from torchspan.parallel.simple_fsdp import MixedPrecision, apply_simple_fsdp
 from torchspan.parallel.tensor_parallel import apply_tensor_parallel
-from torchspan.passes import _torch
 from torchspan.passes._base import editable
+from torchspan.private import distributed
 
 
 class Loss(nn.Module):
@@ -63,10 +63,10 @@ class Captures:
         if key not in self._made:
             graph = capture()
             texts = {arg for node in graph.module.graph.nodes for arg in node.args if isinstance(arg, str)}
-            self._made[key] = graph, {name: _torch.group_ranks(name) for name in texts if _torch.find_group(name)}
+            self._made[key] = graph, {name: distributed.group_ranks(name) for name in texts if distributed.find_group(name)}
         graph, groups = self._made[key]
-        _torch.add_groups({name: ranks for name, ranks in groups.items() if not _torch.find_group(name)})
-        assert groups == {name: _torch.group_ranks(name) for name in groups}
+        distributed.add_groups({name: ranks for name, ranks in groups.items() if not distributed.find_group(name)})
+        assert groups == {name: distributed.group_ranks(name) for name in groups}
         return replace(graph, module=editable(graph))
 
 

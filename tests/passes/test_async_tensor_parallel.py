@@ -16,9 +16,10 @@ from torchspan.capture.train_step import capture_train_step
 from torchspan.core.errors import InputError, PassError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.report import Report
-from torchspan.passes import _torch, async_tensor_parallel
+from torchspan.passes import async_tensor_parallel
 from torchspan.passes._base import PassContext
 from torchspan.passes.async_tensor_parallel import AsyncTensorParallel
+from torchspan.private import distributed
 
 CAPTURES = [capture_train_step, *([capture_joint] if is_supported() else [])]
 GROUP = "0"
@@ -156,5 +157,5 @@ def test_where_symmetric_memory_is_torchs_fused_operators_are_called(alone: None
     assert not after.num_collectives()
     for value, expected in zip(after.module(*inputs), graph.module(*inputs)):
         assert torch.allclose(value, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    assert len(_torch.fused_products([])) == 2
+    assert len(distributed.fused_products([])) == 2
     library._destroy()

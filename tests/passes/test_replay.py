@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torchspan.cli import main
 from torchspan.core.errors import InputError, PassError
 from torchspan.core.graph import Graph
-from torchspan.passes import _torch
 from torchspan.passes._base import Pass, PassContext
 from torchspan.passes._instruments import FailureFile
 from torchspan.passes._pipeline import Pipeline
 from torchspan.passes._recorded import groups_of, written_failure
 from torchspan.passes._replay import Recording, load_recording
 from torchspan.passes.transformer_block_bucketing import TransformerBlockBucketing
+from torchspan.private import distributed
 
 C10D = "_c10d_functional"
 
@@ -69,7 +69,7 @@ GROUPS = {"tp": [0, 1], "dp": [0, 2, 4, 6]}
 @pytest.fixture
 def small() -> Iterator[Graph]:
     """Two parameters of a block gathered over four ranks, and their product, on rank 0 of eight that send nothing."""
-    _torch.start_fake_groups(0, GROUPS)
+    distributed.start_fake_groups(0, GROUPS)
     made = Recording("", error="", torch="", strict=False, kind="forward", notes=(), rank=0, groups=GROUPS, report=())
     size = made.symbol("u0", least=0, most=64)
     made.meta(custom={"module": "layers.0.wq"}, partitioner_tag="is_forward")
@@ -150,7 +150,7 @@ def test_a_graph_is_the_same_after_it_was_written_and_read(small: Graph, tmp_pat
     assert again.module.code == small.module.code
     assert (again.inputs, again.outputs, again.kind) == (small.inputs, small.outputs, small.kind)
     assert recording.replay().module.code == after.module.code
-    _torch.start_fake_groups(0, GROUPS)
+    distributed.start_fake_groups(0, GROUPS)
     assert groups_of(again.module) == groups_of(small.module) == {"dp": [0, 2, 4, 6], "tp": [0, 1]}
     assert written_failure(TransformerBlockBucketing(), again, PassError("x"), PassContext()) == text
 

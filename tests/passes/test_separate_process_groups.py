@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph
-from torchspan.passes import _torch
 from torchspan.passes._base import PassContext
 from torchspan.passes._groups import create_named_groups
 from torchspan.passes._pipeline import Pipeline
 from torchspan.passes.separate_process_groups import SeparateProcessGroups
+from torchspan.private import distributed
 
 
 def _talks(graph: Graph) -> dict[str, set[str]]:
@@ -39,7 +39,7 @@ def test_parameters_and_gradients_get_groups_of_the_same_ranks_and_nothing_else_
         "torchspan.gradients[0:5:4]": {"reduce_scatter_tensor"},
         "torchspan.gradients[0:2:1]": {"all_reduce"},
     }
-    assert _torch.group_ranks("torchspan.parameters[0:5:4]") == [0, 4]
+    assert distributed.group_ranks("torchspan.parameters[0:5:4]") == [0, 4]
     left = {name: kinds for name, kinds in new.items() if name in old}
     assert set().union(*left.values()) >= {"all_to_all_rows", "all_to_all_single", "all_gather_into_tensor"}
     (decision,) = context.report.decisions
@@ -71,10 +71,10 @@ def test_groups_are_made_once_and_are_gone_with_the_job(sharded: Any) -> None:
     names = sorted(_talks(after))
     assert create_named_groups(after) == [] and sorted(_talks(Pipeline((SeparateProcessGroups(),)).run(graph))) == names
     dist.destroy_process_group()
-    assert not any(_torch.find_group(name) for name in names)
+    assert not any(distributed.find_group(name) for name in names)
     dist.init_process_group("fake", rank=1, world_size=8, store=FakeStore())
     assert sorted(create_named_groups(after)) == names, "a graph that was saved finds its groups in a new job"
-    assert _torch.group_ranks(names[0]) == list(range(8))
+    assert distributed.group_ranks(names[0]) == list(range(8))
 
 
 def test_a_job_that_is_too_small_or_not_there_is_told(sharded: Any) -> None:

@@ -14,8 +14,8 @@ from torchspan.core.graph import Graph
 from torchspan.core.report import Report
 from torchspan.passes._base import PassContext
 from torchspan.passes._blocks import block_of
-from torchspan.passes._torch import group_ranks
 from torchspan.passes.transformer_block_bucketing import TransformerBlockBucketing
+from torchspan.private.distributed import group_ranks
 
 CAPTURES = [capture_train_step, *([capture_joint] if is_supported() else [])]
 

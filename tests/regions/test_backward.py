@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from torchspan.core.numerics import difference
-from torchspan.regions import _torch
+from torchspan.regions import caching
 from torchspan.regions.backward import BATCHED, TWICE, EagerBackward
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
@@ -64,7 +64,7 @@ def compiled(model: nn.Module, said: list[str], fails: bool = False) -> Callable
     )
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        with _torch.keeping_buffers():
+        with caching.keeping_buffers():
             return EagerBackward(graph.forward, inner(graph, inputs), said.append)
 
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchspan.capture._torch import Dynamic, dynamic_dims
+from torchspan.capture.dynamic_dims import Dynamic, dynamic_dims
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.numerics import tensors
 from torchspan.core.program import Program

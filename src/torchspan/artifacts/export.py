@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchspan.artifacts import _torch
-from torchspan.artifacts._torch import Lowered
 from torchspan.artifacts.entry import KEPT
 from torchspan.artifacts.guard_export import portable_guards, portable_sizes
 from torchspan.artifacts.instructions import write_program
+from torchspan.artifacts.library import compile_library
+from torchspan.artifacts.lowering import Lowered, lower_graph
 from torchspan.artifacts.manifest import FORMAT, FORMAT_DYNAMIC, FORMAT_OBJECTS
 from torchspan.artifacts.numbers_check import Parts, check_numbers
 from torchspan.artifacts.paths import parse_path
 from torchspan.artifacts.result_export import result_of
+from torchspan.artifacts.shapes import Shapes, shapes_of
 from torchspan.artifacts.size_conditions import encode_size, example_of, is_size
 from torchspan.artifacts.values import name_of
 from torchspan.capture.dynamo import Guards, spoken
@@ -82,13 +83,13 @@ def export_entry(
     """
     frame = guards.frame
     _refuse_inputs(module, frame.inputs)
-    shapes = _torch.shapes_of(frame.context)
+    shapes = shapes_of(frame.context)
     sources = [source for source, value in zip(frame.sources, frame.inputs) if not is_size(value)]
     paths = [parse_path(source, frame.scope) for source in sources]
     guarded = portable_guards(guards, paths)
     result, stores = result_of(guards)
     with torch.set_grad_enabled(frame.grad_mode):
-        lowered = _torch.lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
+        lowered = lower_graph(module, frame.inputs, frame.context, decompose=compiler == "inductor")
     plan = {**_plan(lowered), "result": result, **({"stores": stores} if stores else {})}
     graphs: dict[str, GraphModule | None] = {"forward": lowered.forward, "backward": lowered.backward}
     parts = Parts({"plan": f"{prefix}/plan.json", "guards": f"{prefix}/guards.json", "libraries": [], "constants": None})
@@ -320,7 +321,7 @@ def _write_graph(
     name: str,
     graph: GraphModule,
     compiler: str,
-    shapes: _torch.Shapes,
+    shapes: Shapes,
     parts: Parts,
     constants: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
@@ -332,7 +333,7 @@ def _write_graph(
     for region in list_regions(cut):
         library = f"{prefix}/{name}.{region.target}.so"
         options = {**_OPTIONS, **_annotated_options(region.annotation)}
-        compiled, described, symbols = _torch.compile_library(region.module, options, shapes)
+        compiled, described, symbols = compile_library(region.module, options, shapes)
         libraries[region.target] = library, symbols
         parts.payloads[library] = compiled
         if described is not None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts.ambient import ambient_state
 from torchspan.artifacts.checks import describe_tensor, identity_of, is_torch_made
 from torchspan.artifacts.code_digest import Seen, digest_class, digest_function, is_own_code, is_torch_code
 from torchspan.artifacts.paths import STEPS, Path, encode_path, follow, parse_path
+from torchspan.artifacts.shapes import shapes_of
 from torchspan.artifacts.size_conditions import is_size, write_conditions
 from torchspan.artifacts.values import encode, name_of
 from torchspan.capture.dynamo import Frame, Guard, Guards

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from torchspan.artifacts._torch import shapes_of
 from torchspan.artifacts.entry import is_plain_class, result_builder
 from torchspan.artifacts.guard_export import is_constant, returned_values
 from torchspan.artifacts.paths import Path, encode_path, follow, parse_path
+from torchspan.artifacts.shapes import shapes_of
 from torchspan.artifacts.side_effects import kept_as_they_were
 from torchspan.artifacts.size_conditions import example_of
 from torchspan.artifacts.values import encode, name_of

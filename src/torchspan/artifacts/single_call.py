@@ -39,6 +39,7 @@ from torchspan.core.errors import GuardError, InputError, IntegrityError, Torchs
 from torchspan.core.files import write_whole
 from torchspan.core.program import Program
 from torchspan.core.report import Attempt, Report, current_report
+from torchspan.private import fx
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -325,7 +326,6 @@ def _call_graph(target: Any, args: Any, kwargs: Any) -> Any:
 
 def _frame(call: CapturedCall) -> Frame:
     """What dynamo would have made of the call: the code that runs the graph, and where its inputs are."""
-    from torchspan.capture import _torch
 
     num_gradients = len(call.gradients)
 
@@ -344,7 +344,7 @@ def _frame(call: CapturedCall) -> Frame:
         sources=call.sources,
         scope=scope,
         graph_name="graph",
-        context=_torch.new_tracing_context(),
+        context=fx.new_tracing_context(),
         changes=(),
         traced=(),
         grad_mode=False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from torchspan.artifacts import _torch
+from torchspan.artifacts.compiling import compile_graph
 from torchspan.artifacts.dynamic_marks import marked, marks_of, takes_keyword
 from torchspan.artifacts.guard_export import portable_sizes
 from torchspan.artifacts.size_conditions import Sizes
@@ -93,9 +93,7 @@ class Precompile:
             raise InputError(f"guards are what Precompile.dynamo returned, not a {type(guards).__name__}")
         frame = guards.frame
         with torch.set_grad_enabled(frame.grad_mode):
-            graph = naming_the_compiler(
-                lambda: _torch.compile_graph(gm, frame.inputs, frame.context, compiler), guards.program.name
-            )
+            graph = naming_the_compiler(lambda: compile_graph(gm, frame.inputs, frame.context, compiler), guards.program.name)
         sizes = Sizes(portable_sizes(guards))  # what compilers assumed of dynamic sizes, after the guards were made
         if sizes.names:
             guards.require(sizes.failed_for)

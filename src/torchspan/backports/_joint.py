@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from torchspan.backports import _descriptors as descriptors
-from torchspan.backports import _torch
 from torchspan.core.errors import UnsupportedError
+from torchspan.core.replaced import in_calls_with
+from torchspan.private import aot, dispatch, dynamo, fx
 
 _PLACE = "torch._functorch.aot_autograd"
 
@@ -125,12 +126,12 @@ def aot_export_joint_with_descriptors(
             f"disable_functionalization: torch {torch.__version__}'s AOTAutograd always makes graphs functional; torch can "
             "leave it out since 2.11.0; leave the argument away"
         )
-    aot = _torch.aot_autograd()
+    entry = aot.aot_autograd
     kwargs = kwargs or {}
     parameters = dict(mod.named_parameters(remove_duplicate=False))
     buffers = dict(mod.named_buffers(remove_duplicate=False))
     state = [*parameters.values(), *buffers.values()]
-    _torch.tell_tracing_context(state)
+    aot.note_state(state)
     call, out_spec = _flat_function(mod, [*parameters, *buffers], (*state, *args), kwargs, _record_nn_module_stack)
     flat_args, in_spec = pytree.tree_flatten(((*state, *args), kwargs))
     plain = (descriptors.PlainAOTInput(index) for index in range(len(flat_args) - len(state)))
@@ -139,11 +140,11 @@ def aot_export_joint_with_descriptors(
         *map(descriptors.BufferAOTInput, buffers),
         *plain,
     ]
-    config = _torch.aot_config(flat_args, len(state), decompositions, keep_inference_input_mutations, ignore_shape_env)
-    fake_mode, shape_env = aot.construct_fake_mode(flat_args, config)
-    fake_args = aot.process_inputs(flat_args, config, fake_mode, shape_env, ignore_shape_env)
-    with _torch.compiled_autograd_off(), _stopping_at_the_graph(config) as found:
-        aot.create_aot_dispatcher_function(call, fake_args, config, fake_mode, shape_env)
+    config = aot.config_for(flat_args, len(state), decompositions, keep_inference_input_mutations, ignore_shape_env)
+    fake_mode, shape_env = entry.construct_fake_mode(flat_args, config)
+    fake_args = entry.process_inputs(flat_args, config, fake_mode, shape_env, ignore_shape_env)
+    with aot.compiled_autograd_off(), _stopping_at_the_graph(config) as found:
+        entry.create_aot_dispatcher_function(call, fake_args, config, fake_mode, shape_env)
     traced = found[0]
     _enter_contexts(stack, fake_mode, shape_env)
     aot_state = AOTState(
@@ -178,21 +179,21 @@ def aot_compile_joint_with_descriptors(
             f"aot_compile_joint_with_descriptors(serializable=True): torch {torch.__version__} has nothing to save such a "
             "function in; torch has it since 2.11.0; save an artifact with torchspan.precompile instead"
         )
-    aot = _torch.aot_autograd()
+    entry = aot.aot_autograd
     state, config = jd._aot_state, jd._aot_state.aot_config
-    config.partition_fn = partition_fn or aot.default_partition
+    config.partition_fn = partition_fn or entry.default_partition
     config.fw_compiler = config.inference_compiler = fw_compiler or boxed_nop_preserve_node_meta
     config.bw_compiler = bw_compiler or config.fw_compiler
     with ExitStack() as stack:
         _enter_contexts(stack, state.fake_mode, state.fake_mode.shape_env)
-        stack.enter_context(_torch.tracing_with(state.fake_mode))
+        stack.enter_context(fx.tracing_with(state.fake_mode))
         stack.enter_context(_going_on_from(jd))
-        dispatch = aot.aot_dispatch_autograd if state.needs_autograd else aot.aot_dispatch_base
-        compiled, _ = dispatch(state.function, state.flat_args, config, fw_metadata=state.fw_metadata)
+        finish = entry.aot_dispatch_autograd if state.needs_autograd else entry.aot_dispatch_base
+        compiled, _ = finish(state.function, state.flat_args, config, fw_metadata=state.fw_metadata)
 
-    @_torch.opaque_to_dynamo
+    @dynamo.nonstrict_trace
     def call(*args: Any, **kwargs: Any) -> Any:
-        flat_args = pytree.tree_leaves((args, _torch.in_order(kwargs, jd.in_spec)))
+        flat_args = pytree.tree_leaves((args, fx.reorder_kwargs(kwargs, jd.in_spec)))
         return pytree.tree_unflatten(compiled(flat_args), jd.out_spec)
 
     return call
@@ -215,11 +216,11 @@ def _flat_function(
         state, args = dict(zip(names, args)), args[len(names) :]
         if kwargs and isinstance(module, GraphModule):  # an interpreter takes positions only
             args, kwargs = (*args, *_in_positions(module, len(args), kwargs)), {}
-        return _torch.call_with_state(module, state, args, kwargs)
+        return fx.call_with_state(module, state, args, kwargs)
 
     if record_stack:
         vars(call)["_orig_mod"] = module
-    return _torch.flattened(call, args, kwargs)
+    return aot.create_tree_flattened_fn(call, args, dict(kwargs))
 
 
 def _in_positions(module: GraphModule, num_args: int, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -247,9 +248,18 @@ def _base(index: int, base: Any, inputs: list[tuple[Any, descriptors.AOTInput]])
         if isinstance(value, torch.Tensor) and isinstance(base, torch.Tensor):
             if value._base is base:
                 return descriptors.ViewBaseAOTInput(primal)
-            if _torch.share_memory(value, base):
+            if _share_memory(value, base):
                 return descriptors.SyntheticBaseAOTInput(primal)
     return descriptors.DummyAOTInput(index)
+
+
+def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two plain tensors are of one memory."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    if dispatch.is_traceable_wrapper_subclass(one) or dispatch.is_traceable_wrapper_subclass(two):
+        return False
+    return StorageWeakRef(one.untyped_storage()) == StorageWeakRef(two.untyped_storage())
 
 
 def _describe(traced: _Traced, primals: list[descriptors.AOTInput]) -> Any:
@@ -292,7 +302,7 @@ class _Traced:
 @contextmanager
 def _stopping_at_the_graph(config: Any) -> Iterator[list[_Traced]]:
     """Inside, AOTAutograd traces a graph for `config` and returns without compiling it; what it has then is in the list."""
-    aot, runtime = _torch.aot_autograd(), _torch.aot_runtime()
+    runtime = aot.jit_compile_runtime_wrappers
     found: list[_Traced] = []
 
     def trace(needs_autograd: bool, function: Any, flat_args: Any, config: Any, *, fw_metadata: Any) -> tuple[None, Any]:
@@ -308,7 +318,7 @@ def _stopping_at_the_graph(config: Any) -> Iterator[list[_Traced]]:
         "aot_dispatch_autograd": functools.partial(trace, True),
         "aot_dispatch_base": functools.partial(trace, False),
     }
-    with _torch.in_calls_with(config, aot, changes):
+    with in_calls_with(config, aot.aot_autograd, changes):
         yield found
 
 
@@ -321,11 +331,11 @@ def _going_on_from(jd: JointWithDescriptors) -> Iterator[None]:
         return capture.graph_module, capture.updated_flat_args, capture.maybe_subclass_meta
 
     changes = {"aot_dispatch_autograd_graph": traced, "aot_dispatch_base_graph": traced}
-    runtime = _torch.aot_runtime()
+    runtime = aot.jit_compile_runtime_wrappers
     finish = {"post_compile": functools.partial(_with_backward, runtime.AOTDispatchAutograd.post_compile)}
     with (
-        _torch.in_calls_with(config, runtime, changes),
-        _torch.in_calls_with(config, runtime.AOTDispatchAutograd, finish),
+        in_calls_with(config, runtime, changes),
+        in_calls_with(config, runtime.AOTDispatchAutograd, finish),
     ):
         yield
 
@@ -335,12 +345,12 @@ def _with_backward(post_compile: Callable[..., Any], forward: Any, backward: Any
     given = inspect.signature(post_compile).bind(forward, backward, *args, **kwargs).arguments
     lazy, config = given["lazy_backward_info"], given["aot_config"]
     if backward is None and lazy is not None:
-        with _torch.compiling_backward(config):
-            backward = config.bw_compiler(_torch.real_copy(lazy.bw_module), lazy.placeholder_list)
+        with aot.compiling_backward(config):
+            backward = config.bw_compiler(fx.real_copy(lazy.bw_module), lazy.placeholder_list)
     return post_compile(forward, backward, *args, **kwargs)
 
 
 def _enter_contexts(stack: ExitStack, fake_mode: Any, shape_env: Any) -> None:
     """The contexts that AOTAutograd traces and compiles in."""
-    for context in _torch.aot_contexts(fake_mode, shape_env):
+    for context in aot.contexts(fake_mode, shape_env):
         stack.enter_context(context)

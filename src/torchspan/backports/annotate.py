@@ -11,8 +11,8 @@ from typing import Any
 import torch.fx.traceback as fx_traceback
 from torch.fx import GraphModule, Node
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change
+from torchspan.private import dynamo
 
 _GRADIENT_SUM = "Gradient addition node due to multiple use of tensor around:"  # how AOTAutograd marks such a node
 
@@ -80,13 +80,13 @@ def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., A
 def _annotate_variable() -> type:
     """The class of what ``annotate(…)`` is while dynamo traces."""
 
-    class AnnotateVariable(_torch.context_manager_variables().ContextWrappingVariable):  # type: ignore[misc]
+    class AnnotateVariable(dynamo.ContextWrappingVariable):  # type: ignore[misc]
         def enter(self, tx: Any, *args: Any) -> Any:
             stack = ExitStack()
             stack.enter_context(annotate(self.target_values))
             stack.enter_context(fx_traceback.preserve_node_meta())  # without it no tracer copies metadata
             self.set_cleanup_hook(tx, stack.close)
-            return _torch.constant_variable(None)
+            return dynamo.ConstantVariable.create(None)
 
         def module_name(self) -> str:
             return "torch.fx.traceback"
@@ -95,7 +95,7 @@ def _annotate_variable() -> type:
             return "annotate"
 
         def reconstruct_type(self, codegen: Any) -> None:
-            _torch.unsupported_by_dynamo(
+            dynamo.refuse(
                 "torch.fx.traceback.annotate escaped from compiled region",
                 str(self),
                 "Dynamo doesn't support graph break on torch.fx.traceback.annotate.",

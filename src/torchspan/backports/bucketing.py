@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
-from torchspan.backports import _overlap, _torch
+from torchspan.backports import _options, _overlap
 from torchspan.backports._base import Backport, Change, has_module
 from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, wait_for
 from torchspan.core.overlap import places_of, size_of
+from torchspan.private import inductor
 
 _PLACE = "torch._inductor.fx_passes.bucketing"
 
@@ -139,9 +140,9 @@ def _as_options_say(reinplace: Callable[[Any], None]) -> Callable[[Any], None]:
     def then(graph: Any) -> None:
         merges = {"bucket_all_gathers_fx": bucket_all_gather, "bucket_reduce_scatters_fx": bucket_reduce_scatter}
         for name, merge in merges.items():
-            if _torch.inductor_option(name) != "none":
+            if getattr(inductor.config, name) != "none":
                 BACKPORT.record_use(f"torch._inductor.config.{name}")
-                merge(graph.owning_module, _torch.inductor_option(f"{name}_bucket_size_determinator"))
+                merge(graph.owning_module, getattr(inductor.config, f"{name}_bucket_size_determinator"))
         reinplace(graph)
 
     return then
@@ -178,7 +179,7 @@ BACKPORT = Backport(
     },
     is_module=True,
     also=(
-        Change("torch._inductor.config", "_config", _torch.with_options(_OPTIONS, left_out_by=None)),
+        Change("torch._inductor.config", "_config", _options.with_options(_OPTIONS, left_out_by=None)),
         Change("torch._inductor.fx_passes.post_grad", "reinplace_inplaceable_ops", _as_options_say),
     ),
 )

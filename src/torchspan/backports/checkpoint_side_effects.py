@@ -7,9 +7,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torchspan.backports import _torch
+from torchspan.backports import _options
 from torchspan.backports._base import Backport, Change
 from torchspan.core.report import current_report, user_site
+from torchspan.private import dynamo
 
 _PLACE = "torch._dynamo.config"
 _OPTION = "skip_fwd_side_effects_in_bwd_under_checkpoint"
@@ -22,8 +23,8 @@ def _reporting(trace: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return trace(self, *args, **kwargs)
-        except _torch.dynamo_unsupported() as cause:
-            if _torch.dynamo_option(_OPTION) and "SideEffects" in str(cause):
+        except dynamo.Unsupported as cause:
+            if getattr(dynamo.config, _OPTION) and "SideEffects" in str(cause):
                 _report_that_it_runs_eagerly()
             raise
 
@@ -38,7 +39,7 @@ def _report_that_it_runs_eagerly() -> None:
 
 
 def _lacks(module: ModuleType | None) -> bool:
-    return module is None or not _torch.has_native_option(module, _OPTION)
+    return module is None or not _options.has_native_option(module, _OPTION)
 
 
 BACKPORT = Backport(
@@ -51,7 +52,7 @@ BACKPORT = Backport(
         "such a function is not compiled but runs eagerly, where its effects are repeated in the backward pass; the report "
         "says so; with fullgraph=True it is dynamo's own error"
     ),
-    replaces={"_config": _torch.with_options({_OPTION: False}, left_out_by=None)},
+    replaces={"_config": _options.with_options({_OPTION: False}, left_out_by=None)},
     also=(Change("torch._dynamo.variables.higher_order_ops", "CheckpointHigherOrderVariable.call_function", _reporting),),
     lacks=_lacks,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change, from_module
+from torchspan.private import aot, fx
 
 _CLASSES = [
     "AOTInput",
@@ -51,8 +51,8 @@ def _taking_traced_tangents(process: Any) -> Any:
 
     @functools.wraps(process.__func__)
     def process_runtime_tangent(x: Any, meta: Any) -> Any:
-        if _torch.is_functional(x) and not hasattr(meta, "attrs"):
-            x = _torch.in_memory_format(x, meta.memory_format)
+        if isinstance(x, fx.FunctionalTensor) and not hasattr(meta, "attrs"):
+            x = aot.coerce_to_expected_memory_format(x, meta.memory_format)
             return x, [x]
         return process.__func__(x, meta)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from torchspan.backports import _torch
 from torchspan.backports._axes import Axis, copies_of, is_disjoint, joined, rows_of, size_of, split
 from torchspan.backports._base import Backport, Change
+from torchspan.private import fx
 
 Override = tuple[Any, Any]  # a backend's name and its options, each None for the default
 
@@ -71,7 +71,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
     """A mesh of these axes over the ranks of `root`, the one that has this rank, with these process groups."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    with _torch.with_real_tensors():
+    with fx.with_real_tensors():
         copies, rank = copies_of(axes, _ranks(root)), root.get_rank()
         mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
         if not mine:
@@ -85,7 +85,7 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
 
 def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides: Sequence[Override]) -> list[str]:
     """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
-    with _torch.with_real_tensors():
+    with fx.with_real_tensors():
         ranks = [copies_of([axis], _ranks(root)).tolist() for axis in axes]
     groups = [_new_group(*given) for given in zip(ranks, names, overrides)]
     return [group for group in groups if group is not None]
@@ -335,7 +335,7 @@ def _get_all_submeshes(self: Any, mesh_dim_name: str) -> list[Any]:
     from torch.distributed.device_mesh import DeviceMesh
 
     dim = _get_mesh_dim_by_name(self, mesh_dim_name)
-    with _torch.with_real_tensors():
+    with fx.with_real_tensors():
         copies = copies_of([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
         meshes = [DeviceMesh(self.device_type, copy, mesh_dim_names=(mesh_dim_name,), _init_backend=False) for copy in copies]
     for mesh in meshes:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport
+from torchspan.private import dynamo
 
 _PLACE = "torch.nn.attention.flex_attention"
 
@@ -75,7 +75,7 @@ def _max_scores(
     scores = query.to(precision) @ key.to(precision).transpose(-2, -1)
     scores = scores * (1.0 / math.sqrt(query.size(-1)) if scale is None else scale)
     indices = [torch.arange(size, device=scores.device) for size in scores.shape]
-    with _torch.tensors_as_indices():
+    with dynamo.TransformGetItemToIndex():
         if score_mod is not None:
             scores = _for_each_score(score_mod, 1)(scores, *indices)
         if block_mask is not None:

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport
+from torchspan.backports._export_frame import capture_frame, check_example_inputs, without_outside_changes
 
 _PLACE = "torch._dynamo.functional_export"
 
@@ -42,13 +42,13 @@ def dynamo_graph_capture_for_export(
     """
 
     def capture(*args: Any, **kwargs: Any) -> GraphModule:
-        _torch.check_example_inputs(pytree.tree_leaves((args, kwargs)))
+        check_example_inputs(pytree.tree_leaves((args, kwargs)))
         function, owner = _function_of(fn)
         bound = () if owner is None else (owner,)
         frame, scope = _frame(function, (*bound, *args), kwargs)
         changes: list[str] = []
-        with _torch.without_outside_changes(changes):
-            captured = _torch.capture_frame(frame, constraints)
+        with without_outside_changes(changes):
+            captured = capture_frame(frame, constraints)
         if changes:
             warnings.warn(
                 f"the program changes Python objects, which its graph does not: {', '.join(changes)}", UserWarning, stacklevel=2

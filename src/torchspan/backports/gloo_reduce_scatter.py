@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change
 from torchspan.core.errors import UnsupportedError
+from torchspan.private import dynamo
 
 _C10D = "torch.distributed.distributed_c10d"
 _FUNCTIONAL = "torch.distributed._functional_collectives"
@@ -195,17 +195,17 @@ def _reduced(tensor: torch.Tensor, operation: str, name: Any) -> torch.Tensor:
     return all_reduce(tensor, operation, name)
 
 
-@_torch.constant_to_dynamo
+@dynamo.constant_to_dynamo
 def _is_gloo(name: Any, device: str) -> bool:
     return bool(_group(name)._get_backend(torch.device(device)).name() == "gloo")
 
 
-@_torch.constant_to_dynamo
+@dynamo.constant_to_dynamo
 def _size(name: Any) -> int:
     return _group(name).size()
 
 
-@_torch.constant_to_dynamo
+@dynamo.constant_to_dynamo
 def _rank(name: Any) -> int:
     return _group(name).rank()
 

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
-from torchspan.backports import _torch
+from torchspan.backports import _options
 from torchspan.backports._base import Backport, Change
+from torchspan.private import dispatch, fx, inductor
 
 _OPTION = "wrap_inductor_compiled_regions"
 _GRAPH = "_torchspan_original_gm"
@@ -82,7 +83,7 @@ def _operator() -> Any:
     operator.py_impl(key.CompositeExplicitAutograd)(lambda func, inputs, *, name=None: _resolve(func)(inputs))
     operator.py_functionalize_impl(_functionalized)
     fake_outputs = lambda func, inputs, *, name=None: _resolve(func).outputs_for(inputs)  # noqa: E731
-    _torch.register_in_modes(operator, fake_outputs, lambda func: _resolve(func).idx)
+    fx.register_in_modes(operator, fake_outputs, lambda func: _resolve(func).idx)
     return operator
 
 
@@ -98,7 +99,7 @@ def _keeping_the_graph(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def construct(self: Any, current_callable: Any, graph: Any, gm: GraphModule, *args: Any, **kwargs: Any) -> None:
         init(self, current_callable, graph, gm, *args, **kwargs)
-        if _torch.inductor_option(_OPTION):
+        if getattr(inductor.config, _OPTION):
             kept = copy.deepcopy(gm)
             for node in kept.graph.nodes:
                 node.meta.clear()
@@ -124,7 +125,7 @@ def _wrapping(post_compile: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(post_compile)
     def finish(self: Any, *args: Any, **kwargs: Any) -> None:
         post_compile(self, *args, **kwargs)
-        if _torch.inductor_option(_OPTION) and self.current_callable is not None:
+        if getattr(inductor.config, _OPTION) and self.current_callable is not None:
             BACKPORT.record_use(f"torch._inductor.config.{_OPTION}")
             self.current_callable = _through_the_operator(self.current_callable, vars(self).get(_GRAPH))
 
@@ -147,12 +148,20 @@ def _also_under_checkpointing(convert: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(convert)
     def convert_frame(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        if not (_torch.asks_for_option(self, _OPTION) and _torch.is_only_checkpointing()):
+        if not (_asks_for_option(self) and dispatch.is_only_checkpointing()):
             return convert(self, frame, cache_entry, frame_state)
-        with _torch.as_if_without_modes():
+        with dispatch.as_if_without_modes():
             return convert(self, frame, cache_entry, frame_state)
 
     return convert_frame
+
+
+def _asks_for_option(callback: Any) -> bool:
+    """Whether what dynamo calls for a frame leads to an inductor with the option set."""
+    while inner := getattr(callback, "_torchdynamo_orig_callable", getattr(callback, "_torchdynamo_orig_backend", None)):
+        callback = inner
+    options = getattr(callback, "config", None)
+    return bool(options.get(_OPTION) if isinstance(options, dict) else None) or bool(getattr(inductor.config, _OPTION))
 
 
 BACKPORT = Backport(
@@ -167,7 +176,7 @@ BACKPORT = Backport(
     ),
     names={"inductor_compiled_code": _operator},
     also=(
-        Change("torch._inductor.config", "_config", _torch.with_options({_OPTION: False})),
+        Change("torch._inductor.config", "_config", _options.with_options({_OPTION: False})),
         Change("torch._inductor.config", "_compile_ignored_keys", lambda keys: {*keys, _OPTION}),
         Change("torch._inductor.output_code", "CompiledFxGraph.__init__", _keeping_the_graph),
         Change("torch._inductor.output_code", "CompiledFxGraph.prepare_for_serialization", _leaving_the_graph),

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torchspan.backports import _torch
+from torchspan.backports import _options
 from torchspan.backports._base import Backport, Change
+from torchspan.private import aot
 
 _PLACE = "torch._functorch.config"
 _NAME = "joint_custom_pass"
@@ -22,7 +23,7 @@ def _then_the_pass(run_passes: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run_passes)
     def run(graph: Any, joint_inputs: Any, *args: Any, **kwargs: Any) -> Any:
         graph = run_passes(graph, joint_inputs, *args, **kwargs)
-        custom_pass = _torch.aot_option(_NAME)
+        custom_pass = getattr(aot.config, _NAME)
         if not callable(custom_pass):
             return graph
         BACKPORT.record_use(f"{_PLACE}.{_NAME}")
@@ -36,8 +37,8 @@ def _not_with_the_pass(check_cacheable: Callable[[Any], None]) -> Callable[[Any]
 
     @functools.wraps(check_cacheable)
     def check(graph: Any) -> None:
-        if callable(_torch.aot_option(_NAME)):
-            _torch.refuse_to_cache_joint_graph(f"{_PLACE}.{_NAME} is set")
+        if callable(getattr(aot.config, _NAME)):
+            raise aot.BypassAOTAutogradCache(f"{_PLACE}.{_NAME} is set")
         check_cacheable(graph)
 
     return check
@@ -59,7 +60,7 @@ def _with_its_name(trace_structured: Callable[..., None]) -> Callable[..., None]
 
 
 def _lacks(module: ModuleType | None) -> bool:
-    return module is None or not _torch.has_native_option(module, _NAME)
+    return module is None or not _options.has_native_option(module, _NAME)
 
 
 BACKPORT = Backport(
@@ -70,7 +71,7 @@ BACKPORT = Backport(
     upstream="https://github.com/pytorch/pytorch/pull/164445",
     differs="a program that is compiled with a pass is not kept in AOTAutograd's cache, nor taken from it",
     replaces={
-        "_config": _torch.with_options({_NAME: None}, left_out_by=_LEFT_OUT),
+        "_config": _options.with_options({_NAME: None}, left_out_by=_LEFT_OUT),
         "_compile_ignored_keys": lambda keys: {*keys, _NAME},
     },
     also=(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change
+from torchspan.private import aot
 
 _depth: list[bool] = []
 
@@ -41,7 +41,7 @@ def _patch_engine_backward() -> Iterator[None]:
     def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_non_strict_tracing():
             raise AssertionError("_patch_engine_backward() must be used under _non_strict_tracing_context()")
-        _torch.keep_forward_traces(outputs)
+        aot.keep_forward_traces(outputs)
         return run(outputs, *args, **kwargs)
 
     before = {module: vars(module)["_engine_run_backward"] for module in (graph, torch.autograd)}

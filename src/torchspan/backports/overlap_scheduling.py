@@ -7,10 +7,11 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from torchspan.backports import _overlap, _torch
+from torchspan.backports import _options, _overlap
 from torchspan.backports._base import Backport, Change, unavailable
 from torchspan.core.collectives import GATHER, SCATTER, Collective
 from torchspan.core.overlap import overlap, places_of, sink_waits, size_of
+from torchspan.private import inductor
 
 _PLACE = "torch._inductor.fx_passes.overlap_scheduling"
 _SINCE = "2.10.0"
@@ -109,7 +110,7 @@ def _neighbours(members: list[Collective], cap_bytes: float, max_members: int) -
 
 def schedule_overlap_bucketing_from_inductor_configs(gm: GraphModule) -> GraphModule:
     """`schedule_overlap_bucketing` with what ``torch._inductor.config.aten_distributed_optimizations`` says."""
-    values = {name: _torch.inductor_option(f"{_OPTIONS}.{name}") for name in _DEFAULTS}
+    values = {name: getattr(inductor.config, f"{_OPTIONS}.{name}") for name in _DEFAULTS}
     return schedule_overlap_bucketing(gm, **{name: value for name, value in values.items() if value is not None})
 
 
@@ -157,8 +158,8 @@ BACKPORT = Backport(
     },
     is_module=True,
     also=(
-        Change("torch._inductor.config", "_config", _torch.with_options(_NAMED)),
+        Change("torch._inductor.config", "_config", _options.with_options(_NAMED)),
         Change("torch._inductor.config", "_compile_ignored_keys", lambda keys: {*keys, *_NAMED}),
-        Change("torch._inductor.config", _OPTIONS, _torch.option_group(_OPTIONS), create=True),
+        Change("torch._inductor.config", _OPTIONS, _options.option_group(_OPTIONS), create=True),
     ),
 )

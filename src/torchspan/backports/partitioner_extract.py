@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport
+from torchspan.private import aot
 
 _PLACE = "torch._functorch.partitioners"
 
@@ -28,7 +28,7 @@ def _extracting(extract: Callable[..., Any]) -> Callable[..., Any]:
         subgraph: str | None = None,
         ignore_must_be_in_fw_bw: bool = False,
     ) -> Any:
-        module = _torch.partitioners()
+        module = aot.partitioners
         if isinstance(outputs_descs, str):
             outputs_descs, subgraph = None, outputs_descs
         is_bound = module._must_be_in_backward

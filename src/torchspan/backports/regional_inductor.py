@@ -7,9 +7,10 @@ from typing import Any
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport
+from torchspan.backports._part import compile_part
 from torchspan.core.regions import Region, cut_regions, list_regions, replace_region
+from torchspan.private import inductor
 
 
 def regional_inductor(gm: GraphModule, *example_args: object) -> GraphModule:
@@ -55,13 +56,13 @@ def _is_submodule(gm: GraphModule, target: str) -> bool:
 def _compile_region(region: Region) -> Any:
     options = region.annotation.get("inductor_configs", {}) if isinstance(region.annotation, dict) else {}
     for name in options:
-        if not _torch.has_inductor_option(name):
+        if not hasattr(inductor.config, name):
             raise ValueError(
                 f"Invalid inductor config key '{name}' in the annotation of region {region.name!r}; "
                 "torch._inductor.config lists the keys that there are"
             )
-    with _torch.inductor_options(options):
-        return _torch.compile_part(region.module, region.example_inputs())
+    with inductor.config.patch(dict(options)):
+        return compile_part(region.module, region.example_inputs())
 
 
 class _BoxedCodeGen(CodeGen):

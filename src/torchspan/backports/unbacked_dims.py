@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from torchspan.backports import _torch
 from torchspan.backports._base import Backport, Change
 from torchspan.core.errors import UnsupportedError
+from torchspan.private import inductor
 
 
 def optimization_hint(a: Any, fallback: int | None = None) -> int:
@@ -22,7 +22,7 @@ def optimization_hint(a: Any, fallback: int | None = None) -> int:
     hint = a.node.shape_env.size_hint(a.node.expr, allow_none=True)
     if hint is not None:
         return int(hint)
-    return _torch.unbacked_fallback() if fallback is None else fallback
+    return int(inductor.config.unbacked_symint_fallback) if fallback is None else fallback
 
 
 def _with_shape_ids(init: Callable[..., None]) -> Callable[..., None]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.runtime_assert import insert_deferred_runtime_asserts
+
+from torchspan.private import fx
 
 _VIEWS = (
     torch.ops.aten.view.default,
@@ -72,7 +73,7 @@ def _is_identity(node: Node) -> bool:
 
 def _is_same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two shapes are the same for every batch; asks nothing of a size that depends on data."""
-    return one.ndim == other.ndim and all(statically_known_true(a == b) for a, b in zip(one.shape, other.shape))
+    return one.ndim == other.ndim and all(fx.statically_known_true(a == b) for a, b in zip(one.shape, other.shape))
 
 
 def writes_alone(node: Node, into: str) -> bool:

@@ -53,10 +53,10 @@ class _Replay(Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call one node's operator."""
-        from torchspan.capture import _torch
+        from torchspan.capture._kernels import below_functionalization
 
         if isinstance(target, torch._ops.OpOverload) and not _touches_memory(target):
-            return _torch.below_functionalization(target, args, kwargs)
+            return below_functionalization(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 

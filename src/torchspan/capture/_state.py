@@ -18,6 +18,7 @@ from torchspan.capture._optimizer import Update, bound_optimizer
 from torchspan.core.errors import CaptureError, GuardError, InputError
 from torchspan.core.graph import Graph, InputSpec
 from torchspan.core.program import Program
+from torchspan.private import fx
 
 log = logging.getLogger("torchspan")
 
@@ -145,11 +146,10 @@ def _check_assigned(key: str, held: Mapping[str, Tensor], after: Mapping[str, An
 @contextmanager
 def values_told(name: str) -> Iterator[None]:
     """Tell a trace that ends because the program asks for the value of a tensor as what it is, a CaptureError."""
-    from torchspan.capture import _torch
 
     try:
         yield
-    except _torch.value_errors() as cause:
+    except fx.value_errors() as cause:
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise CaptureError(
             f"{name} decides by the value of a tensor, which a graph for every batch cannot ({first}); use torch.where, "

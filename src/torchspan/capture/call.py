@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from torchspan.core.errors import CaptureError, UnsupportedError
+from torchspan.private import fx
 
 _GIVEN = "L['args']"
 
@@ -54,10 +55,9 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
     >>> captured.gradients
     ("L['args'][0]._parameters['weight']", "L['args'][0]._parameters['bias']")
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
-    from torchspan.capture import _torch
+    from torchspan.capture._kernels import kernels_kept_whole
 
     inputs = _Inputs.of(args)
     told: dict[str, Any] = {}
@@ -69,11 +69,11 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
         return [*_result(result, told), *_gradients(inputs, told)]
 
     # real tensors are let in to be refused below, by what they are
-    trace = make_fx(run, decomposition_table=decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
-    with _torch.kernels_kept_whole(), preserve_node_meta(), torch.enable_grad():
+    trace = fx.make_fx(run, decomposition_table=decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
+    with kernels_kept_whole(), preserve_node_meta(), torch.enable_grad():
         try:
             module = trace(*inputs.stand_ins)
-        except _torch.value_errors() as cause:
+        except fx.value_errors() as cause:
             said = str(cause).strip().splitlines() or [type(cause).__name__]
             raise CaptureError(f"the call asks for a tensor's value, which one capture does not have: {said[0]}") from cause
     _refuse_constants(module)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchspan.capture import _torch
+from torchspan.capture import _effects, _frame
 from torchspan.core.errors import CaptureError, GuardError
 from torchspan.core.program import Program
+from torchspan.private import dynamo
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _PYTHON_ROOTS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
@@ -192,8 +193,8 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         sources = [node.meta["grapharg"].source for node in module.graph.nodes if node.op == "placeholder"]
-        context, traced, changes, restored, returned = _torch.tracing_state()
-        seen.update(module=module, inputs=tuple(inputs), sources=tuple(map(_torch.source_name, sources)))
+        context, traced, changes, restored, returned = _effects.tracing_state()
+        seen.update(module=module, inputs=tuple(inputs), sources=tuple(map(dynamo.source_name, sources)))
         seen.update(context=context, traced=traced, changes=changes, restored=restored, returned=returned)
         return module.forward
 
@@ -220,8 +221,8 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
     )
     with torch.set_grad_enabled(grad_mode):
         try:
-            guarded = _torch.trace_frame(frame, backend, keep_guards, note)
-        except _torch.dynamo_errors() as cause:
+            guarded = _frame.trace_frame(frame, backend, keep_guards, note)
+        except dynamo.errors() as cause:
             raise _capture_error(program, cause) from cause
     if guarded is None or "module" not in seen:
         raise CaptureError(f"{program.name} does no work on tensors that could be captured; call it as it is")
@@ -237,8 +238,8 @@ def _guard(entry: Any) -> Guard:
     arguments = dict(getattr(made.create_fn, "keywords", None) or {})
     arguments |= {str(index): value for index, value in enumerate(getattr(made.create_fn, "args", None) or ())}
     if "source_b" in arguments:
-        arguments["source_b"] = _torch.source_name(arguments["source_b"])
-    source = _torch.source_name(made.originating_source)
+        arguments["source_b"] = dynamo.source_name(arguments["source_b"])
+    source = dynamo.source_name(made.originating_source)
     return Guard(source, entry.guard_type, entry.value if entry.has_value else None, tuple(made.code_list or ()), arguments)
 
 

@@ -21,13 +21,13 @@ from torchspan.capture._state import call_for_loss, check_program, check_written
 from torchspan.core.errors import CaptureError, UnsupportedError
 from torchspan.core.graph import Graph, InputSpec, OutputSpec, output_node
 from torchspan.core.program import Program
+from torchspan.private import aot, fx
 
 
 def is_supported() -> bool:
     """Whether this torch can capture joint graphs."""
-    from torchspan.capture import _torch
 
-    return _torch.joint_export() is not None
+    return aot.joint_export() is not None
 
 
 def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Graph:
@@ -53,10 +53,9 @@ def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Gr
     ...         "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"
     ...     ]
     """
-    from torchspan.capture import _torch
 
     module = check_program(program)
-    export = _torch.joint_export()
+    export = aot.joint_export()
     if export is None:
         raise UnsupportedError(
             f"torch {torch.__version__} cannot export a joint graph with descriptors (2.10 and later can); "
@@ -72,9 +71,9 @@ def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Gr
     with values_told(program.name), ExitStack() as stack:
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         stack.enter_context(stamped_with_module_paths(module))
-        stack.enter_context(_torch.sizes_may_depend_on_data())
+        stack.enter_context(fx.sizes_may_depend_on_data())
         joint = export(stack, _Flat(module, inputs), given, ignore_shape_env=True)  # sizes of inputs are fixed
-    _check_placements(module, _torch.joint_gradient_placements(joint))
+    _check_placements(module, aot.joint_gradient_placements(joint))
     graph = _signed(joint.graph_module, module, inputs)
     graph.verify()
     return graph if optimizer is None else with_optimizer(graph, module, optimizer)

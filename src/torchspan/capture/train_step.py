@@ -16,6 +16,7 @@ from torchspan.capture._state import Slot, call_for_loss, check_program, check_w
 from torchspan.capture._tracing import trace
 from torchspan.core.graph import Graph, OutputSpec
 from torchspan.core.program import Program
+from torchspan.private import aot
 
 
 def capture_train_step(program: Program, *, optimizer: Optimizer | None = None) -> Graph:
@@ -122,9 +123,8 @@ def _held(state: list[Slot], flat: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    from torchspan.capture import _torch
 
-    _torch.follow_backward(loss)
+    aot.keep_forward_traces([loss])
     with stamped_as_backward(), torch.autograd.set_multithreading_enabled(False):
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(leaves, found) if gradient is not None}

@@ -1,9 +1,10 @@
-"""An attribute or an entry that is another for a while."""
+"""An attribute, an entry or a function that is another for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 _ABSENT = object()
@@ -54,3 +55,28 @@ def entries_replaced(mapping: MutableMapping[Any, Any], entries: dict[Any, Any])
                 mapping.pop(key, None)
             else:
                 mapping[key] = value
+
+
+@contextmanager
+def in_calls_with(marker: object, module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these functions of a module or class stand for its own in calls that get `marker`; others get its own.
+
+    >>> class Sizes:
+    ...     def of(what): return len(what)
+    >>> with in_calls_with(word := "four", Sizes, {"of": lambda what: 1}): Sizes.of(word), Sizes.of("three")
+    (1, 5)
+    """
+    own = {name: getattr(module, name) for name in functions}
+    before = {name: vars(module)[name] for name in functions}  # of a class, a static method
+
+    def choose(name: str, *args: Any, **kwargs: Any) -> Any:
+        is_marked = any(value is marker for value in (*args, *kwargs.values()))
+        return (functions if is_marked else own)[name](*args, **kwargs)
+
+    for name in functions:
+        setattr(module, name, partial(choose, name))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)

@@ -16,7 +16,8 @@ import torch
 
 from torchspan.diagnosis.profile import GraphBreak
 from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
-from torchspan.regions import _torch
+from torchspan.private import dynamo, fx
+from torchspan.regions.compiler_events import watching_compiler
 from torchspan.regions.events import graph_facts
 
 GRACE_S = 3.0  # for Python code to notice that its time is over, before the whole process is ended
@@ -99,8 +100,8 @@ def explaining(budget: Budget = DEFAULT_BUDGET) -> Iterator[Explanation]:
         kept = {name: arguments[name] for name in ("fullgraph", "dynamic", "disable") if name in arguments}
         return original(model, backend="eager", **kept)
 
-    watching = _torch.watching_compiler(lambda *event: None, on_graph, on_break)
-    with watching, _torch.noting_recompiles() as again, _limited(budget.seconds, found):
+    watching = watching_compiler(lambda *event: None, on_graph, on_break)
+    with watching, dynamo.noting_recompiles() as again, _limited(budget.seconds, found):
         torch.compile = compile
         try:
             yield found
@@ -116,7 +117,7 @@ def _limited(limit_s: float, found: Explanation) -> Iterator[None]:
     def on_alarm(number: int, frame: FrameType | None) -> None:
         frames = reversed(traceback.extract_stack(frame)[-8:])
         where = "; ".join(f"{one.filename}:{one.lineno} in {one.name}" for one in frames)
-        found.hung.append(Hung(limit_s, _torch.traced_line(), where))
+        found.hung.append(Hung(limit_s, fx.traced_line(), where))
         raise CompileHungError(f"a compile was not done after {limit_s:g} s; it hung at {found.hung[-1].site or where}")
 
     def on_start() -> None:
@@ -131,7 +132,7 @@ def _limited(limit_s: float, found: Explanation) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, on_alarm) if threading.current_thread() is threading.main_thread() else None
     try:
-        with _torch.around_compiles(on_start, on_end):
+        with dynamo.around_compiles(on_start, on_end):
             yield
     finally:
         on_end()

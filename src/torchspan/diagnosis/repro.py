@@ -26,7 +26,11 @@ from torchspan.core.numerics import tensors
 from torchspan.jobs import transport
 from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
-from torchspan.regions import _torch, ambient
+from torchspan.private import aot, config, dynamo, inductor
+from torchspan.regions import ambient
+from torchspan.regions.caching import caching
+from torchspan.regions.compiler_state import known_isas
+from torchspan.regions.entry_point import entry_point
 from torchspan.regions.settings import Settings
 from torchspan.regions.worker import Task, _backward, _begin, call_task
 
@@ -119,7 +123,7 @@ def versions() -> dict[str, str]:
     """What a report of a compiler's fault names: torch, Python, the system and the C++ compiler."""
     try:
         compiler = subprocess.run(
-            [*_torch.cxx_names()[-1:], "--version"], capture_output=True, text=True, timeout=20, check=False
+            [*inductor.cxx_names()[-1:], "--version"], capture_output=True, text=True, timeout=20, check=False
         )
         named = compiler.stdout.partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired) as cause:
@@ -152,11 +156,11 @@ def search_graph(payload: bytes) -> bytes:
         graphs.append((graph, list(inputs)))
         return graph.forward
 
-    entry = replace(task.settings, backend=collect, mode=None, options={}).compile(_torch.entry_point(task.is_block))
+    entry = replace(task.settings, backend=collect, mode=None, options={}).compile(entry_point(task.is_block))
     signs: list[str] = []
     with ambient.modes(task.ambient):
         entry(task.target, *task.args, **task.kwargs)
-        _torch.reset()
+        dynamo.reset()
         for graph, inputs in graphs:  # only now: what is compiled inside another compile runs eagerly
             sign = _sign(graph, inputs, task, search.try_s)
             signs.append(sign)
@@ -175,7 +179,7 @@ def _shrink(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, sear
     keep(graph, inputs)
     if all(isinstance(one, torch.Tensor) for one in inputs):
         real = [_like(one) for one in inputs]
-        _torch.minify(graph, real, lambda one, its: _sign(one, its, task, search.try_s) == sign, keep)
+        aot.minify(graph, real, lambda one, its: _sign(one, its, task, search.try_s) == sign, keep)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,7 +214,7 @@ def _sign(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, limit_
 
 def _try(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, write: int) -> int:
     try:
-        with _torch.caching(), _torch.known_isas(dict(task.isas)):
+        with caching(), known_isas(dict(task.isas)):
             real = [_like(one) if isinstance(one, torch.Tensor) else one for one in inputs]
             outputs = _backend(task.settings)(graph, real)(*real)  # dynamo leaves the code of graphs alone
             _backward(outputs)
@@ -226,8 +230,8 @@ def _try(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, write: 
 
 def _backend(settings: Settings) -> Callable[..., Any]:
     if settings.is_inductor:
-        return _torch.inductor(settings.mode, settings.options, bool(settings.dynamic))
-    return _torch.backend_function(settings.backend)
+        return inductor.backend(settings.mode, settings.options, bool(settings.dynamic))
+    return dynamo.backend_function(settings.backend)
 
 
 def _end(pid: int) -> int:
@@ -302,8 +306,8 @@ def _write_graph(
         outcome=outcome,
         command=_command(outcome),
         imports=imports,
-        configs=_torch.config_code(),
-        module=_torch.module_code(graph),
+        configs=config.config_code(),
+        module=dynamo.module_code(graph),
         inputs="\n".join(f"    {_input_code(one)}," for one in inputs),
         watch=textwrap.indent(_WATCH.format(default_s=HANG_S), "    ") if outcome == "timeout" else "",
         arguments=", ".join(arguments),
@@ -386,4 +390,4 @@ def _write_program(folder: Path, payload: bytes, ending: Ending) -> None:
 def run_task(payload: bytes) -> None:
     """Compile what was pickled for a compile process, in this process and without a budget: for a reproduction."""
     task = _begin(payload)
-    _backward(call_task(task, task.settings.compile(_torch.entry_point(task.is_block))))
+    _backward(call_task(task, task.settings.compile(entry_point(task.is_block))))

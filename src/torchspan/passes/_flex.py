@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from torchspan.passes import _torch
+from torchspan.private import fx
 
 FORWARD, BACKWARD = "flex_attention", "flex_attention_backward"
 
@@ -62,9 +62,7 @@ def _held(module: GraphModule, node: Node) -> Any:
 
 def _trace(module: GraphModule, node: Node, inputs: list[Node]) -> GraphModule:
     """The operators of the node, functional, as a graph of `inputs`."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    function = _torch.dense_flex_attention(_name(node) == BACKWARD)
+    function = fx.sdpa_dense_backward if _name(node) == BACKWARD else fx.sdpa_dense
 
     def call(*tensors: Any) -> Any:
         given = dict(zip(inputs, tensors))
@@ -74,7 +72,7 @@ def _trace(module: GraphModule, node: Node, inputs: list[Node]) -> GraphModule:
     values = [_value(module, one) for one in inputs]
     mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), nullcontext())
     with torch.no_grad(), mode:  # not tracing_mode="fake", which fakes the fake tensors again: torch 2.8 crashes on that
-        traced = make_fx(call)(*values)
+        traced = fx.make_fx(call)(*values)
     for one in list(traced.graph.nodes):
         if one.target is torch.ops.aten.copy_.default:
             _write_nothing(traced, one)

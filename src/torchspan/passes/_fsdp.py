@@ -27,6 +27,7 @@ from torchspan.core.collectives import (
 from torchspan.core.errors import PassError
 from torchspan.core.graph import PHASE, Graph
 from torchspan.passes._phases import is_marked_after_forward
+from torchspan.private import distributed
 
 KINDS = (GATHER, SCATTER, REDUCE)
 _KEPT = ("partitioner_tag", "seq_nr", "autograd_backward")
@@ -126,9 +127,8 @@ def merge(graph: Graph, bucket: Sequence[Member], places: dict[Node, float], mod
 
 def of_two_ranks(reduces: Sequence[Member]) -> list[Member]:
     """Those that a merge leaves bitwise what they are: of a group of two ranks, whose sum has one order."""
-    from torchspan.passes import _torch
 
-    sizes = {name: _torch.group_size(name) for name in {str(one.node.args[-1]) for one in reduces}}
+    sizes = {name: distributed.group_size(name) for name in {str(one.node.args[-1]) for one in reduces}}
     return [one for one in reduces if sizes[str(one.node.args[-1])] == 2]
 
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph, is_async_collective
+from torchspan.private import distributed
 
 _NAME = re.compile(r"torchspan\.(?P<purpose>\w+)\[(?P<ranks>[\d:,]+)\]")
 
@@ -45,10 +46,9 @@ def create_named_groups(graph: Graph) -> list[str]:
     Every rank of the job calls this at the same time, with its own graph: the ranks tell each other what they lack, and make
     all of it in one order. So a graph that was saved runs in a new job of as many ranks.
     """
-    from torchspan.passes import _torch
 
     named = dict.fromkeys(group for group in _groups(graph.module.graph.nodes) if ranks_of(group) is not None)
-    lacking = [group for group in named if _torch.find_group(group) is None]
+    lacking = [group for group in named if distributed.find_group(group) is None]
     _create(lacking)
     return lacking
 
@@ -61,8 +61,6 @@ def _groups(nodes: Iterable[Node]) -> Iterator[str]:
 def _create(names: list[str]) -> None:
     """Make the groups of these names, with all that other ranks lack, in one order on every rank."""
     import torch.distributed as dist
-
-    from torchspan.passes import _torch
 
     if not dist.is_initialized():
         if names:
@@ -77,4 +75,4 @@ def _create(names: list[str]) -> None:
             raise PassError(f"the group {name} is not one of {dist.get_world_size()} ranks, which this job has")
         group = dist.new_group(ranks, group_desc=name)
         if dist.get_rank() in ranks and name in names:
-            _torch.name_group(group, name)
+            distributed.name_group(group, name)

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torchspan.core.errors import GraphError
 from torchspan.core.graph import Graph
 from torchspan.passes._values import shown_node, shown_value
+from torchspan.private import fx
 
 _ADVICE = 'give each node that a pass writes meta["val"]'
 
@@ -87,12 +88,11 @@ class Propagation:
         return self._known[key]
 
     def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
-        from torchspan.passes import _torch
 
         try:
             with torch.no_grad(), self._mode or nullcontext():
                 return node.target(*args, **kwargs)  # type: ignore[operator]
-        except _torch.unknown_values():
+        except fx.unknown_values():
             return _UNKNOWN
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as cause:
             given = ", ".join(shown_value(one.meta["val"]) for one in node.all_input_nodes)
@@ -199,6 +199,5 @@ def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _may_be_equal(one: Any, other: Any) -> bool:
     if type(one) is int and type(other) is int:
         return one == other
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return not statically_known_true(one != other)
+    return not fx.statically_known_true(one != other)

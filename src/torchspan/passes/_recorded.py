@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torchspan.core.graph import Graph, output_node
 from torchspan.passes._base import Pass, PassContext
 from torchspan.passes._values import shown_value
+from torchspan.private import distributed, fx
 
 _HEAD = '''"""A graph on which the pass {name} failed, for 'torchspan passes --replay FILE'. To load this file is to run it.
 
@@ -86,9 +87,8 @@ def groups_of(module: GraphModule) -> dict[str, list[int]]:
 
 
 def _ranks_of(name: str) -> list[int]:
-    from torchspan.passes import _torch
 
-    group = _torch.find_group(name)
+    group = distributed.find_group(name)
     return [] if group is None else dist.get_process_group_ranks(group)
 
 
@@ -189,7 +189,6 @@ def _is_literal(value: Any) -> bool:
 
 def _symbols(module: GraphModule) -> Iterator[str]:
     """A line for each symbol in the sizes of a graph, with what is known of its range."""
-    from torch.fx.experimental.symbolic_shapes import free_symbols
 
     found: dict[str, Any] = {}
     for node in module.graph.nodes:
@@ -197,7 +196,7 @@ def _symbols(module: GraphModule) -> Iterator[str]:
         for size in [*getattr(value, "shape", ()), value]:
             if isinstance(size, torch.SymInt):
                 ranges = size.node.shape_env.var_to_range
-                found |= {str(symbol): ranges.get(symbol) for symbol in free_symbols(size)}
+                found |= {str(symbol): ranges.get(symbol) for symbol in fx.free_symbols(size)}
     for name, known in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
         least, most = (None, None) if known is None else map(_bound, (known.lower, known.upper))
         yield f"{name} = RECORDING.symbol({name!r}, least={least}, most={most})"

@@ -21,6 +21,7 @@ from torchspan.core.graph import Graph, InputSpec, OutputSpec
 from torchspan.core.report import Report
 from torchspan.passes._base import PassContext
 from torchspan.passes._values import SHORT
+from torchspan.private import distributed, fx
 
 _DTYPES = {short: dtype for dtype, short in SHORT.items()}
 _VALUE = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>.*?)\](?: stride \((?P<stride>.*?)\))?(?: on (?P<device>\S+))?$")
@@ -153,11 +154,10 @@ class Recording(Builder):
         report: Sequence[str],
     ) -> None:
         super().__init__(self.value)
-        from torchspan.passes import _torch
 
         self.written, self.error, self.torch, self.report = written, error, torch, tuple(report)
         self._strict, self._kind, self._notes, self._rank, self._groups = strict, kind, tuple(notes), rank, groups
-        self._mode = _torch.fake_mode()
+        self._mode = fx.fake_mode()
         self._symbols: dict[str, Any] = {}
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []
@@ -214,12 +214,11 @@ class Recording(Builder):
 
     def replay(self) -> Graph:
         """Run the pass on the graph, between the same checks; what it raises is what was raised where it failed."""
-        from torchspan.passes import _torch
         from torchspan.passes._pipeline import Pipeline
 
         started = bool(self._groups) and not dist.is_initialized()
         if started:
-            _torch.start_fake_groups(self._rank, self._groups)
+            distributed.start_fake_groups(self._rank, self._groups)
         try:
             return Pipeline.parse(self.written).run(self.graph, PassContext(Report(), strict=self._strict))
         finally:

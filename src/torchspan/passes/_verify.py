@@ -13,6 +13,7 @@ from torchspan.core.graph import Graph, is_async_collective
 from torchspan.passes._memory import check_aliases, check_writes
 from torchspan.passes._metadata import check_metadata
 from torchspan.passes._values import shown_node
+from torchspan.private import fx
 
 
 def check_change(before: Graph, after: Graph) -> None:
@@ -80,9 +81,8 @@ def _symbols(value: Any) -> set[Any]:
         sizes = [value] if isinstance(value, torch.SymInt) else []
     if not sizes:
         return set()
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    return set(free_unbacked_symbols(sizes))
+    return set(fx.free_unbacked_symbols(sizes))
 
 
 def _finds_out_sizes(node: Node) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from torchspan.core.graph import GRADIENT_OF
-from torchspan.passes._torch import fake_mode_of, forget_new_sizes
+from torchspan.private.fx import fake_mode_of, forget_new_sizes
 
 _KEPT = ("custom", "partitioner_tag", "seq_nr", "autograd_backward", "stack_trace", "nn_module_stack")
 

@@ -21,8 +21,8 @@ from torchspan.core.errors import InputError, PassError
 from torchspan.core.graph import Graph
 from torchspan.core.registry import Registry
 from torchspan.passes._base import Pass, PassContext, Stage, editable, refuse_writes
-from torchspan.passes._torch import fused_products
 from torchspan.passes._writer import Writer, is_aten, is_pointwise, replace_whole, tensor_of
+from torchspan.private.distributed import fused_products
 
 _aten = torch.ops.aten
 

@@ -18,6 +18,7 @@ from torchspan.core.report import Attempt
 from torchspan.passes._base import Pass, PassContext, Stage
 from torchspan.passes._one_call import one_call
 from torchspan.passes._random import draws
+from torchspan.private import inductor
 
 _TARGET = "compiled_step"
 
@@ -96,10 +97,9 @@ def _flat(graph: Graph) -> GraphModule:
 
 
 def _in_process(whole: GraphModule, inputs: Sequence[Any], context: PassContext) -> Any:
-    from torchspan.passes import _torch
 
     began = time.perf_counter()
-    function = _torch.compile_with_inductor(whole, inputs)
+    function = inductor.compile_traced(whole, inputs)
     context.report.attempt(Attempt("whole", "step", "inductor", "compiled", time.perf_counter() - began))
     return function
 

@@ -17,6 +17,7 @@ from torchspan.core.errors import PassError
 from torchspan.core.graph import GRADIENT_OF, Graph
 from torchspan.passes._base import Pass, PassContext, Stage, editable
 from torchspan.passes._random import draws
+from torchspan.private import fx, inductor
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -40,10 +41,9 @@ class InductorDecomposition(Pass):
     tolerance: ClassVar[float] = 1e-5
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
-        from torchspan.passes import _torch
 
         module = editable(graph)
-        table = _torch.inductor_decompositions()
+        table = inductor.decompositions()
         done: Counter[str] = Counter()
         traced: dict[Hashable, GraphModule | None] = {}
         for node in list(module.graph.nodes):
@@ -139,7 +139,6 @@ def _replace(node: Node, result: Any) -> None:
 
 def _traced(node: Node, inputs: Sequence[Node], table: Table) -> GraphModule | None:
     """What `node` becomes, as a graph of `inputs`; None where it stays what it is, or one of its inputs is its result."""
-    from torchspan.passes import _torch
 
     values = [one.meta["val"] for one in inputs]
 
@@ -148,7 +147,7 @@ def _traced(node: Node, inputs: Sequence[Node], table: Table) -> GraphModule | N
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    traced = _torch.trace_fake(call, values, node.meta["val"], table)
+    traced = fx.trace_fake(call, values, node.meta["val"], table)
     if traced is None:
         return None
     operators = [one for one in traced.graph.nodes if one.op not in ("placeholder", "output")]

@@ -18,6 +18,7 @@ from torchspan.core.report import Attempt, Report
 from torchspan.passes._base import CompileRegion, Pass, PassContext, Stage, editable
 from torchspan.passes._blocks import block_of, part_of, patterns_of
 from torchspan.passes._flex import device_of, is_flex, make_dense
+from torchspan.private import inductor
 
 _KEY = "compile_with_inductor"
 
@@ -125,11 +126,10 @@ def _views_what_is_outside(node: Node) -> bool:
 
 def _in_process(report: Report) -> CompileRegion:
     """Inductor in this process, each compile an Attempt."""
-    from torchspan.passes import _torch
 
     def compile_region(module: GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
         began = time.perf_counter()
-        function = _torch.compile_with_inductor(module, inputs)
+        function = inductor.compile_traced(module, inputs)
         report.attempt(Attempt("regional", name, "inductor", "compiled", time.perf_counter() - began))
         return function
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchspan.core.collectives import is_call
 from torchspan.core.errors import PassError
 from torchspan.core.graph import GRADIENT_OF, Graph, is_async_collective
 from torchspan.passes._base import Pass, PassContext, Stage, editable, refuse_writes
+from torchspan.private import fx
 
 _aten = torch.ops.aten
 _COPIES = (_aten.clone.default, _aten._to_copy.default)
@@ -126,7 +126,7 @@ def _is_same_geometry(one: Node, other: Node) -> bool:
     if kinds[0] != kinds[1]:
         return False
     numbers = zip((*a.shape, *a.stride(), a.storage_offset()), (*b.shape, *b.stride(), b.storage_offset()))
-    return all(statically_known_true(left == right) for left, right in numbers)
+    return all(fx.statically_known_true(left == right) for left, right in numbers)
 
 
 # copies
@@ -135,7 +135,7 @@ def _is_same_geometry(one: Node, other: Node) -> bool:
 def _begins_alone(node: Node) -> bool:
     """Whether a value is at the beginning of memory that the graph itself made."""
     made = all(root.op == "call_function" for root in _roots(node))
-    return made and statically_known_true(node.meta["val"].storage_offset() == 0)
+    return made and fx.statically_known_true(node.meta["val"].storage_offset() == 0)
 
 
 def _is_unseen(copy: Node, graph: Graph) -> bool:

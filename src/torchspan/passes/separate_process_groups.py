@@ -13,6 +13,7 @@ from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph
 from torchspan.passes._base import Pass, PassContext, Stage, editable
 from torchspan.passes._groups import create_named_groups, name_of
+from torchspan.private import distributed
 
 PARAMETERS, GRADIENTS = "parameters", "gradients"
 
@@ -77,16 +78,15 @@ class SeparateProcessGroups(Pass):
 
 def _names(wanted: Mapping[Node, str]) -> dict[tuple[str, str], str]:
     """The name of each new group, by what moves in it and the group that it stands for."""
-    from torchspan.passes import _torch
 
     pairs = dict.fromkeys((purpose, str(node.args[-1])) for node, purpose in wanted.items())
-    missing = [group for _, group in pairs if _torch.find_group(group) is None]
+    missing = [group for _, group in pairs if distributed.find_group(group) is None]
     if missing:
         raise PassError(
             f"separate_process_groups: the graph talks in the group {missing[0]!r}, which this process does not have; "
             "run it in the job that the graph was captured in"
         )
-    return {(purpose, group): name_of(purpose, _torch.group_ranks(group)) for purpose, group in pairs}
+    return {(purpose, group): name_of(purpose, distributed.group_ranks(group)) for purpose, group in pairs}
 
 
 def _collectives(graph: Graph) -> list[Node]:

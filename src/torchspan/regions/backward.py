@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from torchspan.core.numerics import tensors
-from torchspan.regions import _torch
+from torchspan.private import aot
+from torchspan.regions import caching
 from torchspan.regions.ambient import autocast_state
 
 _NODE = "CompiledFunctionBackward"  # AOTAutograd's, in torch 2.8 to 2.15
@@ -95,7 +96,7 @@ class EagerBackward:
         """Those of `wanted`, for the outputs of the graph by their number; they can be differentiated again."""
         is_kept = torch.is_grad_enabled()
         args = [forward.before.get(i, one) for i, one in enumerate(forward.args)]
-        with torch.enable_grad(), _torch.outside_vmap(), _as_it_was(forward):
+        with torch.enable_grad(), aot.outside_vmap(), _as_it_was(forward):
             outputs = _outputs(self._graph(*args))
         chosen = [i for i in given if outputs[i].requires_grad]
         return torch.autograd.grad(
@@ -150,7 +151,7 @@ class _Backward:
 
     def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], given: list[Tensor | None]) -> Any:
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            _torch.note_kept_buffers(node)
+            caching.note_kept_buffers(node)
         try:
             return getattr(type(node), name)(node, *gradients)
         except Exception as error:

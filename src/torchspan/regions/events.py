@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from torchspan.jobs.supervisor import EVENTS_VARIABLE
-from torchspan.regions import _torch
+from torchspan.regions.compiler_events import watching_compiler
 
 _KEPT = ("fn_name", "is_backward", "cache_state", "compile_id")
 
@@ -30,7 +30,7 @@ def recording() -> Iterator[Path | None]:
     with open(path, "w", buffering=1) as file:
         recorder = _Recorder(file)
         recorder.note("job", "B", time.time_ns())
-        with _torch.watching_compiler(recorder.event, recorder.graph, recorder.graph_break):
+        with watching_compiler(recorder.event, recorder.graph, recorder.graph_break):
             yield Path(path).parent
         recorder.note("job", "E", time.time_ns())
 

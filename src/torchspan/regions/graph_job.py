@@ -25,10 +25,11 @@ from torchspan.core.report import Report, current_report
 from torchspan.jobs import transport
 from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
-from torchspan.passes._torch import group_size, start_fake_groups
-from torchspan.regions import _torch, ambient
+from torchspan.private import inductor
+from torchspan.private.distributed import group_size, start_fake_groups
+from torchspan.regions import ambient, caching
 from torchspan.regions.ambient import Ambient
-from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
+from torchspan.regions.compiler_state import known_isas, known_isas_here, prepare_to_load
 from torchspan.regions.worker import check_compiler
 
 _loaded: dict[str, Callable[..., Any]] = {}
@@ -145,7 +146,7 @@ def pack_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> bytes | Non
     """What another process loads the code of a graph from that was compiled here; None if that is not there (any more)."""
     try:
         entries = _entries.get(_digest(_task(graph, example_inputs, None)))
-        return None if entries is None else pack(entries, _torch.cache_folder())
+        return None if entries is None else pack(entries, inductor.cache_folder())
     except (InputError, IntegrityError, OSError):
         return None  # it was removed from the cache meanwhile: who asked compiles it
 
@@ -162,7 +163,7 @@ def load_packed_graph(
     task = _task(graph, example_inputs, None)
     prepare_to_load({})
     try:
-        entries = unpack(packed, _torch.cache_folder())
+        entries = unpack(packed, inductor.cache_folder())
     except (IntegrityError, OSError) as cause:
         ending, compiled = Ending("failed", 0.0, cause=str(cause), where="unpacking"), None
     else:
@@ -181,9 +182,9 @@ def _load(task: GraphTask, ending: Ending, entries: Entries) -> tuple[Ending, Ca
     started = time.monotonic()
     prepare_to_load(entries.isas)
     try:
-        with _torch.known_isas(known_isas_here()), _torch.only_loading():
+        with known_isas(known_isas_here()), caching.only_loading():
             return ending, _compile(task)
-    except _torch.CacheMiss as miss:
+    except caching.CacheMiss as miss:
         cause = f"its cache entries do not serve this process: {miss}"
     except Exception as error:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly, and the Report says why
         cause = f"{type(error).__name__}: {error}"
@@ -199,11 +200,11 @@ def compile_in_child(payload: bytes) -> bytes:
     if task.groups:
         start_fake_groups(0, {name: range(size) for name, size in task.groups})
     isas: dict[str, bool] = {}
-    with ledger.watching(_torch.cache_folder()) as note:
-        with _torch.caching(), _torch.known_isas(isas):
+    with ledger.watching(inductor.cache_folder()) as note:
+        with caching.caching(), known_isas(isas):
             _compile(task)
         kept = note()
-    counted = _torch.counters()
+    counted = caching.counters()
     if not counted["saved"] + counted["hits"]:
         raise InputError("torch's caches did not take the graph, so it cannot be handed over")
     return pickle.dumps(Entries(kept.files, isas))
@@ -214,7 +215,7 @@ def _compile(task: GraphTask) -> Callable[..., Any]:
     inputs = [one.empty() if isinstance(one, InputSpec) else one for one in task.inputs]
     is_single = _returns_one(module)
     with torch.no_grad():
-        compiled = _torch.standalone_compile(module, inputs, task.options)
+        compiled = inductor.standalone_compile(module, inputs, task.options)
 
     def call(*args: Any) -> Any:
         with torch.no_grad():

@@ -19,9 +19,12 @@ import torch
 from torchspan.artifacts.loading import Dispatcher, load
 from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
-from torchspan.regions import _torch
+from torchspan.private import dynamo
+from torchspan.regions import caching
 from torchspan.regions.backward import EagerBackward
 from torchspan.regions.call import original
+from torchspan.regions.compiler_state import known_isas
+from torchspan.regions.entry_point import entry_point
 from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.part import Part
@@ -46,9 +49,9 @@ class Guarded:
     def __call__(self, graph: Any, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         self.graphs += 1
         try:
-            with _torch.keeping_buffers(), _torch.only_loading() if self._is_loading else nullcontext():
+            with caching.keeping_buffers(), caching.only_loading() if self._is_loading else nullcontext():
                 compiled = self._backend(graph, inputs, **kwargs)
-        except _torch.CacheMiss as cause:
+        except caching.CacheMiss as cause:
             self.misses.append(str(cause))
             return graph.forward
         except Exception as cause:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly and the generation is given up
@@ -125,9 +128,9 @@ class FromCaches:
         self._is_loading = settings.is_inductor
         self.has_traced = False
         self._guarded: list[Guarded] = []
-        self._code = _torch.entry_point(part.is_called_inside)
+        self._code = entry_point(part.is_called_inside)
         self._entry = settings.compile(self._code, self._wrap)
-        self.run = _torch.run_only(self._entry)
+        self.run = dynamo.run(self._entry)
 
     def _wrap(self, backend: Callable[..., Any]) -> Guarded:
         self._guarded.append(Guarded(backend, self._give_up, is_loading=self._is_loading))
@@ -136,12 +139,12 @@ class FromCaches:
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
         self.has_traced = True
-        with _torch.known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
+        with known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
             return self._entry(target, *args, **kwargs)
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether dynamo's guards hold in this call; nothing is run."""
-        return _torch.guards_hold(self._code, {"target": target, "args": args, "kwargs": dict(kwargs)})
+        return dynamo.guards_hold(self._code, {"target": target, "args": args, "kwargs": dict(kwargs)})
 
     @property
     def misses(self) -> list[str]:

@@ -25,7 +25,8 @@ from torchspan.core.report import log
 from torchspan.jobs import transport
 from torchspan.jobs.budget import Allowance
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
-from torchspan.regions import _torch, ambient, verify, watch
+from torchspan.private import inductor
+from torchspan.regions import ambient, verify, watch
 from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
 from torchspan.regions.fullgraph import break_message
@@ -164,7 +165,7 @@ class Lifecycle:
             return
         self._note_caches(filled)
         to_load = {} if filled.artifact is not None else filled.kept.files
-        damaged = ledger.check(_torch.cache_folder(), to_load) if to_load else []
+        damaged = ledger.check(inductor.cache_folder(), to_load) if to_load else []
         if damaged:
             told = f"{ledger.DAMAGED} {', '.join(damaged)}"
             ending = replace(ending, outcome="failed", cause=told, where="before loading")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torchspan.regions import _torch
+from torchspan.capture.dynamic_dims import Dynamic, dynamic_dims
+from torchspan.core.replaced import replaced
+from torchspan.private import dynamo, fx
 from torchspan.regions.signature import Dims, family, tensors_of
 
 
@@ -18,5 +22,37 @@ def marked(args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Dims) -> Iter
         return
     values = family(None, args, kwargs)[1][-1]
     numbers = [values[place] for place in sorted(dims[-1])]
-    with _torch.dynamic_dims(tensors_of(args, kwargs), dims[:-1]), _torch.dynamic_numbers(numbers):
+    symbols = [dict.fromkeys(which, Dynamic()) for which in dims[:-1]]
+    with dynamic_dims(tensors_of(args, kwargs), symbols), dynamic_numbers(numbers):
+        yield
+
+
+@contextmanager
+def dynamic_numbers(numbers: Sequence[float]) -> Iterator[None]:
+    """Have dynamo take what this thread traces inside, and what equals one of these numbers, as a symbol.
+
+    A number is known by its value and class, not by its source: behind a graph break the same one has another source. A
+    constant of the program's own that has the value too becomes a symbol with it: a guard less, and the same results.
+    """
+    if not numbers:
+        yield
+        return
+    builder, auto_dynamic, as_symbol = dynamo.builder, dynamo.auto_dynamic, fx.DimDynamic.DYNAMIC
+    mine, wanted = threading.get_ident(), {(type(one), one) for one in numbers}
+    wrap, process = builder.VariableBuilder.wrap_symint, builder.process_automatic_dynamic
+
+    def is_wanted(value: Any) -> bool:
+        return threading.get_ident() == mine and type(value) in (int, float) and (type(value), value) in wanted
+
+    def wrap_symint(self: Any, value: int, dynamism: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return wrap(self, value, as_symbol if dynamism is None and is_wanted(value) else dynamism, *args, **kwargs)
+
+    def processed(tx: Any, name: str, entry: Any, **kwargs: Any) -> Any:
+        found = process(tx, name, entry, **kwargs)
+        return dataclasses.replace(found, scalar=auto_dynamic) if is_wanted(entry.scalar) else found
+
+    with (
+        replaced(builder.VariableBuilder, "wrap_symint", wrap_symint),
+        replaced(builder, "process_automatic_dynamic", processed),
+    ):
         yield

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torchspan.core.errors import CaptureError, GuardError
-from torchspan.regions import _torch
+from torchspan.private import dispatch
 from torchspan.regions.backward import saves_are_hooked
 from torchspan.regions.call import Call
 from torchspan.regions.generation import MAX_UNSERVED, PATIENCE, Family, Generation, Generations, describe
@@ -93,7 +93,7 @@ class Region:
 
     def _serving(self, call: Call) -> Generation | None:
         """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
-        if _torch.is_transformed():
+        if dispatch.is_transformed():
             self._decide("eager", "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled")
             return None
         try:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchspan.regions import _torch
+from torchspan.private import dynamo, inductor
+from torchspan.regions.entry_point import torch_compile
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Settings:
     @property
     def limit(self) -> int:
         """How many signatures and states of a region are compiled: as asked for, or torch's own limit, at least 8."""
-        return self.recompile_limit or max(8, _torch.recompile_limit())
+        return self.recompile_limit or max(8, dynamo.recompile_limit())
 
     def to_send(self) -> Settings:
         """The same for another process, which has not registered this one's backends."""
         if isinstance(self.backend, str) and not self.is_inductor:
-            return replace(self, backend=_torch.named_backend(self.backend))
+            return replace(self, backend=dynamo.named_backend(self.backend))
         return self
 
     @property
@@ -61,12 +62,12 @@ class Settings:
         """
         arguments: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": bool(self.dynamic), **self.extra}
         if self.is_inductor:
-            inductor = _torch.inductor(self.mode, self.options, bool(self.dynamic))
-            arguments["backend"] = wrap(inductor) if wrap else inductor
+            backend = inductor.backend(self.mode, self.options, bool(self.dynamic))
+            arguments["backend"] = wrap(backend) if wrap else backend
         else:
-            arguments["backend"] = wrap(_torch.backend_function(self.backend)) if wrap else self.backend
+            arguments["backend"] = wrap(dynamo.backend_function(self.backend)) if wrap else self.backend
             if self.mode is not None:
                 arguments["mode"] = self.mode
             if self.options:
                 arguments["options"] = dict(self.options)
-        return _torch.torch_compile()(entry, **arguments)
+        return torch_compile()(entry, **arguments)

@@ -18,8 +18,11 @@ from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.jobs import transport
-from torchspan.regions import _torch, ambient, events, transformers
+from torchspan.private import dynamo, inductor
+from torchspan.regions import ambient, caching, events, transformers
 from torchspan.regions.ambient import Ambient
+from torchspan.regions.compiler_state import known_isas
+from torchspan.regions.entry_point import entry_point
 from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.settings import Settings
@@ -63,13 +66,13 @@ def compile_region(payload: bytes) -> bytes:
 def _compile_region(task: Task) -> Filled:
     isas = dict(task.isas)
     try:
-        with _torch.known_isas(isas):
+        with known_isas(isas):
             return Filled(1, isas, _make_artifact(task))
     except TorchspanError as cause:
         why_not = f"no artifact: {cause}"
     except Exception as cause:  # noqa: BLE001 - a foreign compiler, in a way that the caches may do without
         why_not = f"no artifact: {type(cause).__name__}: {cause}"
-    _torch.reset()
+    dynamo.reset()
     return _fill_caches(task, isas, why_not)
 
 
@@ -83,7 +86,7 @@ def _run(payload: bytes, compile_it: Callable[[Task], Filled]) -> bytes:
         task = _begin(payload)
         if not task.settings.is_inductor:
             return pickle.dumps(compile_it(task))
-        with ledger.watching(_torch.cache_folder()) as note:
+        with ledger.watching(inductor.cache_folder()) as note:
             try:
                 filled = compile_it(task)
             except Exception as cause:
@@ -124,11 +127,11 @@ def _make_artifact(task: Task) -> bytes:
 
 def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
     """Compile for the example inputs, and run once: forward, and backward where gradients are wanted."""
-    before = _torch.counters()  # an attempt at an artifact was counted too
+    before = caching.counters()  # an attempt at an artifact was counted too
     refusals: list[str] = []
-    with _torch.noting_refusals(refusals):
+    with caching.noting_refusals(refusals):
         _compile(task, isas)
-    counted = {name: count - before[name] for name, count in _torch.counters().items()}
+    counted = {name: count - before[name] for name, count in caching.counters().items()}
     if task.settings.is_inductor:
         _check_saved(counted, refusals)
     return Filled(counted["graphs"], isas, None, why_not)
@@ -136,8 +139,8 @@ def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Fill
 
 def _compile(task: Task, isas: dict[str, bool]) -> None:
     """Compile into torch's caches, and run once: forward, and backward where gradients are wanted."""
-    with _torch.caching(), _torch.known_isas(isas):
-        _backward(call_task(task, task.settings.compile(_torch.entry_point(task.is_block))))
+    with caching.caching(), known_isas(isas):
+        _backward(call_task(task, task.settings.compile(entry_point(task.is_block))))
 
 
 def call_task(task: Task, entry: Callable[..., Any]) -> Any:
@@ -148,7 +151,7 @@ def call_task(task: Task, entry: Callable[..., Any]) -> Any:
 
 def check_compiler() -> None:
     """Raise CompileError unless there is a C++ compiler for inductor's CPU kernels."""
-    names = _torch.cxx_names()
+    names = inductor.cxx_names()
     if not any(shutil.which(name) for name in names):
         raise CompileError(f"no C++ compiler: inductor looked for {', '.join(names)}; install g++ or set CXX")
 

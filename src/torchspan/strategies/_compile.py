@@ -15,7 +15,7 @@ from torchspan.caches import ledger
 from torchspan.core.errors import InputError, unknown_name
 from torchspan.core.report import Report, current_report
 from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
-from torchspan.regions import _torch
+from torchspan.regions.entry_point import torch_compile
 from torchspan.regions.progress import is_wanted
 from torchspan.regions.settings import Settings
 from torchspan.strategies import _measured
@@ -139,7 +139,7 @@ def _checked_strategy(strategy: str | Sequence[str], request: Request) -> str | 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
     """Refuse at once what this torch's ``torch.compile`` would refuse in the compile process, where only a Report said so."""
-    takes = inspect.signature(_torch.torch_compile()).parameters
+    takes = inspect.signature(torch_compile()).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
         return
     known = {*takes, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchspan.environment.patch import Replacement
 from torchspan.jobs.budget import Budget
-from torchspan.regions import _torch
+from torchspan.regions.entry_point import set_torch_compile
 from torchspan.strategies._compile import compile_bounded
 from torchspan.strategies._plan import Verify
 
@@ -23,7 +23,7 @@ def torch_compile_patch(
     """
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        _torch.set_torch_compile(original)
+        set_torch_compile(original)
 
         @functools.wraps(original)
         def compile(model: Callable[..., Any] | None = None, **arguments: Any) -> Any:

@@ -22,7 +22,7 @@ from torchspan.core.errors import InputError
 from torchspan.core.groups import rename_groups
 from torchspan.core.report import Attempt, Report
 from torchspan.jobs.budget import Budget
-from torchspan.passes._torch import name_group
+from torchspan.private.distributed import name_group
 from torchspan.regions.compiler_state import prepare_to_load
 from torchspan.regions.graph_job import compile_graph, digest_of_graph, load_packed_graph, pack_graph
 from torchspan.train.job import Job
