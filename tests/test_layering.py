@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "torchspan"
 LEVELS = [
     {"core"},
-    {"environment"},
+    {"environment", "private"},
     {"backports", "devices", "capture", "passes", "models", "parallel"},
     {"artifacts", "scan", "report", "jobs", "caches"},
     {"regions"},
@@ -22,14 +22,18 @@ LEVELS = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-PRIVATE_ALLOWED = {"backports", "capture", "passes", "regions", "artifacts"}
-PRIVATE = (
+# Of torch's private modules, those that every release has and that programs use as well; the rest is for one folder.
+OPEN = ("torch._tensor", "torch.utils._device", "torch.utils._pytree", "torch.utils._python_dispatch")
+PRIVATE = re.compile(r"torch\.(?!__)(\w+\.)*_|torch\.fx\.experimental\b")
+# A backport and a device rule name what they patch; of torch's compilers they too learn from private/ only.
+PATCHING = ("backports", "devices")
+COMPILERS = (
     "torch._dynamo",
     "torch._functorch",
-    "torch._inductor",
     "torch._guards",
-    "torch._subclasses",
     "torch._higher_order_ops",
+    "torch._inductor",
+    "torch._subclasses",
 )
 
 
@@ -67,8 +71,9 @@ def violations(path: Path, text: str) -> list[str]:
     folder = here.split(".")[1]
     found = []
     for name in sorted(set(imports_of(ast.parse(text)))):
-        if name.startswith(PRIVATE) and not (folder in PRIVATE_ALLOWED and path.name == "_torch.py"):
-            found.append(f"{here} imports {name}: only a folder's _torch.py may, in {sorted(PRIVATE_ALLOWED)}")
+        is_private = name.startswith(COMPILERS) if folder in PATCHING else PRIVATE.match(name) and not name.startswith(OPEN)
+        if is_private and folder != "private":
+            found.append(f"{here} imports {name}: only torchspan/private/ may")
         if not name.startswith("torchspan.") or name == "torchspan.__version__":
             continue
         same_folder = name.split(".")[1] == folder
@@ -122,7 +127,10 @@ def test_a_circle_is_found() -> None:
         ("devices/x.py", "import torchspan.backports._base"),
         ("backports/x.py", "def f():\n    from torchspan.backports.annotate import BACKPORT"),
         ("artifacts/x.py", "import torch._dynamo"),
-        ("train/_torch.py", "from torch._functorch import aot_autograd"),
+        ("capture/x.py", "from torch.fx.experimental.proxy_tensor import make_fx"),
+        ("train/x.py", "from torch.distributed.tensor._dtensor_spec import DTensorSpec"),
+        ("backports/x.py", "from torch._functorch import aot_autograd"),
+        ("private/x.py", "import torchspan.environment.facts"),
     ],
 )
 def test_a_forbidden_import_is_found(place: str, text: str) -> None:

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from torchspan.artifacts.paths import Path, decode_path, encode_path, follow, parse_path, show_path
 from torchspan.core.errors import IntegrityError, UnsupportedError
+from torchspan.private import fx
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "round": round}
 _MATH = ("floor", "ceil", "trunc", "sqrt", "log", "log2", "exp", "pow")
@@ -151,12 +152,10 @@ def encode_size(value: Any) -> Any:
     """
     if not is_size(value):
         return value
-    from torch.utils._sympy.printers import PythonPrinter
-
     unbacked = [str(symbol) for symbol in value.node.expr.free_symbols if str(symbol).startswith(("u", "zuf"))]
     if unbacked:
         raise UnsupportedError(f"an artifact cannot hold a size that depends on data ({', '.join(unbacked)})")
-    return {"size": _checked(PythonPrinter().doprint(value.node.expr))}
+    return {"size": _checked(fx.PythonPrinter().doprint(value.node.expr))}
 
 
 def _checked(text: str) -> str:

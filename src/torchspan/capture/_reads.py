@@ -37,7 +37,7 @@ def reads_noted(note: Note) -> Iterator[None]:
         if key.is_python_constant() and not any(_is_key(known, key) for known in variable.items):
             note(dynamo.source_name(variable.source), "DICT_NOT_CONTAINS", {}, {"key": key.as_python_constant()})
 
-    names = ("call_obj_hasattr", "var_getattr", "tp_getattro_impl")  # the last one since torch 2.15
+    names = ("call_obj_hasattr", "var_getattr", "tp_getattro_impl")  # the last one since torch 2.14
     watched: list[tuple[Any, str, Any]] = [(dynamo.PythonModuleVariable, name, of_module) for name in names]
     watched += [(dynamo.UserDefinedClassVariable, name, of_class) for name in names[1:]]
     watched += [

@@ -20,7 +20,6 @@ NAMES = (
     *names_in(
         "torch._functorch._aot_autograd.autograd_cache", "AOTAutogradCache._lookup", "BypassAOTAutogradCache", "check_node_safe"
     ),
-    PrivateName("torch._functorch._aot_autograd.jit_compile_runtime_wrappers"),
     *names_in("torch._functorch._aot_autograd.logging_utils", "setup_stacktrace_preservation_hooks", "track_graph_compiling"),
     *names_in("torch._functorch._aot_autograd.runtime_wrappers", "coerce_to_expected_memory_format"),
     *names_in("torch._functorch._aot_autograd.schemas", "AOTConfig"),
@@ -28,10 +27,31 @@ NAMES = (
     *names_in("torch._functorch._aot_autograd.utils", "create_tree_flattened_fn"),
     PrivateName("torch._functorch.aot_autograd"),
     *names_in("torch._functorch.aot_autograd", "AOT_COUNTER", "PhiloxStateTracker", "aot_module_simplified"),
-    *names_in("torch._functorch.aot_autograd", "aot_compile_joint_with_descriptors", "aot_export_joint_with_descriptors"),
+    *names_in(
+        "torch._functorch.aot_autograd", "aot_compile_joint_with_descriptors", "aot_export_joint_with_descriptors", since="2.9"
+    ),
+    # what the backport of those two is made of
+    *names_in("torch._functorch.aot_autograd", "construct_fake_mode", "default_partition", "process_inputs"),
+    *names_in(
+        "torch._functorch.aot_autograd",
+        "aot_dispatch_autograd",
+        "aot_dispatch_base",
+        "create_aot_dispatcher_function",
+        until="2.8",
+    ),
+    PrivateName("torch._functorch._aot_autograd.jit_compile_runtime_wrappers", until="2.8"),
+    *names_in(
+        "torch._functorch._aot_autograd.jit_compile_runtime_wrappers",
+        "AOTDispatchAutograd.post_compile",
+        "_create_wrappers_for_dispatch",
+        "aot_dispatch_autograd_graph",
+        "aot_dispatch_base_graph",
+        "pre_compile",
+        until="2.8",
+    ),
     PrivateName("torch._functorch.config"),
     *names_in("torch._functorch.config", "donated_buffer", "enable_autograd_cache"),
-    *names_in("torch._functorch.config", "force_non_lazy_backward_lowering"),
+    *names_in("torch._functorch.config", "force_non_lazy_backward_lowering", since="2.10"),
     *names_in("torch._functorch.fx_minifier", "minifier"),
     PrivateName("torch._functorch.partitioners"),
     *names_in("torch._functorch.partitioners", "min_cut_rematerialization_partition"),

@@ -11,6 +11,7 @@ import torch
 from torchspan.private.names import PrivateName, find, names_in
 
 NAMES = (
+    *names_in("torch", "_check", "_check_is_size"),
     *names_in(
         "torch._C",
         "DispatchKey.Autograd",
@@ -44,6 +45,7 @@ NAMES = (
     *names_in("torch._C._dynamo", "guards"),
     *names_in("torch._C._functorch", "peek_interpreter_stack"),
     *names_in("torch._ops", "HigherOrderOperator", "OpOverload"),
+    *names_in("torch.autograd", "_get_sequence_nr"),
     *names_in("torch.utils._device", "_device_constructors"),
     PrivateName("torch.utils._python_dispatch"),
     *names_in(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchspan.private.names import find, names_in
+from torchspan.private.names import names_in
 
 NAMES = (
     *names_in("torch._C._distributed_c10d", "_register_process_group", "_resolve_process_group", "_unregister_process_group"),
@@ -15,11 +15,6 @@ NAMES = (
     *names_in("torch.distributed.distributed_c10d", "_world"),
     *names_in("torch.testing._internal.distributed.fake_pg", "FakeStore"),
 )
-
-
-def __getattr__(name: str) -> Any:
-    """A listed name, imported when it is asked for."""
-    return find(NAMES, name)
 
 
 def find_group(name: str) -> Any:

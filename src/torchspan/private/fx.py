@@ -52,7 +52,7 @@ NAMES = (
         "maybe_disable_thunkify",
         "track_tensor_tree",
     ),
-    *names_in("torch.fx.experimental.proxy_tensor", "autograd_would_have_decomposed"),
+    *names_in("torch.fx.experimental.proxy_tensor", "autograd_would_have_decomposed", since="2.10"),
     *names_in(
         "torch.fx.experimental.symbolic_shapes",
         "ConstraintViolationError",
@@ -66,6 +66,17 @@ NAMES = (
         "statically_known_true",
     ),
     *names_in("torch.nn.utils.stateless", "_reparametrize_module"),
+    PrivateName("torch.utils._pytree"),
+    *names_in(
+        "torch.utils._pytree",
+        "GetAttrKey",
+        "TreeSpec",
+        "tree_flatten",
+        "tree_flatten_with_path",
+        "tree_map",
+        "tree_map_only",
+        "tree_unflatten",
+    ),
     *names_in("torch.utils._sympy.printers", "PythonPrinter"),
 )
 
