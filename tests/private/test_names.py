@@ -63,6 +63,7 @@ def test_one_key_is_one_thing(place: str) -> None:
         if name.key:
             places.setdefault(name.key, set()).add(name.place.partition(f"{name.key}.")[0].partition(":")[0])
     assert {key: found for key, found in places.items() if len(found) > 1} == {}
+    assert set(places) & set(vars(importlib.import_module(f"torchspan.private.{place}"))) == set()
 
 
 def private_uses(tree: ast.AST) -> Iterator[str]:

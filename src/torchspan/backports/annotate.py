@@ -80,7 +80,7 @@ def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., A
 def _annotate_variable() -> type:
     """The class of what ``annotate(…)`` is while dynamo traces."""
 
-    class AnnotateVariable(dynamo.ContextWrappingVariable):  # type: ignore[misc]
+    class AnnotateVariable(dynamo.ContextWrappingVariable):
         def enter(self, tx: Any, *args: Any) -> Any:
             stack = ExitStack()
             stack.enter_context(annotate(self.target_values))

@@ -93,7 +93,7 @@ def contexts(fake_mode: Any, shape_env: Any) -> Iterator[AbstractContextManager[
     """The contexts in which AOTAutograd traces and compiles."""
     from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, preserve_rng_state
-    from torch._functorch.aot_autograd import PhiloxStateTracker
+    from torch._functorch.aot_autograd import PhiloxStateTracker  # type: ignore[attr-defined]
 
     yield torch.autograd.set_multithreading_enabled(False)
     yield preserve_rng_state()

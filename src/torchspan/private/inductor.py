@@ -60,7 +60,7 @@ def import_compiler() -> None:
             os.environ["TORCH_WARM_POOL"] = before
 
 
-def standalone_compile(graph: GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_static(graph: GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """Inductor's code for `graph` with static shapes, without dynamo."""
     import torch._inductor
 

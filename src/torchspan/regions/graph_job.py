@@ -215,7 +215,7 @@ def _compile(task: GraphTask) -> Callable[..., Any]:
     inputs = [one.empty() if isinstance(one, InputSpec) else one for one in task.inputs]
     is_single = _returns_one(module)
     with torch.no_grad():
-        compiled = inductor.standalone_compile(module, inputs, task.options)
+        compiled = inductor.compile_static(module, inputs, task.options)
 
     def call(*args: Any) -> Any:
         with torch.no_grad():
