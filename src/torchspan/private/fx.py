@@ -111,7 +111,7 @@ def call_with_state(
     from torch.nn.utils import stateless
 
     with stateless._reparametrize_module(module, state), maybe_disable_thunkify():
-        if not isinstance(module, GraphModule):
+        if not isinstance(module, torch.fx.GraphModule):
             return module(*args, **kwargs)
         with torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Anomaly Detection has been enabled.")
