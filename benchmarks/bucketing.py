@@ -1,6 +1,6 @@
-"""Each bucketing of debug Llama's step on gloo ranks: collectives, bytes that they send, and seconds of a step, beside the graph as captured.
+"""Each bucketing of debug Llama's step on gloo ranks, beside the graph as captured: collectives, the bytes they send, a step's time.
 
-All sides are steps of one model in one job, taken in turn; a step takes what its slowest rank took, and bytes are those of one rank:
+All sides are steps of one model in one job, taken in turn; a step takes what its slowest rank took. Bytes are those of one rank:
 of what a gather or an all-reduce gives, and of what a scatter takes.
 """
 
@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,16 @@ def measure(rank: int, folder: str, config: TrainConfig, degrees: Degrees, repea
     graphs = {"captured": captured, **{name: Pipeline.parse(name).run(captured) for name in BUCKETINGS}}
     steps: dict[str, Callable[[], object]] = {"eager": lambda: program(*inputs).backward()}
     for name, graph in graphs.items():
-        steps[name] = lambda bound=BoundGraph(graph, program): bound(*inputs)  # type: ignore[misc]
+        steps[name] = partial(BoundGraph(graph, program), *inputs)
     everyone: list[Any] = [None] * degrees.world_size
     dist.all_gather_object(everyone, taken_in_turn(steps, lambda: program.zero_grad(set_to_none=True), repeats))
     if rank == 0:
-        found = {
-            name: {
-                "step_s": statistics.median(max(of_ranks) for of_ranks in zip(*(mine[name] for mine in everyone))),
-                **({"collectives": graphs[name].num_collectives(), "bytes": bytes_sent(graphs[name])} if name in graphs else {}),
-            }
-            for name in steps
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name in steps:
+            slowest = [max(of_ranks) for of_ranks in zip(*(mine[name] for mine in everyone))]
+            found[name] = {"step_s": statistics.median(slowest)}
+        for name, graph in graphs.items():
+            found[name] |= {"collectives": graph.num_collectives(), "bytes": bytes_sent(graph)}
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -1,10 +1,11 @@
-"""Run the ten commands of the compiler toolkit's reference as written, beside the same job run eagerly, and write what they print.
+"""Run the ten commands of the compiler toolkit's reference as written, each beside the same job run eagerly.
 
     python tools/ten_commands.py --out benchmarks/results/ten_commands_2.13.0.json
     python tools/ten_commands.py --only 9 10 --out /tmp/part.json
 
-Llama 3 runs on 8 ranks (dp_shard 2 × tp 4), DeepSeek V3 on 4 (dp_shard 2 × tp 2, ep 2), five steps of the flavour `debugmodel`. The file has,
-for each command: seconds of the whole, exit code, losses, the largest relative difference from eager's losses, and the report's lines about passes.
+Llama 3 runs on 8 ranks (dp_shard 2 × tp 4), DeepSeek V3 on 4 (dp_shard 2 × tp 2, ep 2), five steps of the flavour `debugmodel`.
+The file has, for each command: seconds of the whole, exit code, losses, the largest relative difference from eager's losses, and
+what the report says of capture and passes.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def main(arguments: list[str]) -> int:
         result = {"command": number, **run(model, flavour, passes, options.steps)}
         result["differs_from_eager"] = difference(result["losses"], eager[model, flavour])
         results.append(result)
-        print(json.dumps(result), flush=True)
-        options.out.write_text(json.dumps({"torch": torch.__version__, "steps": options.steps, "commands": results}, indent=1) + "\n")
+        answer = {"torch": torch.__version__, "steps": options.steps, "commands": results}
+        options.out.write_text(json.dumps(answer, indent=1) + "\n")
     return int(any(result["exit_code"] for result in results))
 
 
@@ -91,12 +92,13 @@ def run(model: str, flavour: str, compiler: list[str], steps: int) -> dict[str, 
         )
         seconds = round(time.perf_counter() - start)
         found = json.loads(losses.read_text()) if losses.exists() else {"losses": [], "report": {"decisions": []}}
+    decisions = [decision for decision in found["report"]["decisions"] if decision["topic"] in ("capture", "pass")]
     return {
         "words": f"NGPU={ranks} ./run_train.sh {' '.join(words)}",
         "exit_code": job.returncode,
         "seconds": seconds,
         "losses": found["losses"],
-        "report": [f"{d['subject']} → {d['choice']}" for d in found["report"]["decisions"] if d["topic"] in ("capture", "pass")],
+        "report": [f"{decision['subject']} → {decision['choice']}" for decision in decisions],
         "error": job.stderr[-2000:] if job.returncode else "",
     }
 
