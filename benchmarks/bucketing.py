@@ -1,7 +1,7 @@
-"""Each bucketing of debug Llama's step on gloo ranks, beside the graph as captured: collectives, the bytes they send, a step's time.
+"""Each bucketing of debug Llama's step on gloo ranks, beside the graph as captured: collectives, their bytes, time of a step.
 
-All sides are steps of one model in one job, taken in turn; a step takes what its slowest rank took. Bytes are those of one rank:
-of what a gather or an all-reduce gives, and of what a scatter takes.
+All sides are steps of one model in one job, in turn; a step takes what its slowest rank took. Bytes are one rank's: of what
+a gather or an all-reduce gives, and of what a scatter takes.
 """
 
 from __future__ import annotations

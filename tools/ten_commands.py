@@ -4,8 +4,8 @@
     python tools/ten_commands.py --only 9 10 --out /tmp/part.json
 
 Llama 3 runs on 8 ranks (dp_shard 2 × tp 4), DeepSeek V3 on 4 (dp_shard 2 × tp 2, ep 2), five steps of the flavour `debugmodel`.
-The file has, for each command: seconds of the whole, exit code, losses, the largest relative difference from eager's losses, and
-what the report says of capture and passes.
+It has for each command: seconds of the whole, exit code, losses, their largest relative difference from eager's, and what
+the report says of capture and passes.
 """
 
 from __future__ import annotations
