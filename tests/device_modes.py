@@ -28,6 +28,20 @@ def redirected() -> Iterator[Report]:
         yield environment.report
 
 
+@pytest.fixture(scope="class")
+def redirected_throughout() -> Iterator[Report]:
+    """The same for all tests of a class, which do not look at the report."""
+    with in_mode() as environment:
+        yield environment.report
+
+
+@pytest.fixture(scope="class")
+def followed_throughout() -> Iterator[Report]:
+    """The same for cuda-semantics, for all tests of a class."""
+    with in_mode("cuda-semantics") as environment:
+        yield environment.report
+
+
 @pytest.fixture
 def followed() -> Iterator[Report]:
     """The same for cuda-semantics."""

@@ -1,3 +1,3 @@
 """Device rules in force."""
 
-from device_modes import followed, redirected  # noqa: F401
+from device_modes import followed, followed_throughout, redirected, redirected_throughout  # noqa: F401

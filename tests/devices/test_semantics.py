@@ -235,11 +235,13 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_raises_on_cuda_raises_here_in_torchs_words(followed: Report, name: str) -> None:
-    program, kind, text = WRONG[name]
-    with pytest.raises(kind, match=re.escape(text)):
-        program()
+@pytest.mark.usefixtures("followed_throughout")
+class TestWrongPrograms:
+    @pytest.mark.parametrize("name", WRONG)
+    def test_what_raises_on_cuda_raises_here_in_torchs_words(self, name: str) -> None:
+        program, kind, text = WRONG[name]
+        with pytest.raises(kind, match=re.escape(text)):
+            program()
 
 
 def test_what_would_fail_is_on_the_report_with_the_programs_line(followed: Report) -> None:
@@ -247,6 +249,14 @@ def test_what_would_fail_is_on_the_report_with_the_programs_line(followed: Repor
         on_gpu(3) + torch.ones(3)
     (decision,) = [one for one in followed.decisions if one.standing is Standing.UNSUPPORTED]
     assert decision.subject == "aten::add" and str(decision.site).startswith(__file__)
+
+
+def test_where_a_mark_was_lost_a_copy_from_the_host_is_not_taken_for_one(followed: Report) -> None:
+    weight = on_gpu(3)
+    del weight.untyped_storage()._torchspan_memory  # as torch 2.8's garbage collection may
+    weight.copy_(torch.ones(3))
+    torch._foreach_copy_([weight], [torch.ones(3)])
+    assert (weight + on_gpu(3)).is_cuda
 
 
 # right programs
@@ -362,12 +372,17 @@ RIGHT: dict[str, Callable[[], list[torch.Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_what_runs_on_cuda_runs_here_with_the_numbers_of_the_default_mode(name: str) -> None:
-    found = []
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, dict[str, list[torch.Tensor]]]:
+    """What each right program gives, by mode."""
+    found = {}
     for mode in ("auto", "cuda-semantics"):
         with in_mode(mode):
-            found.append([tensor.detach().cpu() for tensor in RIGHT[name]()])
-    assert len(found[0]) == len(found[1])
-    for default, followed in zip(*found):
+            found[mode] = {name: [tensor.detach().cpu() for tensor in program()] for name, program in RIGHT.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_runs_on_cuda_runs_here_with_the_numbers_of_the_default_mode(numbers: dict[str, Any], name: str) -> None:
+    for default, followed in zip(numbers["auto"][name], numbers["cuda-semantics"][name], strict=True):
         torch.testing.assert_close(followed, default, rtol=0, atol=0)

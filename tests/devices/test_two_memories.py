@@ -230,44 +230,41 @@ def test_gradients_that_were_brought_back_do_not_follow_the_next_step(redirected
     assert [each.abs().sum().item() for each in kept] == [4.0, 2.0]
 
 
-@pytest.mark.parametrize("spelling", BACK)
-def test_what_is_brought_back_is_a_copy(spelling: str, redirected: Report) -> None:
-    found = names()
-    for x in (torch.ones(3, device="cuda"), torch.ones(3, device="cuda") * 1, torch.ones(3).cuda()[:]):
-        assert is_apart(eval(spelling, {**found, "x": x}), x)
+@pytest.mark.usefixtures("redirected_throughout")
+class TestEachSpelling:
+    @pytest.mark.parametrize("spelling", BACK)
+    def test_what_is_brought_back_is_a_copy(self, spelling: str) -> None:
+        found = names()
+        for x in (torch.ones(3, device="cuda"), torch.ones(3, device="cuda") * 1, torch.ones(3).cuda()[:]):
+            assert is_apart(eval(spelling, {**found, "x": x}), x)
 
+    @pytest.mark.parametrize("spelling", THERE)
+    def test_what_is_moved_there_is_a_copy(self, spelling: str) -> None:
+        found = names()
+        for x in (torch.ones(3), torch.ones(3) * 1, torch.ones(3).detach()[:]):
+            assert is_apart(eval(spelling, {**found, "x": x}), x)
 
-@pytest.mark.parametrize("spelling", THERE)
-def test_what_is_moved_there_is_a_copy(spelling: str, redirected: Report) -> None:
-    found = names()
-    for x in (torch.ones(3), torch.ones(3) * 1, torch.ones(3).detach()[:]):
-        assert is_apart(eval(spelling, {**found, "x": x}), x)
+    @pytest.mark.parametrize("spelling", STAYS_HERE)
+    def test_what_is_known_to_be_on_the_host_is_given_back_by_a_move_there(self, spelling: str) -> None:
+        found = names()
+        for x in (found["here"], torch.ones(3), torch.ones(6)[3:]):
+            assert eval(spelling, {**found, "x": x}) is x
 
+    @pytest.mark.parametrize("spelling", STAYS_THERE)
+    def test_what_is_known_to_be_on_the_device_is_given_back_by_a_move_there(self, spelling: str) -> None:
+        found = names()
+        for x in (found["there"], torch.ones(3).cuda(), torch.ones(6, device="cuda")[3:]):
+            assert eval(spelling, {**found, "x": x}) is x
 
-@pytest.mark.parametrize("spelling", STAYS_HERE)
-def test_what_is_known_to_be_on_the_host_is_given_back_by_a_move_there(spelling: str, redirected: Report) -> None:
-    found = names()
-    for x in (found["here"], torch.ones(3), torch.ones(6)[3:]):
-        assert eval(spelling, {**found, "x": x}) is x
+    @pytest.mark.parametrize("spelling", MADE_HERE)
+    def test_what_is_made_on_the_host_is_known_to_be_there(self, spelling: str) -> None:
+        made = eval(spelling, names())
+        assert made.cpu() is made and made.to(CPU) is made and made.cuda() is not made and made.device == CPU
 
-
-@pytest.mark.parametrize("spelling", STAYS_THERE)
-def test_what_is_known_to_be_on_the_device_is_given_back_by_a_move_there(spelling: str, redirected: Report) -> None:
-    found = names()
-    for x in (found["there"], torch.ones(3).cuda(), torch.ones(6, device="cuda")[3:]):
-        assert eval(spelling, {**found, "x": x}) is x
-
-
-@pytest.mark.parametrize("spelling", MADE_HERE)
-def test_what_is_made_on_the_host_is_known_to_be_there(spelling: str, redirected: Report) -> None:
-    made = eval(spelling, names())
-    assert made.cpu() is made and made.to(CPU) is made and made.cuda() is not made and made.device == CPU
-
-
-@pytest.mark.parametrize("spelling", MADE_THERE)
-def test_what_is_made_on_the_device_is_known_to_be_there(spelling: str, redirected: Report) -> None:
-    made = eval(spelling, names())
-    assert made.cuda() is made and made.to(made.device) is made and made.cpu() is not made and made.device == CPU
+    @pytest.mark.parametrize("spelling", MADE_THERE)
+    def test_what_is_made_on_the_device_is_known_to_be_there(self, spelling: str) -> None:
+        made = eval(spelling, names())
+        assert made.cuda() is made and made.to(made.device) is made and made.cpu() is not made and made.device == CPU
 
 
 def test_where_nothing_asked_for_the_device_moves_are_torchs_own(redirected: Report) -> None:

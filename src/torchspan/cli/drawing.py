@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from torchspan.core.report import Attempt, Decision, Report
-from torchspan.core.text import format_bytes
+from torchspan.core.text import format_bytes, format_figure
 from torchspan.core.topics import Topic
 
 
@@ -67,8 +67,7 @@ def draw_report(report: Report, console: Console, only: Sequence[Topic] | None =
         _draw_decisions(console, topic, [d for d in decisions if d.topic is topic])
     _draw_attempts(console, report.attempts)
     for name, value in report.figures.items():
-        label, _, unit = name.rpartition("_")
-        console.print(f"{label.replace('_', ' ')}: {value:.3g} {unit}", highlight=False)
+        console.print(": ".join(format_figure(name, value)), highlight=False)
 
 
 def _draw_decisions(console: Console, topic: Topic, decisions: Sequence[Decision]) -> None:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from torchspan.core.logs import is_logged_each, log_at
+from torchspan.core.text import format_figure
 from torchspan.core.topics import Standing, Topic
 
 log = logging.getLogger("torchspan")
@@ -254,7 +255,7 @@ class Report:
         for attempt in self.attempts:
             why = f": {attempt.cause}" if attempt.cause else ""
             lines.append(f"{attempt.outcome} {attempt.region} by {attempt.strategy} in {attempt.seconds:.1f} s{why}")
-        lines += [f"{name} = {value:.3g}" for name, value in self.figures.items()]
+        lines += [": ".join(format_figure(name, value)) for name, value in self.figures.items()]
         return "\n".join(lines) or "nothing was changed"
 
     def _repr_html_(self) -> str:

@@ -46,6 +46,16 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def format_figure(name: str, value: float) -> tuple[str, str]:
+    """A measured figure, whose name ends in its unit, as a person reads it: what it is, and how much.
+
+    >>> format_figure("first_step_wait_s", 0.02512), format_figure("kept_bytes", 3 * 1024**2)
+    (('first step wait', '0.0251 s'), ('kept', '3.0 MiB'))
+    """
+    label, _, unit = name.rpartition("_")
+    return label.replace("_", " "), format_bytes(value) if unit == "bytes" else f"{value:.3g} {unit}"
+
+
 def split_names(text: str | None) -> frozenset[str]:
     """Names from a comma-separated list.
 

@@ -45,13 +45,14 @@ class Rule:
     is_drawing: bool
     is_of_many: bool
     is_strict: bool
+    is_copy: bool
 
 
 def rule_of(operator: Any) -> Rule:
     """The rule of an operator, read off its schema; nothing is checked of what is not torch's own."""
     schema = getattr(operator, "_schema", None)
     if schema is None:
-        return Rule(str(operator), (), None, False, False, False, False)
+        return Rule(str(operator), (), None, False, False, False, False, False)
     name = schema.name.partition("::")[2]
     is_own = schema.name.startswith("aten::")
     arguments = tuple((one.name, bool(one.alias_info and one.alias_info.is_write)) for one in schema.arguments)
@@ -63,6 +64,7 @@ def rule_of(operator: Any) -> Rule:
         is_drawing=torch.Tag.nondeterministic_seeded in operator.tags,
         is_of_many=name.startswith(OF_MANY),
         is_strict=name == "_pack_padded_sequence",
+        is_copy=name in ("copy_", "_foreach_copy_"),
     )
 
 
@@ -93,6 +95,8 @@ class Following(TorchDispatchMode):
         """Where the result lies; for an operator of many, a list of it where they differ."""
         if rule.is_factory and _making.memory is not None:
             return _making.memory
+        if rule.is_copy:  # between memories, too: what is copied says nothing of where it goes
+            return list(map(memory_of, args[0])) if rule.is_of_many else memory_of(args[0])
         memory = _common((*args, *kwargs.values()) if kwargs else args)
         if memory is None:
             return self._judged(rule, args, kwargs)

@@ -1,7 +1,9 @@
 """The two memories, the host's and the device's, where one stands in for both: where a tensor lies, as far as that is known.
 
 A mark on the storage says it, which views, ``.detach()``, ``.data`` and parameters share with their tensor, and which pickles
-do not keep. What an operator computes carries none: to follow every operator would cost more than most of them do.
+do not keep. What an operator computes carries none: to follow every operator would cost more than most of them do. On torch 2.8
+a mark is lost where nothing but garbage, such as torch.save leaves, refers to the storage's Python object: it is then unknown
+where the tensor lies.
 
 A tensor says truthfully that it is on the CPU, so ``y.to(x.device)`` would not tell the device from the host. The
 ``torch.device`` that a tensor answers is therefore one of the objects made here, equal to any other and known by identity.

@@ -6,13 +6,14 @@ import base64
 import difflib
 import hashlib
 import html
+import itertools
 import re
 import time
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from torchspan.core.report import Attempt, Decision
-from torchspan.core.text import format_bytes
+from torchspan.core.text import format_bytes, format_figure
 from torchspan.core.topics import Standing
 from torchspan.report._page import Entry, File, Page, Run, Statement, shown_site
 
@@ -209,11 +210,7 @@ def _sections(page: Page) -> Iterable[str]:
         yield "<h2>Compiles and other choices</h2>"
         yield _attempts(page.attempts) + _decisions(page.choices, page)
     if page.figures:
-        rows = (
-            (name.rpartition("_")[0].replace("_", " "), f"{value:.3g} {name.rpartition('_')[2]}")
-            for name, value in page.figures.items()
-        )
-        yield _table(("figure", "value"), rows)
+        yield _table(("figure", "value"), itertools.starmap(format_figure, page.figures.items()))
 
 
 def _decisions(decisions: Sequence[Decision], page: Page) -> str:

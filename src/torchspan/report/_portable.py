@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from torchspan.report._rewrite import Note, Rewriter
+from torchspan.report._editor import Note
+from torchspan.report._rewrite import Rewriter
 from torchspan.report._rules import HERE, SUBJECT_NOTES, UNREADABLE, WORDS
 from torchspan.report._source import Edit, Source
 
@@ -45,7 +46,7 @@ class Porter:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._rewriter = Rewriter(source)
-        self._found = self._rewriter.found
+        self._found = self._rewriter.editor.found
 
     def port(self, span: tuple[int, int], subjects: Iterable[str] = ()) -> Port:
         """The statement of these lines, made portable; `subjects` is what torchspan saw it ask for."""
@@ -105,11 +106,15 @@ class Porter:
         nodes = [
             node for node in self._expressions(span) if re.search(r"dev|gpu|cuda|rank|accel", self.source.code(node).lower())
         ]
-        is_ported = any(isinstance(node, ast.Name) and self._rewriter.bindings.is_usable(node.id, node) for node in nodes)
+        is_ported = any(
+            isinstance(node, ast.Name) and self._rewriter.places.bindings.is_usable(node.id, node) for node in nodes
+        )
         if not is_ported and any(re.search(r"\(device='\d+'\)$", subject) for subject in subjects):
             return Note(_NUMBER, is_work=True)
         for node in nodes:
-            lines = [binding.line for binding in self._rewriter.bindings.of_expression(node) if binding.how == "assigned"]
+            lines = [
+                binding.line for binding in self._rewriter.places.bindings.of_expression(node) if binding.how == "assigned"
+            ]
             if lines:
                 line = next((line for line in lines if self.source.span(line) in self.named()), lines[0])
                 port = self.port(self.source.span(line))
@@ -120,7 +125,7 @@ class Porter:
 
     def _expressions(self, span: tuple[int, int]) -> Iterator[ast.expr]:
         """The names and attributes that are read in these lines; of ``a.b`` the whole alone."""
-        parents = self._rewriter.bindings.parents
+        parents = self._rewriter.places.bindings.parents
         for node in ast.walk(self.source.tree) if self.source.tree else ():
             if not isinstance(node, (ast.Name, ast.Attribute)) or not isinstance(node.ctx, ast.Load):
                 continue
@@ -131,12 +136,12 @@ class Porter:
 
     def _map_location(self, span: tuple[int, int]) -> Iterator[Edit]:
         for node in ast.walk(self.source.tree) if self.source.tree else ():
-            if not isinstance(node, ast.Call) or self._rewriter.dotted(node.func) != "torch.load" or not node.args:
+            if not isinstance(node, ast.Call) or self._rewriter.places.dotted(node.func) != "torch.load" or not node.args:
                 continue
             is_told = any(keyword.arg == "map_location" for keyword in node.keywords) or len(node.args) > 1
             if span[0] <= node.lineno <= span[1] and not is_told:
                 place = self.source.end(node.args[0])
-                yield Edit(place, place, f", map_location={self._rewriter.word(node)}")
+                yield Edit(place, place, f", map_location={self._rewriter.editor.word(node)}")
 
 
 def is_python(text: str) -> bool:

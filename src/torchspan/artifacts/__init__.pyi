@@ -1,0 +1,10 @@
+from torchspan.artifacts.artifact import Artifact as Artifact
+from torchspan.artifacts.artifact import precompile as precompile
+from torchspan.artifacts.input_text import parse_dynamic as parse_dynamic
+from torchspan.artifacts.input_text import parse_inputs as parse_inputs
+from torchspan.artifacts.inspection import describe as describe
+from torchspan.artifacts.inspection import diff as diff
+from torchspan.artifacts.inspection import verify as verify
+from torchspan.artifacts.loading import load as load
+from torchspan.artifacts.signing import read_key as read_key
+from torchspan.artifacts.two_stages import Precompile as Precompile
