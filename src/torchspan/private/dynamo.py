@@ -168,7 +168,7 @@ def guards_hold(function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
     return any(one.guard_manager.check(dict(names)) for one in entries)
 
 
-def recompile_limit() -> int:
+def compile_limit() -> int:
     """Dynamo's limit of compiles for one function, where dynamo is imported; else what it is by default."""
     config = sys.modules.get("torch._dynamo.config")
     return int(config.recompile_limit) if config is not None else 8

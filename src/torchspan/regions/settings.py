@@ -41,7 +41,7 @@ class Settings:
     @property
     def limit(self) -> int:
         """How many signatures and states of a region are compiled: as asked for, or torch's own limit, at least 8."""
-        return self.recompile_limit or max(8, dynamo.recompile_limit())
+        return self.recompile_limit or max(8, dynamo.compile_limit())
 
     def to_send(self) -> Settings:
         """The same for another process, which has not registered this one's backends."""
