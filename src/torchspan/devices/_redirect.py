@@ -71,6 +71,8 @@ class Redirection:
         self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
+        self.has_target_module = self.target not in ("cpu", "cuda")
+        self.lacks_float64 = not facts.computes_in_float64(self.target)
         self.follows = mode == FOLLOWED and self.target == "cpu"
         self.masquerade = masquerade or self.follows
         self.generator: Any = torch.default_generator  # of draws on the device, where nothing gives them one of their own
@@ -139,8 +141,8 @@ class Redirection:
         return DeviceRequest(asked.type, asked.index)
 
     def num_devices(self) -> int:
-        """How many devices the program is told of: one, or as many as a launcher started ranks for on this machine."""
-        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        """How many devices the program is told of: those of the target, or as many as a launcher started ranks for here."""
+        return max(1, self.facts.num_devices(self.target), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
     def _out_of_range(self, request: DeviceRequest) -> str:
         """Why there is no such index, "" where there is: a process that a program started has a device of its own."""
@@ -372,13 +374,13 @@ class Redirection:
         warnings.warn_explicit(f"{message}{advice}", PlacementWarning, file, int(line))
 
     def narrowed(self, name: str, dtype: Any) -> Any:
-        """The type that a tensor of `dtype` has on the target: MPS has no double precision, single takes its place."""
-        narrow = NARROW.get(dtype) if self.target == "mps" else None
+        """The type that a tensor of `dtype` has on the target: where it has no double precision, single takes its place."""
+        narrow = NARROW.get(dtype) if self.lacks_float64 else None
         if narrow is None:
             return dtype
         depth, self._quiet.depth = self._quiet.depth, 0  # a module that is moved is one entry; what it loses is another
         try:
-            self.note(f"{name}({dtype})", None, "MPS has no double precision", str(narrow))
+            self.note(f"{name}({dtype})", None, f"{self.target.upper()} has no double precision", str(narrow))
         finally:
             self._quiet.depth = depth
         return narrow

@@ -1,0 +1,32 @@
+"""Where the accelerator is neither CUDA nor a CPU, what is said to ``torch.cuda`` reaches it: seen on a real device of our own.
+
+The device is in ``second_device/``; its work is done later, by threads of its own, and its memory cannot be read by the host.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import Run
+
+FOLDER = Path(__file__).parent / "second_device"
+CHECKS = FOLDER / "checks.py"
+NAMES = [node.name for node in ast.parse(CHECKS.read_text()).body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+ENVIRON = {"SECOND_DEVICE_COUNT": "2", "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_python_once: Run) -> dict[str, str]:
+    done = run_python_once(None, "-W", "ignore", str(CHECKS), env=ENVIRON, timeout=900)
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_for_cuda_reaches_the_device(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == "", outcomes[name]
