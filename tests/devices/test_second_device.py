@@ -20,13 +20,23 @@ NAMES = [node.name for node in ast.parse(CHECKS.read_text()).body if isinstance(
 ENVIRON = {"SECOND_DEVICE_COUNT": "2", "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.fixture(scope="module")
-def outcomes(run_python_once: Run) -> dict[str, str]:
-    done = run_python_once(None, "-W", "ignore", str(CHECKS), env=ENVIRON, timeout=900)
+def asked_of(run: Run, program: Path, **environ: str) -> dict[str, str]:
+    """What a program of checks says of each."""
+    done = run(None, "-W", "ignore", str(program), env=ENVIRON | environ, timeout=900)
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_python_once: Run) -> dict[str, str]:
+    return asked_of(run_python_once, CHECKS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_program_for_cuda_reaches_the_device(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "", outcomes[name]
+
+
+def test_double_precision_becomes_single_in_every_spelling_where_the_device_has_none(run_python: Run) -> None:
+    found = asked_of(run_python, FOLDER / "checks_in_single.py", SECOND_DEVICE_FLOAT64="0")
+    assert len(found) > 30 and {name: what for name, what in found.items() if what} == {}

@@ -385,6 +385,22 @@ class Redirection:
             self._quiet.depth = depth
         return narrow
 
+    def is_on_target(self, tensor: Any) -> bool:
+        """Whether a tensor is on the accelerator that stands in for CUDA."""
+        return isinstance(tensor, torch.Tensor) and _DEVICE_OF(tensor).type == self.target.partition(":")[0]
+
+    def waits_for_copy(self, name: str, source: Any, to: Any) -> bool:
+        """Whether a copy between the host and another accelerator has to be waited for, although the program would not.
+
+        CUDA keeps pinned memory until a copy from it is done, and waits where memory is not pinned; another accelerator may
+        read a source that is gone. `source` and `to` are devices.
+        """
+        kinds = {torch.device(source).type, torch.device(to).type}
+        is_between = self.has_target_module and kinds == {"cpu", self.target.partition(":")[0]}
+        if is_between:
+            self.note(f"{name}(non_blocking=True)", None, "its source may be gone before the copy is done", "waits")
+        return is_between
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Count nothing in this thread inside the block: what is done there has been counted as a whole."""

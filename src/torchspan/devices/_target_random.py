@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,21 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     yield from stand_ins("random", "torch.cuda.random", _states(redirection, target))
     for name in ("manual_seed", "manual_seed_all", "seed", "seed_all"):
         yield Redefinition("random", "torch.cuda.random", name, partial(_seeding, target, name))
-    yield Replacement("random", "torch.cuda", "default_generators", lambda old: target.default_generators())
+    yield Replacement("random", "torch.cuda", "default_generators", lambda old: Generators(target))
     yield Redefinition("random", "torch.random", "fork_rng", partial(_forking, redirection, target))
+
+
+class Generators(Sequence[Any]):
+    """The target's default generators, asked for when they are used: to ask opens the device."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._target.default_generators()[index]
+
+    def __len__(self) -> int:
+        return len(self._target.default_generators())
 
 
 def _states(redirection: Redirection, target: Target) -> dict[str, Function]:

@@ -202,6 +202,70 @@ def figures_are_the_devices() -> None:
     assert torch.cuda.get_device_properties(0).total_memory == torch.cuda.mem_get_info()[1] == 1 << 31
 
 
+# copies between the two memories
+
+
+@check
+def a_copy_is_waited_for_whose_source_may_be_gone() -> None:
+    def pinned() -> torch.Tensor:
+        return torch.ones(1 << 18).pin_memory()
+
+    assert pinned().is_pinned()
+    buffer = torch.zeros(1 << 18, device="cuda")
+    copies = {
+        "Tensor.to": lambda: pinned().to("cuda", non_blocking=True),
+        "Tensor.cuda": lambda: pinned().cuda(non_blocking=True),
+        "Tensor.copy_": lambda: buffer.copy_(pinned(), non_blocking=True),
+        "Tensor.to, by name": lambda: torch.ones(1 << 18).to(device="cuda", dtype=torch.float32, non_blocking=True),
+        "Module.to": lambda: torch.nn.Linear(1 << 18, 1).to("cuda", non_blocking=True).weight,
+        "UntypedStorage.to": lambda: torch.tensor([], device="cuda").set_(
+            pinned().untyped_storage().to(device="cuda", non_blocking=True), 0, (1 << 18,)
+        ),
+    }
+    for name, copy in copies.items():
+        second.sleep(30)
+        moved = copy()
+        others = [torch.full((1 << 18,), 9.0).pin_memory() for _ in range(4)]
+        second.synchronize()
+        assert name == "Module.to" or moved.sum().item() == 1 << 18, name
+        assert name == "Module.to" or others[0].sum() > 0
+    back = torch.zeros(1 << 18)
+    second.sleep(30)
+    back.copy_(buffer, non_blocking=True)
+    assert back.sum() == 1 << 18
+    assert choices("Tensor.to(non_blocking=True)") == {"waits"}
+
+
+@check
+def the_device_itself_does_not_wait() -> None:
+    source = torch.ones(1 << 18)
+    second.sleep(30)
+    moved = torch._C.TensorBase.to(source, "second", non_blocking=True)
+    source.fill_(5)
+    assert moved.sum().item() == 5 << 18
+
+
+@check
+def a_loader_pins_its_batches() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(8.0))
+    (first,), (_,) = torch.utils.data.DataLoader(data, batch_size=4, pin_memory=True)
+    assert first.is_pinned() and first.cuda(non_blocking=True).tolist() == [0, 1, 2, 3]
+
+
+@check
+def types_of_cuda_are_on_the_device() -> None:
+    made = [
+        torch.cuda.FloatTensor([1, 2]),
+        torch.ones(2).type("torch.cuda.FloatTensor"),
+        torch.ones(2).type(torch.cuda.IntTensor),
+    ]
+    assert all(tensor.device.type == "second" for tensor in made) and made[2].dtype == torch.int32
+    torch.set_default_tensor_type("torch.cuda.FloatTensor")
+    assert torch.zeros(2).device.type == "second"
+    torch.set_default_tensor_type("torch.FloatTensor")
+    assert torch.zeros(2).device.type == "cpu"
+
+
 def outcome(one: Check) -> str:
     """What went wrong; "" if nothing did."""
     try:
