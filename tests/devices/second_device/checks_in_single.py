@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 import second_device
-from checks import environment, outcome
-
 import torch
+from checks import environment, outcome
 
 second_device.load()
 WIDE, ARRAY = torch.arange(3, dtype=torch.float64), np.arange(3, dtype=np.float64)

@@ -440,6 +440,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("convolution_backward_overrideable", convolution_backward);
   library.impl("_fused_sdp_choice", plain_attention);
   library.impl("record_stream", record);
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward"}) { // else torch composes them of others
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
+  }
 }
 
 // autocast
