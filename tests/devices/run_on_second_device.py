@@ -27,11 +27,7 @@ PROGRAMS = {
     "newer_cuda_gpt.py": "",
 }
 """Each program, and what its numbers are compared with: its own run on the CPU, by its argument or by torchspan."""
-KNOWN = {
-    "fac.sparse_csr": "the device has no sparse tensors",
-    "cmp.inductor": "inductor has no backend for the device",
-    "thr.bwd": "it adds a CPU tensor to one on the device, which CUDA refuses too",
-}
+KNOWN: dict[str, str] = json.loads((HERE / "second_device" / "known.json").read_text())
 
 
 def environ(*, is_second: bool) -> dict[str, str]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from conftest import Run
 
-FOLDER = Path(__file__).parent / "second_device"
+HERE = Path(__file__).parent
+FOLDER = HERE / "second_device"
+KNOWN: dict[str, str] = json.loads((FOLDER / "known.json").read_text())
 CHECKS = FOLDER / "checks.py"
 NAMES = [node.name for node in ast.parse(CHECKS.read_text()).body if isinstance(node, ast.FunctionDef) and node.decorator_list]
 ENVIRON = {"SECOND_DEVICE_COUNT": "2", "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
@@ -25,6 +28,12 @@ def asked_of(run: Run, program: Path, **environ: str) -> dict[str, str]:
     done = run(None, "-W", "ignore", str(program), env=ENVIRON | environ, timeout=900)
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_device_can_be_built() -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler to build the device with")
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +49,26 @@ def test_a_program_for_cuda_reaches_the_device(name: str, outcomes: dict[str, st
 def test_double_precision_becomes_single_in_every_spelling_where_the_device_has_none(run_python: Run) -> None:
     found = asked_of(run_python, FOLDER / "checks_in_single.py", SECOND_DEVICE_FLOAT64="0")
     assert len(found) > 30 and {name: what for name, what in found.items() if what} == {}
+
+
+def test_a_sample_of_the_constructs_runs(run_python: Run, tmp_path: Path) -> None:
+    lines = (HERE / "cuda_constructs.jsonl").read_text().splitlines()
+    sample = [line for line in lines[::7] if json.loads(line)["id"] not in KNOWN]
+    (tmp_path / "sample.jsonl").write_text("\n".join(sample))
+    done = run_python(None, "-W", "ignore", str(HERE / "run_constructs.py"), str(tmp_path / "sample.jsonl"), "--second")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 15 and {name: what for name, what in found.items() if what} == {}
+
+
+def test_torchspan_run_sends_a_program_there_which_gives_the_numbers_of_the_cpu(run_python: Run) -> None:
+    program = str(HERE / "programs" / "prefetch_cuda.py")
+    there = run_python(None, "-W", "ignore", "-m", "torchspan", "run", program, env=ENVIRON)
+    by_hand = run_python(None, program, "cpu")
+    assert there.stdout == by_hand.stdout and there.stdout.startswith("losses 0x")
+    assert "second" in there.stderr
+
+
+def test_a_tensor_there_takes_part_in_collectives_of_two_ranks(run_python: Run) -> None:
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_python(None, *ranks, str(FOLDER / "collectives.py"), env=ENVIRON | {"TORCHSPAN": "1"})
+    assert done.stdout.count("right") == 2

@@ -24,23 +24,26 @@ _METHODS = (
     "allgather_coalesced",
     "allgather_into_tensor_coalesced",
     "_allgather_base",
-    "all_gather_single",
-    "all_gather_single_coalesced",
     "gather",
     "scatter",
     "reduce_scatter",
     "_reduce_scatter_base",
     "reduce_scatter_tensor_coalesced",
-    "reduce_scatter_single",
-    "reduce_scatter_single_coalesced",
     "alltoall",
     "alltoall_base",
-    "all_to_all_single",
     _SENDING,
     "recv",
     "recv_anysource",
     "barrier",
 )
+_NEWER = {
+    "all_gather_single": "_allgather_base",
+    "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_to_all_single": "alltoall_base",
+}
+"""What torch 2.13 and later ask of a group, by the names that a backend has for it."""
 
 
 class StagedGroup(dist.ProcessGroup):
@@ -79,9 +82,9 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in _METHODS:
+for _asked, _name in {**{name: name for name in _METHODS}, **_NEWER}.items():
     if hasattr(dist.ProcessGroupGloo, _name):
-        setattr(StagedGroup, _name, _method(_name))
+        setattr(StagedGroup, _asked, _method(_name))
 
 
 def _on_cpu(value: Any, staged: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 torch.manual_seed(5)
 sequences, lengths = torch.randn(4, 7, 6), torch.tensor([7, 5, 3, 2])
-network, head = torch.nn.LSTM(6, 8, batch_first=True), torch.nn.Linear(8, 1)
+network, head = torch.nn.RNN(6, 8, batch_first=True), torch.nn.Linear(8, 1)
 torch.set_default_device(device)
 network, head = network.to(device), head.to(device)
 optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=0.1, momentum=0.9)

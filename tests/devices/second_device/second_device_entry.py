@@ -1,0 +1,13 @@
+"""What torch calls when it is imported (the entry point in ``second_device-1.0.dist-info``): the device is there from then on."""
+
+from __future__ import annotations
+
+import sys
+
+
+def load() -> None:
+    """Load the device, unless it is its own module that imports torch: then who imports that loads it."""
+    if "second_device" not in sys.modules:
+        import second_device
+
+        second_device.load()
