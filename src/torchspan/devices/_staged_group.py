@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
 
 NAME = "torchspan_staged"
+_C10D: Any = torch._C._distributed_c10d
 _SENDING = "send"
 _METHODS = (
     "allreduce",
@@ -50,7 +50,7 @@ class StagedGroup(dist.ProcessGroup):
     """A process group around one of gloo; the first argument of a collective is what it writes, but for ``send``."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg, arg-type]
         self.inner = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def getBackendName(self) -> str:
@@ -76,7 +76,7 @@ def _method(name: str) -> Callable[..., Any]:
                     tensor.copy_(copy)
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(args[0])
-        return _create_work_from_future(future)
+        return _C10D._create_work_from_future(future)
 
     method.__name__ = name
     return method
@@ -113,4 +113,4 @@ def backend_of(kind: str) -> str:
     'torchspan_staged'
     """
     own = dist.Backend.default_device_backend_map.get(kind)
-    return own if own not in (None, "gloo") and dist.is_backend_available(own) else NAME
+    return own if own is not None and own != "gloo" and dist.is_backend_available(own) else NAME
