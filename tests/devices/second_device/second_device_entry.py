@@ -1,4 +1,4 @@
-"""What torch calls when it is imported, by the entry point in ``second_device-1.0.dist-info``: the device is there from then on."""
+"""What torch calls when it is imported, by the entry point in ``second_device-1.0.dist-info``."""
 
 from __future__ import annotations
 
