@@ -64,6 +64,9 @@ def activate(
     True
     """
     global _environment
+    from torchspan.environment.mps import fall_back_on_mps
+
+    fall_back_on_mps()
     import torch  # noqa: F401 - first: it calls autoload, which may do what is asked for here
 
     activation = Activation(device, masquerade, backports, compile, *_text_of(budget), ",".join(sorted(disable)))

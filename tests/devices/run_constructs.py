@@ -1,6 +1,7 @@
 """Run each construct of a list in a fork of one process that has imported torch; print what went wrong with each, as JSON.
 
-Run as a program of its own: ``python run_constructs.py list.jsonl``. Two constructs run at a time.
+Run as a program of its own: ``python run_constructs.py list.jsonl``. Two constructs run at a time. With ``--second`` they run
+on a machine whose accelerator is the device in ``second_device/``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ import torch.profiler
 
 from torchspan.core.report import Report
 from torchspan.devices._base import device_patches
-from torchspan.environment.facts import Facts
+from torchspan.environment.facts import Facts, gather
 from torchspan.environment.scope import Environment
+
+IS_SECOND = "--second" in sys.argv
+if IS_SECOND:
+    sys.path.insert(0, str(Path(__file__).parent / "second_device"))
+    import second_device
+
+    second_device.load()
 
 
 def run(construct: dict[str, str]) -> None:
@@ -32,7 +40,8 @@ def run(construct: dict[str, str]) -> None:
     exec(construct["before"], names)
     report = Report()
     masquerade = construct["kind"] == "answers"
-    Environment(device_patches(Facts(), "auto", report, masquerade=masquerade), report).activate()
+    facts = gather(has_tools=False) if IS_SECOND else Facts()
+    Environment(device_patches(facts, "auto", report, masquerade=masquerade), report).activate()
     exec(construct["body"], names)
 
 

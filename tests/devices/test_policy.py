@@ -61,6 +61,12 @@ def test_an_index_that_is_not_there_is_left_to_torch_where_the_kind_is_here() ->
     assert device_patches(TWO) == []
 
 
+def test_each_index_is_a_device_of_its_own_where_there_are_several_of_another_kind() -> None:
+    two, others = Facts(num_xpu=2), Facts(other="npu", num_other=2)
+    assert [choose(two, DeviceRequest("cuda", index)).device for index in (None, 0, 1, 2)] == ["xpu", "xpu:0", "xpu:1", "xpu"]
+    assert choose(others, DeviceRequest("cuda", 1)).device == "npu:1" and others.accelerator() == "npu"
+
+
 def test_an_index_that_no_machine_has_is_impossible() -> None:
     assert not choose(NOTHING, DeviceRequest("cuda", 99)).is_possible
 

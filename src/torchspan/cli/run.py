@@ -77,6 +77,9 @@ class Afterwards:
 
 def run_program(program: Sequence[str], is_module: bool, activation: Activation, afterwards: Afterwards) -> int:
     """Run `program`, a file or a module and its arguments, with torchspan in force; its exit code."""
+    from torchspan.environment.mps import fall_back_on_mps
+
+    fall_back_on_mps()  # before torch is imported, which the following does
     from torchspan.api import autoload, deactivate
     from torchspan.regions.lifecycle import end_compiles
     from torchspan.regions.watch import finish_compiles

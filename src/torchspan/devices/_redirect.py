@@ -71,6 +71,8 @@ class Redirection:
         self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
+        self.has_target_module = self.target not in ("cpu", "cuda")
+        self.lacks_float64 = not facts.computes_in_float64(self.target)
         self.follows = mode == FOLLOWED and self.target == "cpu"
         self.masquerade = masquerade or self.follows
         self.generator: Any = torch.default_generator  # of draws on the device, where nothing gives them one of their own
@@ -139,8 +141,8 @@ class Redirection:
         return DeviceRequest(asked.type, asked.index)
 
     def num_devices(self) -> int:
-        """How many devices the program is told of: one, or as many as a launcher started ranks for on this machine."""
-        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        """How many devices the program is told of: those of the target, or as many as a launcher started ranks for here."""
+        return max(1, self.facts.num_devices(self.target), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
     def _out_of_range(self, request: DeviceRequest) -> str:
         """Why there is no such index, "" where there is: a process that a program started has a device of its own."""
@@ -372,16 +374,32 @@ class Redirection:
         warnings.warn_explicit(f"{message}{advice}", PlacementWarning, file, int(line))
 
     def narrowed(self, name: str, dtype: Any) -> Any:
-        """The type that a tensor of `dtype` has on the target: MPS has no double precision, single takes its place."""
-        narrow = NARROW.get(dtype) if self.target == "mps" else None
+        """The type that a tensor of `dtype` has on the target: where it has no double precision, single takes its place."""
+        narrow = NARROW.get(dtype) if self.lacks_float64 else None
         if narrow is None:
             return dtype
         depth, self._quiet.depth = self._quiet.depth, 0  # a module that is moved is one entry; what it loses is another
         try:
-            self.note(f"{name}({dtype})", None, "MPS has no double precision", str(narrow))
+            self.note(f"{name}({dtype})", None, f"{self.target.upper()} has no double precision", str(narrow))
         finally:
             self._quiet.depth = depth
         return narrow
+
+    def is_on_target(self, tensor: Any) -> bool:
+        """Whether a tensor is on the accelerator that stands in for CUDA."""
+        return isinstance(tensor, torch.Tensor) and _DEVICE_OF(tensor).type == self.target.partition(":")[0]
+
+    def waits_for_copy(self, name: str, source: Any, to: Any) -> bool:
+        """Whether a copy between the host and another accelerator has to be waited for, although the program would not.
+
+        CUDA keeps pinned memory until a copy from it is done, and waits where memory is not pinned; another accelerator may
+        read a source that is gone. `source` and `to` are devices.
+        """
+        kinds = {torch.device(source).type, torch.device(to).type}
+        is_between = self.has_target_module and kinds == {"cpu", self.target.partition(":")[0]}
+        if is_between:
+            self.note(f"{name}(non_blocking=True)", None, "its source may be gone before the copy is done", "waits")
+        return is_between
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
 from torchspan.devices._memories import DEVICE, Memory, mark, memory_of
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._redirect import NARROW, Redirection, asked_by_torch
 from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition
 
@@ -129,8 +129,45 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
             return old(*args, **_constants(kwargs, kinds, target))
         return _place(redirection, old, name, made_where, args, kwargs)
 
+    if redirection.lacks_float64:
+        function = in_single(redirection, function, old, name, is_beside=made_where is not None)
     redirection.originals[id(function)] = old
     return named_like(function, old, module)
+
+
+def in_single(redirection: Redirection, made: Function, old: Function, name: str, *, is_beside: bool) -> Function:
+    """`made`, in single precision where it would make double on a target that has none.
+
+    What type it would make is asked of `old` on the device ``meta``, where nothing is computed.
+    """
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or not _is_for_target(redirection, args, kwargs, is_beside):
+            return made(*args, **kwargs)
+        dtype = kwargs.get("dtype") or _dtype_made(old, args, kwargs)
+        if dtype in NARROW:
+            kwargs["dtype"] = redirection.narrowed(name, dtype)
+        return made(*args, **kwargs)
+
+    return function
+
+
+def _is_for_target(redirection: Redirection, args: tuple[Any, ...], kwargs: dict[str, Any], is_beside: bool) -> bool:
+    """Whether what is made will be on the accelerator that stands in for CUDA."""
+    device = kwargs.get("device")
+    if device is None and is_beside and args and isinstance(args[0], torch.Tensor):
+        return redirection.is_on_target(args[0])
+    if device is None:
+        context = redirection._default_context()
+        device = None if context is None else context.device
+    if device is None:
+        return False
+    return redirection.lookup(device) is not None or torch.device(device).type == redirection.target.partition(":")[0]
+
+
+def _dtype_made(old: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    named = {key: value for key, value in kwargs.items() if key not in ("generator", "pin_memory", "out", "requires_grad")}
+    return old(*args, **{**named, "device": "meta"}).dtype
 
 
 def _where_its_argument_is(redirection: Redirection, args: tuple[Any, ...]) -> Memory | None:
@@ -182,14 +219,14 @@ def _place(
     device = kwargs.get("device")
     target = redirection.lookup(device)
     is_pinned = kwargs.pop("pin_memory", False)
+    if is_pinned and redirection.has_target_module:
+        return old(*args, **kwargs).pin_memory()
     if is_pinned:
         reason = "memory is not pinned without an accelerator"
         redirection.note(f"{name}(pin_memory=True)", None, reason, standing=Standing.SIMULATED)
     elif target is not None:
         redirection.note(name, device, depth=3)
         kwargs["device"] = target
-        if "dtype" in kwargs:
-            kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
     tensor = old(*args, **kwargs) if target is None else _or_out_of_memory(old, args, kwargs)
     if is_pinned:
         tensor.untyped_storage()._torchspan_pinned = True

@@ -1,4 +1,4 @@
-"""Pinned memory: ``DataLoader(pin_memory=True)``, ``Tensor.pin_memory()``. Without an accelerator nothing is pinned."""
+"""Pinned memory: ``DataLoader(pin_memory=True)``, ``Tensor.pin_memory()``. The accelerator pins it; without one nothing is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _loader(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         old(self, *args, **kwargs)
-        if self.pin_memory:
+        if self.pin_memory and not redirection.has_target_module:
             redirection.note("DataLoader(pin_memory=True)", None, WHAT, "copies", Standing.SIMULATED)
 
     return init
@@ -74,6 +74,8 @@ def _storage(value: Any) -> Any:
 
 def _pin(redirection: Redirection, holder: str, old: Any) -> Function:
     def pin_memory(self: Any, device: Any = None) -> Any:
+        if redirection.has_target_module:
+            return _pinned_by_target(redirection, holder, self, old)
         redirection.note(f"{holder}.pin_memory()", None, WHAT, "a copy", Standing.SIMULATED)
         if hasattr(_storage(self), "_torchspan_pinned"):
             return self
@@ -90,9 +92,19 @@ def _pin(redirection: Redirection, holder: str, old: Any) -> Function:
     return pin_memory
 
 
+def _pinned_by_target(redirection: Redirection, holder: str, value: Any, old: Any) -> Any:
+    """Pinned by the accelerator that stands in for CUDA; as it is, where that pins nothing."""
+    redirection.note(f"{holder}.pin_memory()")
+    try:
+        return old(value)
+    except (RuntimeError, NotImplementedError) as cause:
+        redirection.leave_out(f"{holder}.pin_memory()", "not pinned", str(cause).splitlines()[0])
+        return value
+
+
 def _is_pinned(redirection: Redirection, old: Any) -> Function:
     def is_pinned(self: Any, device: Any = None) -> bool:
-        return hasattr(_storage(self), "_torchspan_pinned")
+        return bool(old(self)) if redirection.has_target_module else hasattr(_storage(self), "_torchspan_pinned")
 
     redirection.originals[id(is_pinned)] = old
     is_pinned.__doc__ = old.__doc__

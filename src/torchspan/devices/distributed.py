@@ -1,4 +1,6 @@
-"""Distributed programs: NCCL becomes gloo, meshes and DDP go to the target."""
+"""Distributed programs: NCCL becomes gloo, meshes and DDP go to the target.
+
+Where that is another accelerator, NCCL becomes the accelerator's own backend, or one that takes its tensors through the CPU."""
 
 from __future__ import annotations
 
@@ -49,8 +51,10 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
             args = ()
         asked = kwargs.get("backend")
         given = portable_backend(asked)
+        if redirection.has_target_module and (name == "init_process_group" or asked is not None):
+            given = _for_target(redirection, given)
         if given != asked:
-            redirection.note(f"torch.distributed.{name}({asked!r})", None, "NCCL is for CUDA devices", str(given))
+            redirection.note(f"torch.distributed.{name}({asked!r})", None, _why(given), str(given))
             kwargs["backend"] = given
             kwargs.pop("pg_options", None)  # they are NCCL's
         if redirection.lookup(kwargs.get("device_id")) is not None:
@@ -59,6 +63,25 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
         return old(*args, **kwargs)
 
     return function
+
+
+def _for_target(redirection: Redirection, given: object) -> object:
+    """The backend for tensors on an accelerator, in the place of gloo or of none: gloo takes CUDA's tensors, but not its."""
+    if given not in (None, "gloo"):
+        return given
+    from torchspan.devices import _staged_group
+
+    kind = redirection.target.partition(":")[0]
+    found = _staged_group.backend_of(kind)
+    if found == _staged_group.NAME:
+        _staged_group.register(kind)
+    return found
+
+
+def _why(given: object) -> str:
+    if given == "torchspan_staged":
+        return "no backend takes tensors of this accelerator: they go through the CPU, by gloo"
+    return "NCCL is for CUDA devices"
 
 
 def _barrier(redirection: Redirection, old: Function) -> Function:

@@ -12,7 +12,7 @@ from torch.utils._device import _device_constructors
 from torchspan.devices import _redirect
 from torchspan.devices._memories import HOST, UNKNOWN, Memory, mark, memory_of
 from torchspan.devices._redirect import Redirection
-from torchspan.devices._wrap import BESIDE, FACTORIES, NEW, Function, is_compiling, named_like, placing
+from torchspan.devices._wrap import BESIDE, FACTORIES, NEW, Function, in_single, is_compiling, named_like, placing
 from torchspan.environment.patch import Patch, Replacement
 
 ELSEWHERE = {"torch.fft": ("fftfreq", "rfftfreq"), "torch.nested": ("nested_tensor", "as_nested_tensor")}
@@ -73,16 +73,19 @@ def _converting(redirection: Redirection, old: Function, *, name: str) -> Functi
                 args = (args[0].clone(), *args[1:])  # nothing says where it lies while the graph runs
             return placed(*args, **kwargs)
         target = redirection.lookup(device)
-        if _redirect.in_force is not redirection or not (redirection.in_use or target):
+        if _redirect.in_force is not redirection:
             return old(*args, **kwargs)
+        if not (redirection.in_use or target):
+            return given(*args, **kwargs)
         if target is not None:
             redirection.note(name, device)
             kwargs["device"] = target
         if not redirection.in_use:
-            return old(*args, **kwargs)
+            return given(*args, **kwargs)
         return _converted(redirection, old, args, kwargs, _asked(redirection, device))
 
     placed = placing(redirection, old, name)
+    given = in_single(redirection, old, old, name, is_beside=True) if redirection.lacks_float64 else old
     redirection.originals[id(function)] = old
     return named_like(function, old, torch.__name__)
 

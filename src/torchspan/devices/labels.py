@@ -60,6 +60,8 @@ def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool
                 redirection.begin_use()
                 redirection.note(f"{prefix}.{name}()")
             made = real(*args, **kwargs)
+            if is_cuda and redirection.has_target_module:
+                return made.to("cuda")
             return mark(made, DEVICE if is_cuda else HOST) if redirection.in_use else made
 
         def __getattr__(cls, name: str) -> Any:
@@ -94,5 +96,7 @@ def _default_type(redirection: Redirection, old: Function) -> Function:
             name = name.replace(_CUDA_TYPE, "torch.")
         found = getattr(torch, name.removeprefix("torch."), t)
         old(redirection.originals.get(id(found), found))
+        if redirection.has_target_module:
+            torch.set_default_device(redirection.target if redirection.is_cuda_default else None)
 
     return set_default_tensor_type

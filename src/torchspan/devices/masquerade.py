@@ -120,7 +120,8 @@ def _type(redirection: Redirection, old: Function) -> Function:
         found = old(self, dtype, *args, **kwargs)
         if dtype is not None or asked_by_torch() or redirection.believed(self) is None:
             return found
-        return found.replace("torch.", "torch.cuda.", 1)
+        prefix = f"torch.{redirection.target.partition(':')[0]}." if redirection.has_target_module else "torch."
+        return found.replace(prefix, "torch.cuda.", 1)
 
     redirection.originals[id(type_)] = redirection.originals.get(id(old), old)
     return named_like(type_, old, "torch._tensor")

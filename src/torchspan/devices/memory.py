@@ -1,4 +1,4 @@
-"""Memory statistics: figures of this process where a GPU would give its own.
+"""Memory statistics: an accelerator's own where one stands in for CUDA; with a CPU alone, figures of this process.
 
 What is allocated is what the C library has given out since the rules came into force (glibc says so exactly); elsewhere it is
 the growth of the process. What is reserved is the process's resident memory.
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torchspan.devices import _target_memory
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.facts import machine_memory
@@ -111,8 +112,8 @@ def _status(field: str) -> int | None:
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Every function of ``torch.cuda.memory``."""
-    yield from stand_ins("memory", "torch.cuda.memory", _figures(redirection, Memory()))
-    yield from stand_ins("memory", "torch.cuda.memory", _settings(redirection))
+    figures = _target_memory.functions(redirection) if redirection.has_target_module else _figures(redirection, Memory())
+    yield from stand_ins("memory", "torch.cuda.memory", {**_settings(redirection), **figures, **_nested(figures)})
 
 
 def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
@@ -128,16 +129,6 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
         redirection.index(device)
         redirection.simulate_for_program("torch.cuda.memory_stats()", WHAT)
         return _stats(memory)
-
-    def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
-        nested: dict[str, Any] = {}
-        for name, value in memory_stats(device).items():
-            *path, last = name.split(".")
-            place = nested
-            for part in path:
-                place = place.setdefault(part, {})
-            place[last] = value
-        return nested
 
     def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
         rows = {"allocated": memory.allocated(), "peak": memory.peak(), "reserved": memory.reserved()}
@@ -171,11 +162,24 @@ def _figures(redirection: Redirection, memory: Memory) -> dict[str, Function]:
         **{name: figure(name, read) for name, read in figures.items()},
         "device_memory_used": figure("device_memory_used", memory.reserved),
         "memory_stats": memory_stats,
-        "memory_stats_as_nested_dict": memory_stats_as_nested_dict,
         "memory_summary": memory_summary,
         "mem_get_info": mem_get_info,
         **{name: resetting(name) for name in _RESETS},
     }
+
+
+def _nested(figures: dict[str, Function]) -> dict[str, Function]:
+    def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
+        nested: dict[str, Any] = {}
+        for name, value in figures["memory_stats"](device).items():
+            *path, last = name.split(".")
+            place = nested
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = value
+        return nested
+
+    return {"memory_stats_as_nested_dict": memory_stats_as_nested_dict}
 
 
 def _stats(memory: Memory) -> dict[str, Any]:

@@ -28,8 +28,8 @@ _tracing_state = torch._C._get_tracing_state
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Tensor, storage and module methods."""
     methods: dict[str, Callable[..., Function]] = {"to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type, "type_as": _type_as}
-    if redirection.target == "mps":
-        methods["double"] = _double
+    if redirection.has_target_module:
+        methods["copy_"] = _copy
     for name, build in methods.items():
         yield Replacement("movement", "torch", f"Tensor.{name}", partial(_tensor_method, build, redirection), follow=True)
     for name, build in {"cpu": _packed_cpu, "to": _packed_to}.items():
@@ -62,14 +62,14 @@ def _to(redirection: Redirection, old: Function) -> Function:
             return old(self, *args, **kwargs)
         return _move(redirection, old, self, first, args, kwargs)
 
-    return to if redirection.target != "mps" else _narrowing(redirection, to)
+    return _narrowing(redirection, to) if redirection.lacks_float64 else to
 
 
 def _narrowing(redirection: Redirection, to: Function) -> Function:
-    """``Tensor.to`` of what is on MPS already, which has no double precision."""
+    """``Tensor.to`` of what is on a target already that has no double precision."""
 
     def narrowing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_on_mps(self):
+        if redirection.is_on_target(self):
             narrow = NARROW.get if is_compiling() else partial(redirection.narrowed, "Tensor.to")
             args = tuple(narrow(value) if type(value) is torch.dtype and value in NARROW else value for value in args)
             if kwargs.get("dtype") in NARROW:
@@ -113,6 +113,8 @@ def _brought(redirection: Redirection, to: Function, tensor: Any, memory: Memory
     if not redirection.in_use:  # the target has a memory of its own, or nothing was put there
         if memory is DEVICE:
             kwargs["dtype"] = redirection.narrowed("Tensor.to", kwargs.get("dtype") or tensor.dtype)
+            if kwargs.get("non_blocking") and redirection.waits_for_copy("Tensor.to", tensor.device, place):
+                kwargs["non_blocking"] = False
         return to(tensor, place, **kwargs)
     lies = memory_of(tensor)
     if lies is not memory or lies is UNKNOWN or _tracing_state() is not None:  # a trace serves both kinds
@@ -138,22 +140,23 @@ def _move_compiled(
     named = _named(first, args, kwargs)
     if target is not None and not redirection.in_use:
         named["dtype"] = redirection.narrowed("Tensor.to", named.get("dtype") or tensor.dtype)
+        named["non_blocking"] = False
     elif target is not None or is_cpu(first.device if isinstance(first, torch.Tensor) else first):
         named["copy"] = True
     return old(tensor, first if target is None else target, **named)
 
 
-def _double(redirection: Redirection, old: Function) -> Function:
-    def double(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_on_mps(self):
-            return old(self, *args, **kwargs)
-        return self.to(redirection.narrowed("Tensor.double", torch.float64))
+def _copy(redirection: Redirection, old: Function) -> Function:
+    def copy_(self: Any, src: Any, non_blocking: bool = False) -> Any:
+        if (
+            non_blocking
+            and isinstance(src, torch.Tensor)
+            and redirection.waits_for_copy("Tensor.copy_", src.device, self.device)
+        ):
+            non_blocking = False
+        return old(self, src, non_blocking)
 
-    return double
-
-
-def _is_on_mps(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "mps"
+    return copy_
 
 
 def _cuda(redirection: Redirection, old: Function) -> Function:
@@ -170,6 +173,8 @@ def _cuda(redirection: Redirection, old: Function) -> Function:
         wanted: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
         if is_read_by_dynamo():
             return to(self, target, copy=redirection.in_use, **wanted)
+        if non_blocking:
+            wanted["non_blocking"] = True
         return _brought(redirection, to, self, DEVICE, target, wanted)
 
     return cuda
@@ -198,12 +203,16 @@ def _type(redirection: Redirection, old: Function) -> Function:
     def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             return old(self, *args, **kwargs)
+        if type(dtype) is torch.dtype and redirection.is_on_target(self):
+            dtype = redirection.narrowed("Tensor.type", dtype)
         name = dtype if isinstance(dtype, str) else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
         if not name.endswith("Tensor") or _redirect.in_force is not redirection:
             return old(self, dtype, *args, **kwargs)
         if name.startswith(_CUDA_TYPE):
             redirection.begin_use()
             redirection.note(f"Tensor.type({name!r})")
+            if redirection.has_target_module:
+                return self.to("cuda", getattr(torch, name.removeprefix(_CUDA_TYPE)).dtype)
             memory = DEVICE
         else:  # a name may be what a tensor on the device answered, a class is the program's own
             memory = UNKNOWN if isinstance(dtype, str) else HOST

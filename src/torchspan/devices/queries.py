@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torchspan.devices import _redirect
 from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._target import Target
 from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -57,6 +58,22 @@ class Current(threading.local):
     index = 0
 
 
+class CurrentOfTarget:
+    """The index of the accelerator's current device, which its module keeps."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    @property
+    def index(self) -> int:
+        """The index."""
+        return self._target.current_device()
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self._target.set_device(index)
+
+
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Every query of ``torch.cuda``, and the current device."""
     answers = {"is_available": True, "device_count": redirection.num_devices(), "is_initialized": True}
@@ -64,10 +81,11 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
         yield Redefinition("queries", "torch.cuda", name, partial(_answer, redirection, name, answer))
     if redirection.mode != "strict":
         yield Redefinition("queries", "torch.backends.cuda", "is_built", partial(unless_torch_asks, lambda: True))
-    current = Current()
-    for name, function in _properties(redirection).items():
+    target = Target(redirection) if redirection.has_target_module else None
+    current = Current() if target is None else CurrentOfTarget(target)
+    for name, function in _properties(redirection, target).items():
         yield Redefinition("queries", "torch.cuda", name, partial(unless_torch_asks, function, name=name))
-    yield from stand_ins("queries", "torch.cuda", _current(redirection, current))
+    yield from stand_ins("queries", "torch.cuda", _current(redirection, current, target))
     exchange = partial(_exchange, redirection, current)
     for name, traced in (("_exchange_device", "_exchange_fn"), ("_maybe_exchange_device", "_maybe_exchange_fn")):
         yield Replacement("queries", "torch.cuda", name, partial(exchange, name=name))
@@ -88,10 +106,11 @@ def _answer(redirection: Redirection, name: str, answer: object, old: Function) 
     return query
 
 
-def _properties(redirection: Redirection) -> dict[str, Function]:
+def _properties(redirection: Redirection, target: Target | None) -> dict[str, Function]:
     @cache
     def properties() -> DeviceProperties:
-        return DeviceProperties(_name(redirection), machine_memory().total, os.cpu_count() or 1)
+        total = machine_memory().total if target is None else target.free_and_total(target.current_device())[1]
+        return DeviceProperties(_name(redirection), total, os.cpu_count() or 1)
 
     def checked(device: Any, what: str = "device") -> int:
         """The index, or torch's error of these functions."""
@@ -123,7 +142,7 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
         return checked(device) != checked(peer_device, "peer device")
 
     def is_bf16_supported(including_emulation: bool = True) -> bool:
-        return True
+        return True if target is None else target.is_bf16_supported()
 
     def is_tf32_supported() -> bool:
         return False
@@ -147,20 +166,24 @@ def _properties(redirection: Redirection) -> dict[str, Function]:
         return int(machine_memory().percent)
 
     local = locals()
-    return {name: function for name, function in local.items() if name not in ("redirection", "properties", "checked")}
+    others = ("redirection", "target", "properties", "checked")
+    return {name: function for name, function in local.items() if name not in others}
 
 
 def _name(redirection: Redirection) -> str:
     return f"{platform.processor() or platform.machine()} {redirection.target.upper()} (torchspan)"
 
 
-def _current(redirection: Redirection, current: Current) -> dict[str, Function]:
+def _current(redirection: Redirection, current: Current | CurrentOfTarget, target: Target | None) -> dict[str, Function]:
     def nothing(*args: Any) -> None:
         return None
 
     def synchronize(device: Any = None) -> None:
-        redirection.index(device)
-        redirection.simulate_for_program("torch.cuda.synchronize()", "nothing here is left to wait for")
+        index = redirection.index(device)
+        if target is not None:
+            target.call("synchronize", index=index)
+        else:
+            redirection.simulate_for_program("torch.cuda.synchronize()", "nothing here is left to wait for")
 
     def ipc_collect() -> None:
         redirection.simulate_for_program("torch.cuda.ipc_collect()", "no memory is shared with other processes")
@@ -215,7 +238,7 @@ class CudaRuntime:
         return memory.available, memory.total
 
 
-def _exchange(redirection: Redirection, current: Current, old: Function, *, name: str) -> Function:
+def _exchange(redirection: Redirection, current: Current | CurrentOfTarget, old: Function, *, name: str) -> Function:
     """Make a device the current one, unless it is negative; gives the index that was current."""
 
     def exchange(device: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchspan.devices import _target_random
 from torchspan.devices._redirect import Redirection, asked_by_torch
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -23,13 +24,16 @@ _APART = "draws on the device come from a generator of their own"
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """``torch.cuda.random``, the default generators, and ``torch.Generator``."""
+    yield Replacement("random", "torch", "Generator", partial(_generator_class, redirection), follow=True)
+    if redirection.has_target_module:
+        yield from _target_random.patches(redirection)
+        return
     if redirection.follows:
         redirection.generator = _placed(redirection, "cuda:0").manual_seed(torch.initial_seed())
     yield from stand_ins("random", "torch.cuda.random", _functions(redirection))
     for name in ("manual_seed", "manual_seed_all", "seed", "seed_all"):
         yield Redefinition("random", "torch.cuda.random", name, partial(_seeding, redirection, name))
     yield Replacement("random", "torch.cuda", "default_generators", lambda old: (redirection.generator,))
-    yield Replacement("random", "torch", "Generator", partial(_generator_class, redirection), follow=True)
     if redirection.follows:
         yield Redefinition("random", "torch.random", "fork_rng", partial(_forking, redirection))
         yield Redefinition("random", "torch.utils.checkpoint", "get_device_states", partial(_states, redirection))

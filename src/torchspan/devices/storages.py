@@ -60,7 +60,8 @@ def _cuda(redirection: Redirection, old: Any) -> Function:
             return old(self, device, non_blocking)
         redirection.note("UntypedStorage.cuda", asked)
         if not redirection.in_use:
-            return self.to(device=target, non_blocking=non_blocking)
+            is_waiting = non_blocking and redirection.waits_for_copy("UntypedStorage.cuda", self.device, target)
+            return self.to(device=target, non_blocking=non_blocking and not is_waiting)
         return _brought(redirection, self, DEVICE)
 
     return cuda
@@ -75,6 +76,8 @@ def _to(redirection: Redirection, old: Any) -> Function:
         memory = redirection.memory_asked(device)
         if target is not None:
             redirection.note("UntypedStorage.to", device)
+        if non_blocking and redirection.waits_for_copy("UntypedStorage.to", self.device, target or device):
+            non_blocking = False
         if memory is None or not redirection.in_use:
             return old(self, device=device if target is None else target, non_blocking=non_blocking)
         return _brought(redirection, self, memory)

@@ -1,4 +1,7 @@
-"""Streams and events: work is done when it is asked for, so order holds by itself; events measure real time."""
+"""Streams and events: an accelerator's own where one stands in for CUDA.
+
+With a CPU alone, work is done when it is asked for, so order holds by itself; events measure real time.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 
+from torchspan.devices import _target_streams
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Replacement
@@ -186,9 +190,13 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name, kind in {"Stream": Stream, "Event": Event}.items():
         yield Replacement("streams", "torch", name, partial(_generic, redirection, kind), follow=True)
     context = {"__init__": _context_init, "__enter__": _context_enter, "__exit__": _context_exit}
+    if redirection.has_target_module:
+        context |= {"__enter__": _target_streams.enter, "__exit__": lambda self, *exc_info: _target_streams.leave(self)}
     for name, function in context.items():
         yield Replacement("streams", "torch.cuda", f"StreamContext.{name}", partial(_given, function))
     yield from stand_ins("streams", "torch.cuda", _functions(redirection))
+    if redirection.has_target_module:
+        yield from stand_ins("streams", "torch.cuda", _target_streams.functions(redirection))
     yield Replacement("streams", "torch", "Tensor.record_stream", partial(_record_stream, redirection), follow=True)
 
 
@@ -196,8 +204,10 @@ def _given(function: Any, old: object) -> Any:
     return function
 
 
-def _new_stream(redirection: Redirection, old: object) -> staticmethod[..., Stream]:
-    def new(cls: type, device: Any = None, priority: int = 0, **kwargs: Any) -> Stream:
+def _new_stream(redirection: Redirection, old: object) -> staticmethod[..., Any]:
+    def new(cls: type, device: Any = None, priority: int = 0, **kwargs: Any) -> Any:
+        if redirection.has_target_module:
+            return _target_streams.new_stream(redirection, device, priority, **kwargs)
         redirection.simulate("torch.cuda.Stream()", WHAT)
         return Stream(torch.device("cuda", redirection.index(device)), priority, kwargs.get("stream_id"))
 
@@ -212,8 +222,11 @@ def _new_external(redirection: Redirection, old: object) -> staticmethod[..., St
     return staticmethod(new)
 
 
-def _new_event(redirection: Redirection, old: object) -> staticmethod[..., Event]:
-    def new(cls: type, *args: Any, **kwargs: Any) -> Event:
+def _new_event(redirection: Redirection, old: object) -> staticmethod[..., Any]:
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if redirection.has_target_module:
+            redirection.note("torch.cuda.Event()")
+            return _target_streams.TargetEvent(redirection.target.partition(":")[0], *args, **kwargs)
         redirection.simulate("torch.cuda.Event()", "it measures wall time; " + WHAT)
         return Event(*args, **kwargs)
 
@@ -246,6 +259,9 @@ def _generic(redirection: Redirection, kind: type[Stream | Event], real: Any) ->
             is_named = device is not None and not isinstance(device, int)
             if redirection.lookup(device) is None if is_named else not is_simulated:
                 return real(device, *args, **kwargs) if device is not None else real(*args, **kwargs)
+            if redirection.has_target_module:
+                redirection.note(f"torch.{real.__name__}", device)
+                return real(redirection.lookup(device), *args, **kwargs)
             redirection.simulate(f"torch.{real.__name__}()", WHAT)
             if kind is Event:
                 return Event(*args, **kwargs)
@@ -307,7 +323,11 @@ def _functions(redirection: Redirection) -> dict[str, Function]:
 
 def _record_stream(redirection: Redirection, old: Function) -> Function:
     def record_stream(self: Any, s: Any) -> None:
-        """Nothing to record: memory is given back when its tensor dies."""
+        """With a CPU alone there is nothing to record: memory is given back when its tensor dies."""
+        if redirection.has_target_module and self.device.type != "cpu":
+            redirection.note("Tensor.record_stream()")
+            old(self, s)
+            return
         redirection.simulate("Tensor.record_stream()", "memory is given back when its tensor dies")
 
     redirection.originals[id(record_stream)] = old

@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """What is here. Counts of devices are 0 where there are none; versions are None where a thing is missing."""
+    """What is here. Counts of devices are 0 where there are none; versions are None where a thing is missing.
+
+    `other` names an accelerator that is none of torch's own kinds (its module is ``torch.<other>``), of which there are
+    `num_other`. `has_float64` is False where the accelerator has no double precision; MPS never has.
+    """
 
     python: str = "3.11.0"
     torch: str = "2.13.0"
@@ -22,6 +26,9 @@ class Facts:
     num_cuda: int = 0
     num_xpu: int = 0
     has_mps: bool = False
+    other: str = ""
+    num_other: int = 0
+    has_float64: bool = True
     num_cores: int = 1
     memory_bytes: int = 0
     platform: str = "linux"
@@ -36,7 +43,8 @@ class Facts:
 
     def num_devices(self, kind: str) -> int:
         """How many devices of this `kind` are here."""
-        return {"cpu": 1, "cuda": self.num_cuda, "xpu": self.num_xpu, "mps": int(self.has_mps)}.get(kind, 0)
+        known = {"cpu": 1, "cuda": self.num_cuda, "xpu": self.num_xpu, "mps": int(self.has_mps)}
+        return known.get(kind, self.num_other if kind == self.other else 0)
 
     def accelerator(self) -> str | None:
         """The best accelerator that is here, or None.
@@ -44,7 +52,15 @@ class Facts:
         >>> Facts(has_mps=True).accelerator(), Facts().accelerator()
         ('mps', None)
         """
-        return next((kind for kind in ("cuda", "xpu", "mps") if self.has_device(kind)), None)
+        return next((kind for kind in ("cuda", "xpu", "mps", self.other) if self.has_device(kind)), None)
+
+    def computes_in_float64(self, kind: str) -> bool:
+        """Whether a device of this `kind` has double precision.
+
+        >>> Facts(has_mps=True).computes_in_float64("mps"), Facts().computes_in_float64("cpu")
+        (False, True)
+        """
+        return kind == "cpu" or (kind != "mps" and (self.has_float64 or kind != self.accelerator()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -58,6 +74,7 @@ def gather(*, has_tools: bool = True) -> Facts:
     """
     import torch
 
+    other, num_other = _other_accelerator()
     return Facts(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -66,10 +83,40 @@ def gather(*, has_tools: bool = True) -> Facts:
         num_cuda=torch.cuda.device_count(),
         num_xpu=torch.xpu.device_count(),
         has_mps=torch.backends.mps.is_available(),
+        other=other,
+        num_other=num_other,
+        has_float64=_has_float64(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=machine_memory().total if has_tools else 0,
         platform=platform.system().lower(),
     )
+
+
+def _other_accelerator() -> tuple[str, int]:
+    """The accelerator that a package has registered with torch, and how many there are; ``("", 0)`` without one."""
+    import torch
+
+    name = torch._C._get_privateuse1_backend_name()
+    module = getattr(torch, name, None)  # a package that was imported has put it there
+    if module is None or not module.is_available():
+        return "", 0
+    return name, int(module.device_count())
+
+
+def _has_float64() -> bool:
+    """Whether the accelerator, if there is one, has double precision; asked of it, as torch has no table."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type in ("cuda", "mps") or not torch.accelerator.is_available():
+        return device is None or device.type != "mps"
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties().has_fp64)
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def machine_memory() -> Any:
