@@ -146,7 +146,7 @@ def test_a_graph_without_collectives_stays_as_it_is(environment: Any) -> None:
 @pytest.mark.skipif(not OURS, reason="torch's own has them")
 def test_what_is_not_there_says_so_when_it_is_used(environment: Any) -> None:
     from torch._inductor.fx_passes.overlap_manual_scheduling import ManualOverlapScheduler
-    from torch._inductor.fx_passes.overlap_scheduling import OverlapScheduler, schedule_overlap_bucketing
+    from torch._inductor.fx_passes.overlap_scheduling import CollectiveInfo, OverlapScheduler, schedule_overlap_bucketing
 
     from torchspan.core.errors import UnsupportedError
 
@@ -154,6 +154,8 @@ def test_what_is_not_there_says_so_when_it_is_used(environment: Any) -> None:
         ManualOverlapScheduler(torch.fx.GraphModule({}, torch.fx.Graph()), [], False)
     with pytest.raises(UnsupportedError, match=r"since 2\.10\.0; call schedule_overlap_bucketing"):
         OverlapScheduler(torch.fx.GraphModule({}, torch.fx.Graph()))
+    with pytest.raises(UnsupportedError, match=r"CollectiveInfo: .* estimates no times"):
+        CollectiveInfo(None, None, 0, 0.0, 0.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_flights'"):
         schedule_overlap_bucketing(torch.fx.GraphModule({}, torch.fx.Graph()), max_flights=3)
 

@@ -124,7 +124,7 @@ def _opaque_in(schema: str) -> Iterator[tuple[str, str]]:
     """Why a schema that names classes of opaque objects cannot be an operator's here."""
     if hasattr(torch._C, "_register_opaque_type"):
         return
-    for name in re.findall(r"[A-Za-z_]\w*(?:\.\w+)+", schema):
+    for name in re.findall(r"[\w.<>]+\.\w+", schema):
         if _is_opaque(name):
             yield f"{name} is a class of opaque objects, a type that this torch's dispatcher does not have", "2.10.0"
 
