@@ -18,7 +18,10 @@ def _moved(name: str) -> Callable[[], object]:
 
     def build() -> object:
         found = getattr(importlib.import_module("torch.distributed.tensor.experimental._attention"), name, None)
-        return get_backport("context_parallel").names[name]() if found is None else found
+        ours = get_backport("context_parallel")
+        if found is None:  # 2.9 has no _LoadBalancer that could be replaced
+            return ours.names[name]() if name in ours.names else ours.replaces[name](None)
+        return found
 
     return build
 
