@@ -29,6 +29,8 @@ NOT_IN_STUBS = """
     set_autocast_ipu_dtype set_autocast_ipu_enabled set_autocast_xla_dtype set_autocast_xla_enabled set_vital uint1 uint2 uint3
     uint4 uint5 uint6 uint7 vitals_enabled
 """
+# the same for members of its classes
+MEMBERS_NOT_IN_STUBS = {"TensorBase": ("const_data_ptr",), "Stream": ("native_handle",)}
 # of these classes the stub is made from the same list as the C++ code: what it lacks is not there
 COMPLETE = frozenset({"torch._C.Tag"})
 _DEVICE_CODE = re.compile(r"cuda|cudnn|cusparse|nccl|nvtx|cufile|gds|xpu|xccl|hip", re.IGNORECASE)
@@ -158,6 +160,10 @@ def link(release: Release) -> None:
     for name in NOT_IN_STUBS.split():
         if release.wheel.mentions(name):
             release.modules["torch"].names.setdefault(name, "")
+    for owner, names in MEMBERS_NOT_IN_STUBS.items():
+        found = release.modules.get("torch._C", ModuleNames()).classes.get(owner)
+        if found is not None:
+            found.members.update((name, "(?") for name in names if release.wheel.mentions(name))
     for name, module in release.modules.items():
         if name in CLOSED:
             module.is_open = False

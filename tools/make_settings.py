@@ -30,12 +30,14 @@ def settings(names: Names) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {TENSOR: {}}
     for place in names.modules():
         module = names.look_up(place, is_module=True).mask & supported
-        if place in _LEFT_OUT or names.is_configuration(place) or not names.is_of_python(place):
+        is_private = any(part.startswith("_") for part in place.split("."))
+        if place in _LEFT_OUT or is_private or names.is_configuration(place) or not names.is_of_python(place):
             continue
         for name in names.names_in(place):
             dotted = f"{place}.{name}"
             mask = names.look_up(dotted).mask
-            if module & ~mask and mask & supported and not name.startswith("__") and names.is_setting(dotted):
+            is_meant = not name.startswith("_") and not name.isupper()  # a module's own state and constants are not
+            if is_meant and module & ~mask and mask & supported and names.is_setting(dotted):
                 found.setdefault(place, {})[name] = _text(names, mask)
     for name in names.members_of_tensors_alone:
         if names.is_setting(f"{TENSOR}.{name}"):

@@ -97,7 +97,8 @@ def of_results(module):
             for member in sorted(vars(result)):
                 if not member.startswith("__"):
                     program = f"import {module.__name__}\n{module.__name__}.{name}(given).{member}\n"
-                    yield "returned", program, [result.__module__, [*result.__qualname__.split("."), member], ""]
+                    path = [*result.__qualname__.split("."), member]
+                    yield "returned", program, [result.__module__, path, "", [module.__name__, name]]
 
 def of_tensors():
     for member in sorted(dir(torch.Tensor)):
@@ -138,7 +139,9 @@ def has(value, name):
         return False
 
 def probe(question):
-    place, path, keyword = question
+    place, path, keyword, *function = question
+    if function and not probe([function[0][0], [function[0][1]], ""]):
+        return None  # what is asked is the member of what it gives
     try:
         value = importlib.import_module(place)
         for part in path:

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 def test_nothing_is_one_and_to_make_one_is_an_error() -> None:
     from torch._inductor.output_code import RegionalOutputCode
-    from torch._inductor.standalone_compile import AOTCompiledArtifact, CompiledArtifact
+    from torch._inductor.standalone_compile import AOTCompiledArtifact, CacheCompiledArtifact, CompiledArtifact
 
+    assert issubclass(CacheCompiledArtifact, CompiledArtifact)
     assert not isinstance(len, AOTCompiledArtifact) and not isinstance(len, RegionalOutputCode)
     if not is_lacking(BACKPORT):
         assert issubclass(AOTCompiledArtifact, CompiledArtifact)

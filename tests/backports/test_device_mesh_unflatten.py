@@ -89,6 +89,11 @@ def the_backend_is_the_one_asked_for() -> None:
     mesh = world()._unflatten(0, (2, 1), ("dp", "tp"), backend_override={"dp": ("gloo", options), "tp": "fake"})
     assert (dist.get_backend(mesh.get_group("dp")), dist.get_backend(mesh.get_group("tp"))) == ("gloo", "fake")
     assert mesh.get_group("dp") is not dist.group.WORLD
+    made = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"), backend_override={"dp": options, 1: "fake"})
+    assert (dist.get_backend(made.get_group("dp")), dist.get_backend(made.get_group("tp"))) == ("gloo", "fake")
+    assert dist.get_backend(init_device_mesh("cpu", (2,)).get_group()) == "gloo", "what was asked is of one mesh"
+    with pytest.raises(RuntimeError):
+        init_device_mesh("cpu", (2,), mesh_dim_names=("dp",), backend_override={"cp": "fake"})
     flat = mesh._flatten("all", backend_override="fake")
     given = torch.ones(1)
     dist.all_reduce(given, group=flat.get_group())

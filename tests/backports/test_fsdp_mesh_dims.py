@@ -87,3 +87,19 @@ def test_what_this_torch_cannot_do_is_refused(mesh: Any) -> None:
         fully_shard(on_mesh(mesh), mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="other"))
     with pytest.raises(ValueError, match=r"expected Replicate\(\) on the data-parallel \['tp'\]"):
         fully_shard(on_mesh(mesh), mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="tp"))
+
+
+def test_what_is_sharded_already_stays_as_it_is(environment: Environment) -> None:
+    from torch.distributed.fsdp import DataParallelMeshDims, fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        for module in (model[0], model):
+            fully_shard(module, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="dp"))
+        sharded = [layer.get_parameter("weight") for layer in model]
+        assert [weight.to_local().shape for weight in sharded] == [(2, 8), (2, 8)]
+    finally:
+        distributed.destroy_process_group()

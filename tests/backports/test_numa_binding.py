@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchspan.backports._base import has_module
+from torchspan.core.errors import UnsupportedError
 
 IS_OLDER = has_module("torch.numa") and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
@@ -39,3 +40,17 @@ def test_a_failure_is_an_error_or_passed_over_as_the_options_say() -> None:
     assert binding._maybe_wrap_with_numa_binding(max, device_index=0, numa_options=lenient)(1, 2) == 2
     assert os.sched_getaffinity(0) == before
     assert binding.AffinityMode("core-complex") is binding.AffinityMode.CORE_COMPLEX
+
+
+def test_the_launcher_takes_options_where_it_may_start_processes_unbound() -> None:
+    from torch.distributed.launcher.api import LaunchConfig
+    from torch.numa import binding
+
+    lenient = binding.NumaOptions(affinity_mode=binding.AffinityMode.NODE, should_fall_back_if_binding_fails=True)
+    config = LaunchConfig(1, 1, 1, numa_options=lenient)
+    assert config.numa_options == lenient and config.nproc_per_node == 1
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, numa_options=None).nproc_per_node == 2
+    if not has_module("torch.numa"):
+        strict = binding.NumaOptions(affinity_mode=binding.AffinityMode.NODE)
+        with pytest.raises(UnsupportedError, match=r"LaunchConfig\(numa_options=.*this torch's launcher cannot bind"):
+            LaunchConfig(1, 1, 1, numa_options=strict)

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("environment")
 def test_kinds_of_classes_are_told_apart() -> None:
     from torch._library import opaque_object as opaque
 
+    assert opaque.OpaqueBase is opaque.CustomClassBase and opaque.OpaqueBaseMeta is opaque.CustomClassBaseMeta
+
     class Queue(opaque.CustomClassBase):
         pass
 
@@ -94,3 +96,18 @@ def test_an_operator_that_takes_one_can_be_defined_and_its_call_says_why_it_cann
     operator.register_autograd(lambda ctx, grad: (grad, None))
     with pytest.raises(UnsupportedError, match=r"custom operator torchspan_test::use: handle is an opaque Handle, .* 2\.10\.0"):
         operator(torch.ones(2), Handle())
+
+
+def test_a_schema_that_names_one_is_refused_with_the_reason() -> None:
+    from torch._library.opaque_object import OpaqueBase, get_opaque_type_name, register_opaque_type
+
+    class Stack(OpaqueBase):
+        pass
+
+    register_opaque_type(Stack, typ="reference")
+    if IS_NATIVE:
+        pytest.skip("torch has such operators")
+    library = torch.library.Library("torchspan_test", "FRAGMENT")
+    with pytest.raises(UnsupportedError, match=r"Stack is a class of opaque objects.*since 2\.10\.0; give it a tensor"):
+        library.define(f"push({get_opaque_type_name(Stack)} stack, Tensor x) -> ()")
+    library.define("pushed(Tensor x) -> Tensor")

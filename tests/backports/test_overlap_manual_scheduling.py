@@ -146,7 +146,7 @@ def test_a_graph_without_collectives_stays_as_it_is(environment: Any) -> None:
 @pytest.mark.skipif(not OURS, reason="torch's own has them")
 def test_what_is_not_there_says_so_when_it_is_used(environment: Any) -> None:
     from torch._inductor.fx_passes.overlap_manual_scheduling import ManualOverlapScheduler
-    from torch._inductor.fx_passes.overlap_scheduling import OverlapScheduler, schedule_overlap_bucketing
+    from torch._inductor.fx_passes.overlap_scheduling import CollectiveInfo, OverlapScheduler, schedule_overlap_bucketing
 
     from torchspan.core.errors import UnsupportedError
 
@@ -154,5 +154,28 @@ def test_what_is_not_there_says_so_when_it_is_used(environment: Any) -> None:
         ManualOverlapScheduler(torch.fx.GraphModule({}, torch.fx.Graph()), [], False)
     with pytest.raises(UnsupportedError, match=r"since 2\.10\.0; call schedule_overlap_bucketing"):
         OverlapScheduler(torch.fx.GraphModule({}, torch.fx.Graph()))
+    with pytest.raises(UnsupportedError, match=r"CollectiveInfo: .* estimates no times"):
+        CollectiveInfo(None, None, 0, 0.0, 0.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_flights'"):
         schedule_overlap_bucketing(torch.fx.GraphModule({}, torch.fx.Graph()), max_flights=3)
+
+
+def test_a_view_of_a_graph_has_the_nodes_of_each_module(environment: Any) -> None:
+    from torch._inductor.fx_passes.overlap_manual_scheduling import get_subgraph_by_path, make_graph_view
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    nodes = {name: graph.call_function(torch.sin, (x,)) for name in ("wq", "wk", "norm")}
+    layer, inner = ("L['self']._modules['layers']['0']", torch.nn.ModuleList), torch.nn.Linear
+    for name in ("wq", "wk"):
+        nodes[name].meta["nn_module_stack"] = {"a": layer, "b": (f"{layer[0]}._modules['{name}']", inner)}
+    nodes["norm"].meta["fwd_nn_module_stack"] = {"a": ("L['self']._modules['norm']", torch.nn.LayerNorm)}
+    view = make_graph_view(graph)
+    assert view is not None and list(view.children) == ["layers", "norm"]
+    assert get_subgraph_by_path(view, "layers.0") == [nodes["wq"], nodes["wk"]]
+    assert get_subgraph_by_path(view, ["norm", "layers.0.wk", "layers.7"]) == [nodes["norm"], nodes["wk"]]
+    assert view["layers"]["0"].wk.klass is inner and nodes["wk"] in view.layers.unique_nodes
+    assert repr(view.norm) == "LayerNorm()" and "(wk): Linear()" in repr(view)
+    told = make_graph_view(graph, lambda node: [("a.b", torch.nn.Module)] if node.name == "x" else [])
+    assert told is not None and get_subgraph_by_path(told, "a.b") == [x]
+    assert make_graph_view(torch.fx.Graph()) is None

@@ -24,6 +24,9 @@ def test_the_action_is_written_and_read() -> None:
         assert str(kind) == "REDUCE_GRAD" and schedules._ComputationType.from_str("REDUCE_GRAD") is kind
         assert str(schedules.FORWARD) == "F"
     assert kind is schedules._ComputationType.REDUCE_GRAD
+    action = schedules._Action.from_str("3REDUCE_GRAD")
+    assert (action.stage_index, action.computation_type, action.microbatch_index) == (3, kind, None)
+    assert schedules._Action.from_str("2UNSHARD").computation_type is schedules.UNSHARD
     assert kind not in (schedules.FORWARD, schedules.UNSHARD)
 
 

@@ -191,6 +191,18 @@ def test_a_whole_training_step_can_be_captured(redirected: Report) -> None:
     assert torch.equal(model.weight, twin.weight)
 
 
+def test_what_a_capture_frees_stays_freed_and_a_trace_inside_it_is_not_recorded(redirected: Report) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    buffer, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        buffer.mul_(2)
+        with FakeTensorMode() as mode:
+            assert mode.from_tensor(torch.ones(2)).add_(1).shape == (2,)
+        buffer.untyped_storage().resize_(0)
+    assert buffer.untyped_storage().nbytes() == 0
+
+
 def test_streams_and_events_are_of_their_class_and_keep_time(redirected: Report) -> None:
     stream, other = torch.cuda.Stream(priority=-1), torch.cuda.Stream()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

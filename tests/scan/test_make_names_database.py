@@ -222,3 +222,10 @@ def test_an_enum_whose_stub_is_complete_lacks_what_its_stub_lacks(made: Made) ->
     early, late = "class Tag(Enum):\n  core = 0\n", "class Tag(Enum):\n  core = 0\n  reduction = 1\n"
     database = made({stub: early}, {stub: late}, mentioned=(b"reduction\0", b"reduction\0"))
     assert database.look_up("torch._C.Tag.reduction").mask == 0b10
+
+
+def test_a_member_that_no_stub_has_is_in_the_releases_whose_code_mentions_it(made: Made) -> None:
+    stub = {"torch/_C/__init__.pyi": "class TensorBase:\n  def is_there(self): ...\n"}
+    database = made(stub, stub, mentioned=(b"\0is_there\0", b"\0is_there\0const_data_ptr\0"))
+    assert database.look_up_member("torch._C.TensorBase.const_data_ptr").mask == 0b10
+    assert database.look_up_member("torch._C.TensorBase.is_there").mask == 0b11

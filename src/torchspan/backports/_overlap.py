@@ -57,12 +57,15 @@ def fsdp_collectives(nodes: Iterable[Node], kind: str) -> list[Collective]:
 # the modules that nodes belong to
 
 
-def module_paths(node: Node, module_stack: Callable[[Node], Sequence[tuple[str, Any]]] | None = None) -> list[str]:
+def module_paths(node: Node, traced_in: Callable[[Node], Sequence[tuple[str, Any]]] | None = None) -> list[str]:
     """The names of the modules that a node was traced in, outermost first; those of the forward for a backward node."""
-    if module_stack is not None:
-        return [path for path, _ in module_stack(node)]
+    return [path for path, _ in (traced_in or module_stack)(node)]
+
+
+def module_stack(node: Node) -> list[tuple[str, Any]]:
+    """The name and the class of each module that tracing wrote into a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return [plain_path(path) for path, _ in stack.values()]
+    return [(plain_path(path), kind) for path, kind in stack.values()]
 
 
 def plain_path(path: str) -> str:

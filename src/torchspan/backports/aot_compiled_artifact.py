@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
 from torchspan.backports._base import Backport, unavailable
 
 _PLACE = "torch._inductor.standalone_compile"
 _CAUSE = "this torch's inductor has no bundle of a compiled function that could be saved by itself"
 _INSTEAD = "use torchspan.precompile, or CompiledArtifact"
+
+
+def _cached() -> object:
+    """What one of torch's cache entries is called beside other artifacts: this torch's only one."""
+    return vars(importlib.import_module(_PLACE))["CompiledArtifact"]
+
 
 BACKPORT = Backport(
     name="aot_compiled_artifact",
@@ -18,7 +26,8 @@ BACKPORT = Backport(
     names={
         "AOTCompiledArtifact": lambda: unavailable(
             "torch._inductor.standalone_compile.AOTCompiledArtifact", _CAUSE, "2.10.0", _INSTEAD
-        )
+        ),
+        "CacheCompiledArtifact": _cached,
     },
     elsewhere={
         "torch._inductor.output_code": {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from torchspan.backports._base import Backport, get_backport
+from torchspan.backports._base import Backport, get_backport, unavailable
 
 _PLACE = "torch.distributed.tensor.experimental._context_parallel"
 
@@ -17,7 +18,10 @@ def _moved(name: str) -> Callable[[], object]:
 
     def build() -> object:
         found = getattr(importlib.import_module("torch.distributed.tensor.experimental._attention"), name, None)
-        return get_backport("context_parallel").names[name]() if found is None else found
+        ours = get_backport("context_parallel")
+        if found is None:  # 2.9 has no _LoadBalancer that could be replaced
+            return ours.names[name]() if name in ours.names else ours.replaces[name](None)
+        return found
 
     return build
 
@@ -28,7 +32,23 @@ def _gathering() -> object:
     return torch.ops.cplib.flex_cp_allgather
 
 
+def _create_default_load_balancer(seq_length: int, world_size: int, device: Any) -> Any:
+    """What cuts a sequence into equal work for each rank; None where balancing is off or the sequence cannot be cut so."""
+    options: Any = _moved("_cp_options")()
+    if not options.enable_load_balance or seq_length % (2 * world_size):
+        return None
+    balancer: Any = _moved("_HeadTailLoadBalancer")()
+    return balancer(seq_length, world_size, device)
+
+
+def _refused_rules(name: str) -> Callable[[], object]:
+    cause = "this torch's DTensor has no rules of attention for a cut sequence; its dispatcher is changed instead"
+    instead = "call _enable_context_parallel_dispatcher, or context_parallel"
+    return lambda: unavailable(f"{_PLACE}._sharding_rules.{name}", cause, "2.10.0", instead)
+
+
 _BALANCERS = {
+    "_create_default_load_balancer": lambda: _create_default_load_balancer,
     "_HeadTailLoadBalancer": _moved("_HeadTailLoadBalancer"),
     "_LoadBalancer": _moved("_LoadBalancer"),
     "_PTRRLoadBalancer": _moved("_PTRRLoadBalancer"),
@@ -70,5 +90,9 @@ BACKPORT = Backport(
             "flex_cp_allgather": _gathering,
         },
         "torch.distributed.tensor.experimental._context_parallel._load_balancer": _BALANCERS,
+        "torch.distributed.tensor.experimental._context_parallel._sharding_rules": {
+            "register_cp_sharding_rules": _refused_rules("register_cp_sharding_rules"),
+            "unregister_cp_sharding_rules": _refused_rules("unregister_cp_sharding_rules"),
+        },
     },
 )

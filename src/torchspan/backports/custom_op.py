@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -119,6 +120,15 @@ def _opaque(function: Callable[..., Any] | None) -> Iterator[tuple[str, str]]:
                 yield f"{name} is an opaque {part.__name__}, a type that this torch's dispatcher does not have", "2.10.0"
 
 
+def _opaque_in(schema: str) -> Iterator[tuple[str, str]]:
+    """Why a schema that names classes of opaque objects cannot be an operator's here."""
+    if hasattr(torch._C, "_register_opaque_type"):
+        return
+    for name in re.findall(r"[\w.<>]+\.\w+", schema):
+        if _is_opaque(name):
+            yield f"{name} is a class of opaque objects, a type that this torch's dispatcher does not have", "2.10.0"
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
@@ -126,7 +136,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _is_opaque(cls: type) -> bool:
+def _is_opaque(cls: type | str) -> bool:
     from torchspan.backports._base import get_backport
 
     is_custom_class: Any = get_backport("opaque_object").names["is_custom_class"]()
@@ -152,6 +162,10 @@ def _defining(define: Callable[..., Any]) -> Callable[..., Any]:
         known, unknown = _sorted(tags)
         for cause, since in _meanings(unknown):
             raise UnsupportedError(f"Library.define({schema!r}): {cause}; torch has it since {since}")
+        for cause, since in _opaque_in(schema):
+            raise UnsupportedError(
+                f"Library.define({schema!r}): {cause}; torch has it since {since}; give it a tensor or a number"
+            )
         _report(schema, None, unknown)
         return define(self, schema, alias_analysis, tags=known)
 

@@ -7,6 +7,7 @@ meshes that were cut in different ways can be compared, joined, and turned into 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import threading
@@ -136,6 +137,31 @@ def _overrides(asked: Mapping[int | str, Any] | None, names: Sequence[str]) -> l
             f"or one of {tuple(names)}"
         )
     return found
+
+
+def _overriding(init: Callable[..., Any]) -> Callable[..., Any]:
+    """init_device_mesh, with `backend_override`."""
+    if "backend_override" in inspect.signature(init).parameters:
+        return init
+
+    @functools.wraps(init)
+    def init_device_mesh(device_type: str, mesh_shape: tuple[int, ...], *, backend_override: Any = None, **options: Any) -> Any:
+        if not backend_override:
+            return init(device_type, mesh_shape, **options)
+        from torch.distributed.device_mesh import _mesh_resources
+
+        BACKPORT.record_use("init_device_mesh(backend_override=…)")
+        names = options.get("mesh_dim_names") or [f"dim {index}" for index in range(len(mesh_shape))]
+        given, before = _mesh_resources.mesh_dim_group_options, dict(_mesh_resources.mesh_dim_group_options)
+        asked = enumerate(_overrides(backend_override, names))
+        given.update({dim: override for dim, override in asked if override != (None, None)})
+        try:
+            return init(device_type, mesh_shape, **options)
+        finally:
+            given.clear()
+            given.update(before)
+
+    return init_device_mesh
 
 
 # what torch has
@@ -395,7 +421,7 @@ def _new(name: str, method: object) -> Change:
 
 BACKPORT = Backport(
     name="device_mesh_unflatten",
-    summary="DeviceMesh._unflatten and _concatenate, slices of slices, _flatten(backend_override=…)",
+    summary="DeviceMesh._unflatten and _concatenate, slices of slices, _flatten and init_device_mesh(backend_override=…)",
     target=_PLACE,
     since="2.10.0",
     upstream="https://github.com/pytorch/pytorch/pull/161224",
@@ -406,6 +432,7 @@ BACKPORT = Backport(
         "DeviceMesh.get_group": _getting_group,
         "_MeshEnv.get_root_mesh": _root_of,
     },
+    redefines={"init_device_mesh": _overriding},
     also=(
         _new("_unflatten", _unflatten),
         _new("_concatenate", staticmethod(_concatenate)),

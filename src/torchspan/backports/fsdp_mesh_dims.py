@@ -7,7 +7,7 @@ parallelism alone and the DTensors lie on the others; so the parameters are take
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -117,7 +117,7 @@ def _take_off_axes(module: nn.Module, mesh: Any, data_parallel: set[str], ignore
     from torch.distributed.tensor import DTensor, Replicate
 
     made: dict[int, nn.Parameter] = {}
-    for holder in module.modules():
+    for holder in _not_sharded_yet(module):
         for name, param in holder.named_parameters(recurse=False):
             if param in ignored or not isinstance(param, DTensor) or param.device_mesh != mesh:
                 continue
@@ -128,6 +128,16 @@ def _take_off_axes(module: nn.Module, mesh: Any, data_parallel: set[str], ignore
             if id(param) not in made:
                 made[id(param)] = _on(mesh, [axis for axis in placed if axis not in data_parallel], placed, param)
             setattr(holder, name, made[id(param)])
+
+
+def _not_sharded_yet(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in `module` without those that were sharded by themselves: their parameters are theirs."""
+    from torch.distributed.fsdp import FSDPModule
+
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _not_sharded_yet(child)
 
 
 def _on(mesh: Any, axes: list[str], placed: dict[str, Any], param: Any) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchspan.backports._base import Backport
+from torchspan.backports._base import Backport, Change
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import current_report, user_site
 
@@ -93,6 +94,27 @@ class _going_on_unbound:
         return True
 
 
+def _taking_options(init: Callable[..., None]) -> Callable[..., None]:
+    """LaunchConfig's constructor, with `numa_options`: this torch's launcher starts processes unbound."""
+
+    @functools.wraps(init)
+    def construct(self: Any, *args: Any, numa_options: NumaOptions | None = None, **options: Any) -> None:
+        init(self, *args, **options)
+        self.numa_options = numa_options
+        if numa_options is not None:
+            with _going_on_unbound(numa_options):
+                raise UnsupportedError(
+                    f"LaunchConfig(numa_options={numa_options}): this torch's launcher cannot bind what it starts; "
+                    f"{BACKPORT.reason}; call _maybe_apply_numa_binding_to_current_process in each process"
+                )
+
+    return construct
+
+
+def _if_lacking_options(init: Callable[..., None]) -> Callable[..., None]:
+    return init if "numa_options" in inspect.signature(init).parameters else _taking_options(init)
+
+
 def _cpus_near(device_index: int, mode: AffinityMode) -> set[int]:
     """The CPUs of the device's NUMA node that this process may use."""
     if mode is not AffinityMode.NODE:
@@ -159,7 +181,10 @@ BACKPORT = Backport(
     target="torch.numa.binding",
     since="2.9.0",
     upstream="https://github.com/pytorch/pytorch/blob/v2.9.0/torch/numa/binding.py",
-    differs="AffinityMode.NODE only; the others are refused; numactl is needed for commands only",
+    differs=(
+        "AffinityMode.NODE only; the others are refused; numactl is needed for commands only; LaunchConfig(numa_options=…) "
+        "starts processes unbound where the options allow that, and is refused where they do not"
+    ),
     is_module=True,
     names={
         "AffinityMode": lambda: AffinityMode,
@@ -168,4 +193,5 @@ BACKPORT = Backport(
         "_maybe_wrap_with_numa_binding": lambda: _maybe_wrap_with_numa_binding,
         "_maybe_wrap_command_args_with_numa_binding": lambda: _maybe_wrap_command_args_with_numa_binding,
     },
+    also=(Change("torch.distributed.launcher.api", "LaunchConfig.__init__", _if_lacking_options),),
 )

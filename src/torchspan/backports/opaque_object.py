@@ -265,6 +265,8 @@ BACKPORT = Backport(
         "CustomClassBase": _base("CustomClassBase", "OpaqueBase"),
         "CustomClassBaseMeta": _base("CustomClassBaseMeta", "OpaqueBaseMeta"),
         "MemberType": lambda: MemberType,
+        "OpaqueBase": _base("CustomClassBase", "OpaqueBase"),
+        "OpaqueBaseMeta": _base("CustomClassBaseMeta", "OpaqueBaseMeta"),
         "OpaqueType": lambda: OpaqueType,
         "OpaqueTypeStr": lambda: OpaqueTypeStr,
         "register_custom_class": _newer("register_custom_class", "register_opaque_type"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from torchspan.backports import _overlap
+from torchspan.backports import _graph_view, _overlap
 from torchspan.backports._base import Backport, unavailable
 from torchspan.core.collectives import GATHER, SCATTER, Collective
 from torchspan.core.overlap import overlap, places_of
@@ -63,6 +63,12 @@ def _by_plan(members: list[Collective], plans: list[list[str]], module_stack: An
     return list(found.values())
 
 
+_VIEWS = {
+    "GraphView": lambda: _graph_view.GraphView,
+    "make_graph_view": lambda: _graph_view.make_graph_view,
+    "get_subgraph_by_path": lambda: _graph_view.get_subgraph_by_path,
+}
+
 BACKPORT = Backport(
     name="overlap_manual_scheduling",
     summary="bucket FSDP's collectives by module and overlap them: manual_overlap_bucketing",
@@ -75,6 +81,7 @@ BACKPORT = Backport(
     ),
     names={
         "manual_overlap_bucketing": lambda: manual_overlap_bucketing,
+        **_VIEWS,
         "ManualOverlapScheduler": lambda: unavailable(
             f"{_PLACE}.ManualOverlapScheduler",
             "torchspan has the pass as a function",
@@ -89,13 +96,14 @@ BACKPORT = Backport(
         ),
     },
     elsewhere={
+        "torch._inductor.fx_passes.graph_view": _VIEWS,
         "torch._inductor.fx_passes.control_dependencies": {
             "preserve_node_ordering": lambda: unavailable(
                 "torch._inductor.fx_passes.control_dependencies.preserve_node_ordering",
                 "this torch's inductor has no operator that orders others",
                 _SINCE,
             )
-        }
+        },
     },
     is_module=True,
 )

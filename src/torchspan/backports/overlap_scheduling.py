@@ -149,6 +149,12 @@ BACKPORT = Backport(
         "schedule_overlap_bucketing_from_inductor_configs": lambda: schedule_overlap_bucketing_from_inductor_configs,
         "get_group_name": lambda: get_group_name,
         "is_compute_node": lambda: is_compute_node,
+        "CollectiveInfo": lambda: unavailable(
+            f"{_PLACE}.CollectiveInfo",
+            "torchspan has the pass as a function, which estimates no times",
+            _SINCE,
+            "call schedule_overlap_bucketing",
+        ),
         "OverlapScheduler": lambda: unavailable(
             f"{_PLACE}.OverlapScheduler",
             "torchspan has the pass as a function",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,11 @@ def _shown(show: Callable[[Any], str]) -> Callable[[Any], str]:
 
 def _read(read: Any) -> Any:
     return staticmethod(functools.wraps(read.__func__)(lambda text: _reduce_grad() if text == _NAME else read.__func__(text)))
+
+
+def _reading_actions(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """The pattern of a whole action, such as ``0REDUCE_GRAD``."""
+    return pattern if _NAME in pattern.pattern else re.compile(pattern.pattern.replace("|UNSHARD|", f"|{_NAME}|UNSHARD|"))
 
 
 def _split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
@@ -104,6 +110,7 @@ BACKPORT = Backport(
     also=(
         Change("torch.distributed.pipelining.schedules", "_ComputationType.__str__", _shown),
         Change("torch.distributed.pipelining.schedules", "_ComputationType.from_str", _read),
+        Change("torch.distributed.pipelining.schedules", "_action_regex", _reading_actions),
         Change(
             "torch.distributed.pipelining.schedules",
             "_ComputationType.REDUCE_GRAD",

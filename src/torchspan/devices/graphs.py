@@ -147,11 +147,14 @@ class _Recorder(TorchDispatchMode):
         torch.set_rng_state(self._random)
         with torch.no_grad():
             for tensor, value in self._before.values():
-                tensor.copy_(value)
+                if tensor.untyped_storage().nbytes() == value.nbytes:  # what the program has freed since stays freed
+                    tensor.copy_(value)
         self._before.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(tensor.untyped_storage().device.type == "meta" for value in args for tensor in _tensors(value)):
+            return func(*args, **kwargs)  # of a trace that runs inside: there is nothing to compute again
         for tensor in _written(func, args, kwargs):
             key = tensor.untyped_storage()._cdata
             if key not in self._made and key not in self._before:

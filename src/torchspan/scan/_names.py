@@ -213,7 +213,8 @@ class Names:
     def is_configuration(self, dotted: str) -> bool:
         """Whether setting an attribute of the module or object `dotted` needs it to be there already."""
         outcomes = self._outcomes(dotted, False)
-        return dotted.rpartition(".")[2] in ("config", "_config") or any(outcome.entry.startswith("@") for outcome in outcomes)
+        is_in_module = not {"config", "_config"}.isdisjoint(dotted.split(".")[-2:])  # in a group of options as well
+        return is_in_module or any(outcome.entry.startswith("@") for outcome in outcomes)
 
     # classes and members
 
