@@ -18,8 +18,10 @@ from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.jobs import transport
+from torchspan.jobs.groups import pretend
 from torchspan.regions import _torch, ambient, events, transformers
 from torchspan.regions.ambient import Ambient
+from torchspan.regions.collectives import Collectives, collectives_of
 from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.settings import Settings
@@ -46,13 +48,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Filled:
-    """What the compile process hands back: the bytes of an `artifact`, or (None) what lies in torch's caches now, and why."""
+    """What the compile process hands back: the bytes of an `artifact`, or (None) what lies in torch's caches now, and why.
+
+    `collectives` are those of a call with its backward, in a job of several ranks.
+    """
 
     graphs: int
     isas: Mapping[str, bool]
     artifact: bytes | None = None
     why_no_artifact: str | None = None
     kept: ledger.Kept = field(default_factory=ledger.Kept)
+    collectives: Collectives = field(default_factory=Collectives)
 
 
 def compile_region(payload: bytes) -> bytes:
@@ -60,8 +66,10 @@ def compile_region(payload: bytes) -> bytes:
     return _run(payload, _compile_region)
 
 
-def _compile_region(task: Task) -> Filled:
+def _compile_region(task: Task, expected: Collectives) -> Filled:
     isas = dict(task.isas)
+    if expected:
+        return _fill_caches(task, expected, isas, "no artifact: the program has collectives")
     try:
         with _torch.known_isas(isas):
             return Filled(1, isas, _make_artifact(task))
@@ -70,22 +78,23 @@ def _compile_region(task: Task) -> Filled:
     except Exception as cause:  # noqa: BLE001 - a foreign compiler, in a way that the caches may do without
         why_not = f"no artifact: {type(cause).__name__}: {cause}"
     _torch.reset()
-    return _fill_caches(task, isas, why_not)
+    return _fill_caches(task, expected, isas, why_not)
 
 
 def fill_caches(payload: bytes) -> bytes:
     """Compile a pickled Task so that its results lie in torch's caches; gives a pickled Filled."""
-    return _run(payload, lambda task: _fill_caches(task, dict(task.isas), None))
+    return _run(payload, lambda task, expected: _fill_caches(task, expected, dict(task.isas), None))
 
 
-def _run(payload: bytes, compile_it: Callable[[Task], Filled]) -> bytes:
+def _run(payload: bytes, compile_it: Callable[[Task, Collectives], Filled]) -> bytes:
     with events.recording():
         task = _begin(payload)
+        expected = _expected(payload)
         if not task.settings.is_inductor:
-            return pickle.dumps(compile_it(task))
+            return pickle.dumps(compile_it(task, expected))
         with ledger.watching(_torch.cache_folder()) as note:
             try:
-                filled = compile_it(task)
+                filled = compile_it(task, expected)
             except Exception as cause:
                 if dropped := note().dropped:  # torch may have said it in words of its own
                     raise ledger.CorruptEntryError(f"{ledger.DAMAGED} {', '.join(dropped)}") from cause
@@ -105,7 +114,18 @@ def profile_region(payload: bytes) -> bytes:
     return pickle.dumps(isas)
 
 
+def _expected(payload: bytes) -> Collectives:
+    """The collectives that a call and its backward issue eagerly: of a copy of the program, as running it may change it."""
+    if transport.groups_of(payload) is None:
+        return Collectives()
+    copied: Task = transport.loads(payload)
+    return collectives_of(lambda: _backward(call_task(copied, _torch.entry_point(copied.is_block))))
+
+
 def _begin(payload: bytes) -> Task:
+    groups = transport.groups_of(payload)
+    if groups is not None:
+        pretend(groups)
     task: Task = transport.loads(payload)
     transformers.register(task.target)
     ambient.restore(task.ambient)
@@ -122,22 +142,33 @@ def _make_artifact(task: Task) -> bytes:
     return file.getvalue()
 
 
-def _fill_caches(task: Task, isas: dict[str, bool], why_not: str | None) -> Filled:
+def _fill_caches(task: Task, expected: Collectives, isas: dict[str, bool], why_not: str | None) -> Filled:
     """Compile for the example inputs, and run once: forward, and backward where gradients are wanted."""
     before = _torch.counters()  # an attempt at an artifact was counted too
     refusals: list[str] = []
     with _torch.noting_refusals(refusals):
-        _compile(task, isas)
+        compiled = _compile(task, isas)
+    if expected:
+        _check_collectives(task, compiled, expected)
     counted = {name: count - before[name] for name, count in _torch.counters().items()}
     if task.settings.is_inductor:
         _check_saved(counted, refusals)
-    return Filled(counted["graphs"], isas, None, why_not)
+    return Filled(counted["graphs"], isas, None, why_not, collectives=expected)
 
 
-def _compile(task: Task, isas: dict[str, bool]) -> None:
-    """Compile into torch's caches, and run once: forward, and backward where gradients are wanted."""
+def _compile(task: Task, isas: dict[str, bool]) -> Callable[..., Any]:
+    """Compile into torch's caches, and run once: forward, and backward where gradients are wanted; gives what was compiled."""
+    compiled = task.settings.compile(_torch.entry_point(task.is_block))
     with _torch.caching(), _torch.known_isas(isas):
-        _backward(call_task(task, task.settings.compile(_torch.entry_point(task.is_block))))
+        _backward(call_task(task, compiled))
+    return compiled
+
+
+def _check_collectives(task: Task, compiled: Callable[..., Any], expected: Collectives) -> None:
+    """Raise CompileError where compiled code issues others than eager, so that a rank could not go back to eager alone."""
+    found = collectives_of(lambda: _backward(call_task(task, _torch.run_only(compiled))))
+    if found.issued != expected.issued:
+        raise CompileError(f"compiled code issues other collectives than eager ({found}; eager: {expected})")
 
 
 def call_task(task: Task, entry: Callable[..., Any]) -> Any:

@@ -1,0 +1,66 @@
+"""The process groups of a job of several ranks, as a value; the compile process has fake ones of the same names and ranks.
+
+A program names its groups in its collectives, in its meshes and in its attributes. In the compile process a collective returns
+at once, with numbers that mean nothing: what is compiled there depends on the names and sizes of groups only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchspan.core.replaced import replaced
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups, the default one first: of each its name and the global ranks that it has."""
+
+    rank: int
+    named: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the job has."""
+        return len(self.named[0][1])
+
+
+def groups_here() -> Groups | None:
+    """Those of this process; None where it is no rank of several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return None
+    world = dist.distributed_c10d._world
+    first = world.default_pg
+    ordered = [first, *(one for one in world.pg_group_ranks if one is not first)]
+    return Groups(dist.get_rank(), tuple((world.pg_names[one], tuple(world.pg_group_ranks[one])) for one in ordered))
+
+
+def pretend(groups: Groups) -> None:
+    """Give this process fake groups of these names and ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    (first, _), *others = groups.named
+    with _named(first):
+        dist.init_process_group("fake", store=FakeStore(), rank=groups.rank, world_size=groups.num_ranks)
+    for name, ranks in others:
+        with _named(name):
+            dist.new_group(list(ranks))
+
+
+def _named(name: str) -> AbstractContextManager[None]:
+    """Have the next group be called `name`, which is a number or a digest as torch would have it."""
+    return replaced(dist.distributed_c10d, "_process_group_name", lambda *_, **__: name)
+
+
+def is_group(value: Any) -> bool:
+    """Whether it is a process group, which cannot be sent but has a name."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def group_of(name: str) -> Any:
+    """The group of that name, where it is known."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
