@@ -6,6 +6,8 @@ at once, with numbers that mean nothing: what is compiled there depends on the n
 
 from __future__ import annotations
 
+import copyreg
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchspan.core.replaced import replaced
+from torchspan.core.replaced import entries_replaced, replaced
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ def _named(name: str) -> AbstractContextManager[None]:
 def is_group(value: Any) -> bool:
     """Whether it is a process group, which cannot be sent but has a name."""
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def reduced_group(group: Any) -> tuple[Callable[[str], Any], tuple[str]]:
+    """What pickle is to write for a group."""
+    return group_of, (str(group.group_name),)
+
+
+def portable_groups() -> AbstractContextManager[None]:
+    """Have pickle write a group by its name, and a deep copy of what holds a group hold the same one."""
+    return entries_replaced(copyreg.dispatch_table, {dist.ProcessGroup: reduced_group} if dist.is_available() else {})
 
 
 def group_of(name: str) -> Any:

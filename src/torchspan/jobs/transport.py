@@ -26,7 +26,7 @@ import torch
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
-from torchspan.jobs.groups import Groups, group_of, groups_here, is_group
+from torchspan.jobs.groups import Groups, groups_here, is_group, reduced_group
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -60,7 +60,7 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if is_group(obj):
-            return group_of, (str(obj.group_name),)
+            return reduced_group(obj)
         if isinstance(obj, torch._ops.OpOverload):
             namespace, _, name = obj._schema.name.partition("::")
             return _operator, (namespace, name, obj._overloadname)

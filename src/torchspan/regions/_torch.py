@@ -20,6 +20,7 @@ import torch
 
 from torchspan.capture import _torch as capture_torch
 from torchspan.core.replaced import entries_replaced, replaced
+from torchspan.jobs.groups import portable_groups
 
 _compile_holder: list[Callable[..., Any]] = []
 _loading = threading.RLock()
@@ -195,12 +196,14 @@ def caching() -> Iterator[None]:
 
 @contextmanager
 def _portable_keys() -> Iterator[None]:
-    """Have a memory format enter a cache key by its name.
+    """Have a memory format enter a cache key by its name, and a process group a key and an entry by its.
 
-    Pickle names it by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a program
-    imported before torch, and two processes disagree about the same graph.
+    Pickle names a format by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a
+    program imported before torch, and two processes disagree about the same graph. A group cannot be pickled at all, so that
+    torch (2.13) keeps no graph of DTensors.
     """
-    with entries_replaced(copyreg.dispatch_table, dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)):
+    portable = dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)
+    with entries_replaced(copyreg.dispatch_table, portable), portable_groups():
         yield
 
 
@@ -230,6 +233,26 @@ def _checkpoint_is_cacheable() -> Iterator[None]:
         replaced(tag_activation_checkpoint, "_cacheable", True),
         replaced(autograd_cache, "check_node_safe", check_node_safe),
     ):
+        yield
+
+
+@contextmanager
+def breaking_at_old_collectives() -> Iterator[None]:
+    """Have dynamo leave the functions of ``torch.distributed.nn.functional`` to eager, and compile what is around them.
+
+    Newer torch (2.13) raises in each where it is traced, by which the whole function that calls it is left to eager.
+    """
+    from torch.distributed.nn import functional
+
+    if not hasattr(functional, "_not_supported_under_compile"):
+        yield
+        return
+    public = [one for one in vars(functional).values() if isinstance(one, types.FunctionType)]
+    with ExitStack() as stack:
+        for one in public:
+            if one.__module__ == functional.__name__ and not hasattr(one, "_torchdynamo_disable"):
+                one._torchdynamo_disable = True  # type: ignore[attr-defined]
+                stack.callback(delattr, one, "_torchdynamo_disable")
         yield
 
 

@@ -65,7 +65,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.issued: list[tuple[str, str]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if func.namespace in _NAMESPACES:
             name = func._schema.name.partition("::")[2].removesuffix("_")

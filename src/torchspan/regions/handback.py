@@ -136,8 +136,9 @@ class FromCaches:
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
         self.has_traced = True
-        with _torch.known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
-            return self._entry(target, *args, **kwargs)
+        with _torch.known_isas(self._isas), _torch.breaking_at_old_collectives():
+            with marked(args, kwargs, self._dims), nesting(self._nested):
+                return self._entry(target, *args, **kwargs)
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether dynamo's guards hold in this call; nothing is run."""

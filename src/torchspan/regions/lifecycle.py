@@ -192,6 +192,10 @@ class Lifecycle:
             agreement.tell(filled.collectives)
         if not filled.collectives:
             generation.agreement = None
+        elif filled.not_verified is not None:
+            self._decide("not verified", f"it has collectives, and in the compile process: {filled.not_verified}")
+        else:
+            self._decide("verified apart", "it has collectives: compared with eager where it was compiled")
         generation.stage = "ready"
         if self._is_agreeing(generation):
             threading.Thread(target=self._agree, args=(generation, agreement), name=watch.AGREEMENT_THREAD, daemon=True).start()
@@ -387,8 +391,7 @@ class Lifecycle:
         self.start_again(generation, call)
 
     def _verify(self, generation: Generation, code: FromArtifact | FromCaches, call: Call) -> str | None:
-        if generation.agreement is not None:
-            self._decide("not verified", "a check would issue collectives of its own, and must not fail on one rank alone")
+        if generation.agreement is not None:  # a check would issue collectives of its own, and must not fail on one rank alone
             return None
         try:
             return verify.mismatch(

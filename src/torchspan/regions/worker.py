@@ -18,8 +18,8 @@ from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.jobs import transport
-from torchspan.jobs.groups import pretend
-from torchspan.regions import _torch, ambient, events, transformers
+from torchspan.jobs.groups import portable_groups, pretend
+from torchspan.regions import _torch, ambient, events, transformers, verify
 from torchspan.regions.ambient import Ambient
 from torchspan.regions.collectives import Collectives, collectives_of
 from torchspan.regions.marked import marked
@@ -50,7 +50,8 @@ class Task:
 class Filled:
     """What the compile process hands back: the bytes of an `artifact`, or (None) what lies in torch's caches now, and why.
 
-    `collectives` are those of a call with its backward, in a job of several ranks.
+    `collectives` are those of a call with its backward, in a job of several ranks; code that issues some was compared with
+    eager in that process, unless it was `not_verified`, with a reason.
     """
 
     graphs: int
@@ -59,6 +60,7 @@ class Filled:
     why_no_artifact: str | None = None
     kept: ledger.Kept = field(default_factory=ledger.Kept)
     collectives: Collectives = field(default_factory=Collectives)
+    not_verified: str | None = None
 
 
 def compile_region(payload: bytes) -> bytes:
@@ -148,12 +150,11 @@ def _fill_caches(task: Task, expected: Collectives, isas: dict[str, bool], why_n
     refusals: list[str] = []
     with _torch.noting_refusals(refusals):
         compiled = _compile(task, isas)
-    if expected:
-        _check_collectives(task, compiled, expected)
+    not_verified = _check_ranks(task, compiled, expected) if expected else None
     counted = {name: count - before[name] for name, count in _torch.counters().items()}
     if task.settings.is_inductor:
         _check_saved(counted, refusals)
-    return Filled(counted["graphs"], isas, None, why_not, collectives=expected)
+    return Filled(counted["graphs"], isas, None, why_not, collectives=expected, not_verified=not_verified)
 
 
 def _compile(task: Task, isas: dict[str, bool]) -> Callable[..., Any]:
@@ -164,17 +165,47 @@ def _compile(task: Task, isas: dict[str, bool]) -> Callable[..., Any]:
     return compiled
 
 
-def _check_collectives(task: Task, compiled: Callable[..., Any], expected: Collectives) -> None:
-    """Raise CompileError where compiled code issues others than eager, so that a rank could not go back to eager alone."""
-    found = collectives_of(lambda: _backward(call_task(task, _torch.run_only(compiled))))
+def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives) -> str | None:
+    """Compare compiled code with eager where it issues collectives, which send nothing here; why that cannot be done, or None.
+
+    Raises:
+        CompileError: it issues others than eager, so that a rank could not go back to eager alone, or gives other results.
+    """
+    eager, code = _torch.entry_point(task.is_block), _torch.run_only(compiled)
+    found = collectives_of(lambda: _backward(call_task(task, code)))
     if found.issued != expected.issued:
         raise CompileError(f"compiled code issues other collectives than eager ({found}; eager: {expected})")
+    call = task.target, task.args, task.kwargs
+    is_random = task.settings.is_random
+    _fill_blanks(call)
+    try:
+        with ambient.modes(task.ambient), portable_groups():
+            wrong = verify.mismatch(eager, code, call, is_random=is_random, is_apart=True)
+            if wrong is not None and verify.mismatch(eager, eager, call, is_random=is_random, is_apart=True) is not None:
+                return "a fake collective leaves its results as they come"
+    except Exception as cause:  # noqa: BLE001 - the program's own, on numbers that it does not know, or of the check
+        return f"{type(cause).__name__}: {cause}"
+    if wrong is not None:
+        raise CompileError(f"compiled code gives other results than eager: {wrong}")
+    return None
+
+
+def _fill_blanks(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]]) -> None:
+    """Give weights and inputs that came as zeros numbers, so that results tell something."""
+    target, args, kwargs = call
+    weights = list(target.parameters()) if isinstance(target, torch.nn.Module) else []
+    with torch.no_grad():
+        for one in [*weights, *tensors((args, kwargs))]:
+            local = getattr(one, "_local_tensor", one).detach()
+            if local.is_floating_point() and not local.is_meta and not local.any():
+                local.uniform_(-0.5, 0.5)
 
 
 def call_task(task: Task, entry: Callable[..., Any]) -> Any:
     """Call `entry` as the task's caller would: with its inputs and modes, its dimensions marked, its classes nested."""
-    with ambient.modes(task.ambient), marked(task.args, task.kwargs, task.dims), nesting(task.nested):
-        return entry(task.target, *task.args, **task.kwargs)
+    with ambient.modes(task.ambient), _torch.breaking_at_old_collectives():
+        with marked(task.args, task.kwargs, task.dims), nesting(task.nested):
+            return entry(task.target, *task.args, **task.kwargs)
 
 
 def check_compiler() -> None:
