@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from torchspan.jobs.groups import groups_here
 from torchspan.regions.collectives import Collectives
 
 POLL_S = 0.05
@@ -27,14 +26,12 @@ _opened: Counter[str] = Counter()  # what is alike is paired with the other rank
 
 
 class Agreement:
-    """What one generation agrees on with those of the other ranks that are alike: of the same `name`, in the same order."""
+    """What one generation of this `rank` agrees on with the others' in a `store`; `clocks` gives that of each group by its name."""
 
-    def __init__(self, name: str) -> None:
-        number = _opened[name]
-        _opened[name] += 1
-        world = dist.distributed_c10d._world
-        self._store = dist.PrefixStore(f"torchspan/{name}/{number}", world.pg_map[world.default_pg][1])
-        self._rank = dist.get_rank()
+    def __init__(self, store: dist.Store, rank: int, clocks: Callable[[], Mapping[str, int]]) -> None:
+        self._store = store
+        self._rank = rank
+        self._clocks = clocks
         self._lock = threading.Lock()
         self._seen: dict[str, int] = {}  # each group's clock at the beginning of the last call that ran eagerly
         self._clock = ""
@@ -134,9 +131,7 @@ class Agreement:
     def _pause(self, is_cancelled: Callable[[], bool], deadline: float, what: str) -> str | None:
         """Wait a moment; why there is no use in waiting on, or None."""
         if is_cancelled():
-            return "its compile was cancelled"
-        if groups_here() is None:
-            return "the process group was destroyed"
+            return "its compile was cancelled, or the process group destroyed"
         if time.monotonic() > deadline:
             return f"{what}, and it was waited for long enough"
         time.sleep(min(MAX_POLL_S, POLL_S + (time.monotonic() - self._began) / 50))
@@ -161,7 +156,7 @@ class Agreement:
 
     def is_now(self) -> bool:
         """At the beginning of a call, before it is known how it runs: whether it is the one in which all ranks take over."""
-        clocks = _clocks()
+        clocks = self._clocks()
         with self._lock:
             self._seen = clocks
             proposed = self._proposed
@@ -173,7 +168,7 @@ class Agreement:
 
     def position(self) -> int:
         """How many collectives its groups have issued."""
-        clocks = _clocks()
+        clocks = self._clocks()
         return sum(clocks.get(name, 0) for name in self.collectives.ranks)
 
     def _now(self) -> int:
@@ -188,7 +183,16 @@ class Agreement:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
 
-def _clocks() -> Mapping[str, int]:
+def agreement_here(name: str) -> Agreement:
+    """That of a generation of this process, with the generation of each other rank that is of the same `name` and number."""
+    number = _opened[name]
+    _opened[name] += 1
+    world = dist.distributed_c10d._world
+    store = dist.PrefixStore(f"torchspan/{name}/{number}", world.pg_map[world.default_pg][1])
+    return Agreement(store, dist.get_rank(), clocks_here)
+
+
+def clocks_here() -> Mapping[str, int]:
     """How many collectives each group of this process has issued, by its name."""
     world: Any = dist.distributed_c10d._world
     return {str(name): group._get_sequence_number_for_group() for group, name in world.pg_names.items()}

@@ -29,7 +29,7 @@ from torchspan.jobs.budget import Allowance
 from torchspan.jobs.groups import groups_here
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.regions import _torch, ambient, verify, watch
-from torchspan.regions.agreement import Agreement
+from torchspan.regions.agreement import Agreement, agreement_here
 from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
 from torchspan.regions.fullgraph import break_message
@@ -94,7 +94,7 @@ class Lifecycle:
     def _start(self, generation: Generation, call: Call) -> None:
         if generation.agreement is None and groups_here() is not None:
             modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
-            generation.agreement = Agreement(f"{self.part.name} {self.strategy} {modes}")
+            generation.agreement = agreement_here(f"{self.part.name} {self.strategy} {modes}")
         gpu = gpu_of(call.args, call.kwargs)
         why_not = refusal(gpu, self._host.settings)
         if why_not is not None:
@@ -205,7 +205,10 @@ class Lifecycle:
 
     def _agree(self, generation: Generation, agreement: Agreement) -> None:
         """In a thread of its own: settle with the other ranks when all take over, and hear how that went for them."""
-        is_cancelled = generation.cancel.is_set
+
+        def is_cancelled() -> bool:
+            return generation.cancel.is_set() or groups_here() is None
+
         try:
             why_not = agreement.reach(is_cancelled, RANKS_S, generation.done.set)
             if why_not is not None:
