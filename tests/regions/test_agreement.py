@@ -16,6 +16,9 @@ SUM = Collectives((("allreduce", "0"),), {"0": (0, 1)})
 GATHER = Collectives((("allgather", "0"),), {"0": (0, 1)})
 
 
+Pool = ThreadPoolExecutor
+
+
 class Rank:
     """Each of its calls issues one collective; notes in which one it takes over."""
 
@@ -79,7 +82,7 @@ def test_calls_that_wait_for_the_compile_may_be_the_first_that_are_compiled(
     assert [rank.took_over for rank in ranks] == [0, 0]
 
 
-def test_a_rank_that_has_passed_the_proposed_time_has_all_try_again(ranks: list[Rank], pool: ThreadPoolExecutor) -> None:
+def test_a_rank_that_has_passed_the_proposed_time_has_all_try_again(ranks: list[Rank], pool: Pool) -> None:
     store = ranks[0].agreement._store
     for _ in range(5):
         for rank in ranks:
@@ -97,7 +100,7 @@ def test_one_that_refuses_keeps_all_eager(ranks: list[Rank]) -> None:
     assert ranks[1].reach(SUM) == "rank 1 runs eagerly: its compile crashed", "what was settled is the same for all"
 
 
-def test_other_collectives_keep_all_eager(ranks: list[Rank], pool: ThreadPoolExecutor) -> None:
+def test_other_collectives_keep_all_eager(ranks: list[Rank], pool: Pool) -> None:
     found = [pool.submit(rank.reach, code) for rank, code in zip(ranks, (SUM, GATHER), strict=True)]
     told = {one.result() for one in found}
     assert len(told) == 1 and "issues other collectives than that of rank" in str(told)
@@ -108,14 +111,14 @@ def test_a_rank_that_never_compiles_is_not_waited_for_for_ever(ranks: list[Rank]
     assert ranks[1].reach(SUM) == "rank 1 has not compiled it, and it was waited for long enough"
 
 
-def test_ranks_that_call_no_more_end(ranks: list[Rank], pool: ThreadPoolExecutor) -> None:
+def test_ranks_that_call_no_more_end(ranks: list[Rank], pool: Pool) -> None:
     found = [pool.submit(rank.reach, SUM, 0.5) for rank in ranks]
     assert {one.result() for one in found} == {
         "the ranks do not call it any more, or not in step, and it was waited for long enough"
     }
 
 
-def test_a_rank_that_could_not_load_its_code_has_the_others_go_back(ranks: list[Rank], pool: ThreadPoolExecutor) -> None:
+def test_a_rank_that_could_not_load_its_code_has_the_others_go_back(ranks: list[Rank], pool: Pool) -> None:
     found = [pool.submit(rank.reach, SUM) for rank in ranks]
     call_until(ranks, *found)
     whys = [

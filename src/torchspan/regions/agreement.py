@@ -26,7 +26,7 @@ _opened: Counter[str] = Counter()  # what is alike is paired with the other rank
 
 
 class Agreement:
-    """What one generation of this `rank` agrees on with the others' in a `store`; `clocks` gives that of each group by its name."""
+    """What one generation of this `rank` agrees on with the others' in a `store`; `clocks` gives each group's, by its name."""
 
     def __init__(self, store: dist.Store, rank: int, clocks: Callable[[], Mapping[str, int]]) -> None:
         self._store = store
