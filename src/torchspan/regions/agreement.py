@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -193,6 +194,10 @@ def agreement_here(name: str) -> Agreement:
 
 
 def clocks_here() -> Mapping[str, int]:
-    """How many collectives each group of this process has issued, by its name."""
+    """How many collectives each group of this process has issued, by its name; a backend may not count."""
     world: Any = dist.distributed_c10d._world
-    return {str(name): group._get_sequence_number_for_group() for group, name in world.pg_names.items()}
+    found = {}
+    for group, name in world.pg_names.items():
+        with suppress(RuntimeError):
+            found[str(name)] = group._get_sequence_number_for_group()
+    return found

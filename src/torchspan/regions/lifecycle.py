@@ -188,8 +188,7 @@ class Lifecycle:
     def _make_ready(self, generation: Generation, filled: Filled) -> None:
         """Have a call take it over: the next one, or one that all ranks agree on where its code issues collectives."""
         agreement = generation.agreement
-        if agreement is not None:
-            agreement.tell(filled.collectives)
+        self._tell(generation, lambda agreement: agreement.tell(filled.collectives))
         if not filled.collectives:
             generation.agreement = None
         elif filled.not_verified is not None:
@@ -237,12 +236,12 @@ class Lifecycle:
             generation.end("the ranks cannot agree")
             self.give_up(generation, _failure(cause, "agreeing with the other ranks"))
 
-    def _refuse(self, generation: Generation, why: str) -> None:
-        """Have the other ranks know that this one runs eagerly, so that none of them waits for it."""
+    def _tell(self, generation: Generation, say: Callable[[Agreement], None]) -> None:
+        """Have the other ranks know of this one's code, or that it runs eagerly, so that none of them waits for it."""
         if generation.agreement is None:
             return
         try:
-            generation.agreement.refuse(why)
+            say(generation.agreement)
         except Exception as cause:  # noqa: BLE001 - the store is gone
             self._decide("not told", f"the other ranks cannot be told: {type(cause).__name__}: {_said(cause)}")
 
@@ -312,7 +311,7 @@ class Lifecycle:
         """
         generation.stage = "eager"
         self._attempt(ending)
-        self._refuse(generation, ending.cause or ending.outcome)
+        self._tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
