@@ -22,7 +22,10 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(register)
     def register_group(modules: Any, pre_hook: Any, post_hook: Any, modules_to_run: set[Any]) -> Any:
-        from torch.distributed.fsdp._fully_shard._fsdp_state import _MultiHandle, disable_if_config_true
+        from torch.distributed.fsdp._fully_shard._fsdp_state import (  # type: ignore[attr-defined]
+            _MultiHandle,
+            disable_if_config_true,
+        )
 
         state, alone = pre_hook.__self__, set[int]()
 

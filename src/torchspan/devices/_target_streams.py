@@ -17,12 +17,12 @@ from torchspan.devices._wrap import Function
 _REAL_STREAM: Any = torch._C.Stream
 
 
-class TargetStream(_REAL_STREAM):  # type: ignore[misc]
+class TargetStream(_REAL_STREAM):
     """A stream of the accelerator, which says that it is an instance of ``torch.cuda.Stream``."""
 
     priority = 0
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.cuda.Stream
 

@@ -2,7 +2,8 @@
 
 Aliasing is kept: tensors that share a storage (tied weights, views) share one on the other side. What a program may index
 with or divide by (small integer tensors, small buffers) travels by value; parameters never do. Code of ``__main__`` and of
-modules that the other process could not import travels by value, so that a script is never run again.
+modules that the other process could not import travels by value, so that a script is never run again. A process group travels
+by its name, see :mod:`.groups`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
+from torchspan.jobs.groups import Groups, groups_here, is_group, reduced_group
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -57,6 +59,8 @@ class _Pickler(cloudpickle.Pickler):
         return "tensor", number, key, layout, obj.requires_grad, is_parameter
 
     def reducer_override(self, obj: Any) -> Any:
+        if is_group(obj):
+            return reduced_group(obj)
         if isinstance(obj, torch._ops.OpOverload):
             namespace, _, name = obj._schema.name.partition("::")
             return _operator, (namespace, name, obj._overloadname)
@@ -203,14 +207,21 @@ def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = 
             pickler.dump(value)
         except Exception as cause:  # whatever a user's own __reduce__ or __getstate__ raises
             raise InputError(f"the program cannot be sent to the compile process: {cause or type(cause).__name__}") from cause
-    return pickle.dumps((pickler.storages, file.getvalue()))
+    groups = groups_here()
+    return pickle.dumps((pickler.storages, file.getvalue(), *((groups,) if groups is not None else ())))
 
 
 def loads(content: bytes) -> Any:
     """What :func:`dumps` was given, with zeros where weights were."""
-    storages, value = pickle.loads(content)
+    storages, value, *_ = pickle.loads(content)
     with torch.no_grad():
         return _Unpickler(io.BytesIO(value), storages).load()
+
+
+def groups_of(content: bytes) -> Groups | None:
+    """The process groups of the rank that sent this, where it was one of several."""
+    _, _, *groups = pickle.loads(content)
+    return groups[0] if groups else None
 
 
 def is_importable(module: types.ModuleType) -> bool:

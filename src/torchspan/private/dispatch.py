@@ -27,6 +27,7 @@ NAMES = (
         "_dispatch_has_kernel",
         "_dispatch_has_kernel_for_dispatch_key",
         "_get_function_stack_at",
+        "_get_privateuse1_backend_name",
         "_get_tracing_state",
         "_is_torch_function_enabled",
         "_len_torch_dispatch_stack",

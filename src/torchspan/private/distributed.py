@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from torchspan.core.replaced import replaced
 from torchspan.private.names import names_in
 
 NAMES = (
     *names_in("torch._C._distributed_c10d", "_register_process_group", "_resolve_process_group", "_unregister_process_group"),
     *names_in("torch.distributed._symmetric_memory", "enable_symm_mem_for_group"),
-    *names_in("torch.distributed.distributed_c10d", "_world"),
+    *names_in("torch.distributed.distributed_c10d", "_process_group_name", "_world"),
     *names_in("torch.testing._internal.distributed.fake_pg", "FakeStore"),
 )
 
@@ -26,6 +28,33 @@ def find_group(name: str) -> Any:
         return resolve(name)
     except (RuntimeError, ValueError, LookupError):
         return None
+
+
+def world() -> Any:
+    """What torch keeps of the process groups of this process."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._world
+
+
+def start_fake_job(rank: int, groups: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Make this process `rank` of a job that sends nothing; its groups, the default one first, have these very names."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    (first, ranks), *others = groups
+    with _naming(first):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=len(ranks))
+    for name, members in others:
+        with _naming(name):
+            dist.new_group(list(members))
+
+
+def _naming(name: str) -> AbstractContextManager[None]:
+    """Have the next group be called `name`, which is a number or a digest as torch would have it."""
+    import torch.distributed as dist
+
+    return replaced(dist.distributed_c10d, "_process_group_name", lambda *_, **__: name)
 
 
 def start_fake_groups(rank: int, groups: Mapping[str, Sequence[int]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torchspan.core.replaced import entries_replaced, replaced
+from torchspan.jobs.groups import portable_groups
 from torchspan.private import aot, dynamo, fx, inductor
 
 _loading = threading.RLock()
@@ -63,12 +64,14 @@ def caching() -> Iterator[None]:
 
 @contextmanager
 def _portable_keys() -> Iterator[None]:
-    """Have a memory format enter a cache key by its name.
+    """Have a memory format enter a cache key by its name, and a process group a key and an entry by its.
 
-    Pickle names it by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a program
-    imported before torch, and two processes disagree about the same graph.
+    Pickle names a format by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a
+    program imported before torch, and two processes disagree about the same graph. A group cannot be pickled at all, so that
+    torch (2.13) keeps no graph of DTensors.
     """
-    with entries_replaced(copyreg.dispatch_table, dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)):
+    portable = dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)
+    with entries_replaced(copyreg.dispatch_table, portable), portable_groups():
         yield
 
 

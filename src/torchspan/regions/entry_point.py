@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,3 +37,23 @@ def _call_target(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _call_block(target: Any, *args: Any, **kwargs: Any) -> Any:
     return target._call_impl(*args, **kwargs)  # hooks and forward, without the dispatcher that stands before them
+
+
+@contextmanager
+def breaking_at_old_collectives() -> Iterator[None]:
+    """Have dynamo leave the functions of ``torch.distributed.nn.functional`` to eager, and compile what is around them.
+
+    Newer torch (2.13) raises in each where it is traced, by which the whole function that calls it is left to eager.
+    """
+    from torch.distributed.nn import functional
+
+    if not hasattr(functional, "_not_supported_under_compile"):
+        yield
+        return
+    functions = [value for value in vars(functional).values() if isinstance(value, types.FunctionType)]
+    with ExitStack() as stack:
+        for function in functions:
+            if function.__module__ == functional.__name__ and not hasattr(function, "_torchdynamo_disable"):
+                function._torchdynamo_disable = True  # type: ignore[attr-defined]
+                stack.callback(delattr, function, "_torchdynamo_disable")
+        yield

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchspan.regions.agreement import Agreement
 from torchspan.regions.call import Call
 from torchspan.regions.handback import FromArtifact, FromCaches
 from torchspan.regions.signature import Dims, Sizes, differing, general, has_negative_zero, numbers
@@ -24,7 +25,8 @@ class Generation:
     """What serves calls like the one that it was made for: of its `signature`, or of a `family` if they differ in `dims` only.
 
     `sizes` are those of that call. `proven` are the sizes of the call that its code was checked with. An `is_odd` one was
-    made for a call that cannot be compiled, which says nothing of others.
+    made for a call that cannot be compiled, which says nothing of others. Where its code issues collectives, the ranks of the
+    job take over by `agreement`.
     """
 
     stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
@@ -48,6 +50,8 @@ class Generation:
     done: threading.Event = field(default_factory=threading.Event)
     cancel: threading.Event = field(default_factory=threading.Event)
     why_cancelled: str = ""
+    agreement: Agreement | None = None
+    first_run: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def of(cls, call: Call, *, family: Family | None = None, dims: Dims = (), wants_artifact: bool = False) -> Generation:

@@ -24,7 +24,7 @@ from torchspan.regions import caching
 from torchspan.regions.backward import EagerBackward
 from torchspan.regions.call import original
 from torchspan.regions.compiler_state import known_isas
-from torchspan.regions.entry_point import entry_point
+from torchspan.regions.entry_point import breaking_at_old_collectives, entry_point
 from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.part import Part
@@ -139,8 +139,9 @@ class FromCaches:
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it."""
         self.has_traced = True
-        with known_isas(self._isas), marked(args, kwargs, self._dims), nesting(self._nested):
-            return self._entry(target, *args, **kwargs)
+        with known_isas(self._isas), breaking_at_old_collectives():
+            with marked(args, kwargs, self._dims), nesting(self._nested):
+                return self._entry(target, *args, **kwargs)
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether dynamo's guards hold in this call; nothing is run."""

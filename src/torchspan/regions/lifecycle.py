@@ -2,7 +2,7 @@
 
 compiling   a compile process works; calls run eagerly
 ready       the next call takes over at its beginning, in its own thread: dynamo's tracing saves and restores the global
-            random state
+            random state. Where code issues collectives, it is a call that all ranks agree on, see :mod:`.agreement`
 swapped     calls run compiled
 eager       given up
 """
@@ -19,14 +19,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from torchspan.caches import ledger
 from torchspan.core.errors import GuardError, InputError, TorchspanError
 from torchspan.core.report import log
 from torchspan.jobs import transport
 from torchspan.jobs.budget import Allowance
+from torchspan.jobs.groups import groups_here
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.private import inductor
 from torchspan.regions import ambient, verify, watch
+from torchspan.regions.agreement import Agreement, agreement_here
 from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
 from torchspan.regions.fullgraph import break_message
@@ -42,6 +46,7 @@ from torchspan.regions.worker import Filled, Task
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
 MAX_MISSED = 3
+RANKS_S = 600.0  # how long one rank's code waits for the others'
 _SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
@@ -52,7 +57,7 @@ def end_compiles(timeout_s: float = 5.0) -> None:
     for generation in tuple(_working):
         generation.end("the program ended first")
     for thread in threading.enumerate():
-        if thread.name == watch.COMPILE_THREAD:
+        if thread.name in (watch.COMPILE_THREAD, watch.AGREEMENT_THREAD):
             thread.join(timeout_s)
 
 
@@ -88,6 +93,9 @@ class Lifecycle:
             self.give_up(generation, _failure(cause, "starting the compile"))
 
     def _start(self, generation: Generation, call: Call) -> None:
+        if generation.agreement is None and groups_here() is not None:
+            modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
+            generation.agreement = agreement_here(f"{self.part.name} {self.strategy} {modes}")
         gpu = gpu_of(call.args, call.kwargs)
         why_not = refusal(gpu, self._host.settings)
         if why_not is not None:
@@ -135,7 +143,8 @@ class Lifecycle:
         except Exception as cause:  # noqa: BLE001 - the program's process is in a state that was not thought of
             self.give_up(work.generation, _failure(cause, "in the thread that compiles"))
         finally:  # a caller that waits must not wait for ever, whatever happens here
-            work.generation.done.set()
+            if not self._is_agreeing(work.generation):
+                work.generation.done.set()
 
     def _compile(self, work: _Work) -> None:
         """In a thread of its own: have a child compile, then make ready to take over."""
@@ -173,8 +182,69 @@ class Lifecycle:
             return
         self._attempt(ending)
         self.has_failed = False
+        self._make_ready(generation, filled)
+
+    # with other ranks
+
+    def _make_ready(self, generation: Generation, filled: Filled) -> None:
+        """Have a call take it over: the next one, or one that all ranks agree on where its code issues collectives."""
+        agreement = generation.agreement
+        self._tell(generation, lambda agreement: agreement.tell(filled.collectives))
+        if not filled.collectives:
+            generation.agreement = None
+        elif filled.not_verified is not None:
+            self._decide("not verified", f"it has collectives, and in the compile process: {filled.not_verified}")
+        else:
+            self._decide("verified apart", "it has collectives: compared with eager where it was compiled")
         generation.stage = "ready"
-        generation.done.set()
+        if self._is_agreeing(generation):
+            threading.Thread(target=self._agree, args=(generation, agreement), name=watch.AGREEMENT_THREAD, daemon=True).start()
+
+    def _is_agreeing(self, generation: Generation) -> bool:
+        return generation.stage == "ready" and generation.agreement is not None
+
+    def _agree(self, generation: Generation, agreement: Agreement) -> None:
+        """In a thread of its own: settle with the other ranks when all take over, and hear how that went for them."""
+
+        def is_cancelled() -> bool:
+            return generation.cancel.is_set() or groups_here() is None
+
+        try:
+            why_not = agreement.reach(is_cancelled, RANKS_S, generation.done.set)
+            if why_not is not None:
+                self.reject(generation, why_not, "agreeing with the other ranks")
+                return
+            has_run = generation.first_run.wait(RANKS_S)
+            told = None if has_run and generation.stage == "swapped" else "it could not take over what was compiled"
+            why_not = agreement.confirm(told, is_cancelled, RANKS_S)
+            if why_not is not None and generation.stage == "swapped":
+                self.retire(generation, why_not)
+        except Exception as cause:  # noqa: BLE001 - the store is gone, as is the rank that held it
+            self._note_disagreed(generation, cause)
+        finally:
+            generation.done.set()
+
+    def is_agreed(self, generation: Generation, agreement: Agreement) -> bool:
+        """At the beginning of a call: whether it is the one in which all ranks take over."""
+        try:
+            return agreement.is_now()
+        except Exception as cause:  # noqa: BLE001 - the store is gone, or a group does not count what it issues
+            self._note_disagreed(generation, cause)
+            return False
+
+    def _note_disagreed(self, generation: Generation, cause: Exception) -> None:
+        if generation.stage in ("compiling", "ready"):
+            generation.end("the ranks cannot agree")
+            self.give_up(generation, _failure(cause, "agreeing with the other ranks"))
+
+    def _tell(self, generation: Generation, say: Callable[[Agreement], None]) -> None:
+        """Have the other ranks know of this one's code, or that it runs eagerly, so that none of them waits for it."""
+        if generation.agreement is None:
+            return
+        try:
+            say(generation.agreement)
+        except Exception as cause:  # noqa: BLE001 - the store is gone
+            self._decide("not told", f"the other ranks cannot be told: {type(cause).__name__}: {_said(cause)}")
 
     def _compile_without_damaged(self, work: _Work, ending: Ending) -> None:
         """Compile again: what was damaged in the cache is gone."""
@@ -232,7 +302,7 @@ class Lifecycle:
     def end(self, why: str) -> None:
         """End every compile that is under way; takes no lock, as nothing may that runs when an object goes."""
         for generation in self._generations.all():
-            if generation.stage == "compiling":
+            if generation.stage == "compiling" or self._is_agreeing(generation):
                 generation.end(why)
 
     def give_up(self, generation: Generation, ending: Ending, *, is_of_call: bool = False) -> None:
@@ -242,6 +312,7 @@ class Lifecycle:
         """
         generation.stage = "eager"
         self._attempt(ending)
+        self._tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
@@ -281,7 +352,7 @@ class Lifecycle:
             generation.code = FromCaches(settings, self.part, known_isas_here(), self._marks(generation), give_up)
             self._note_handback(generation, settings.is_inductor)
         try:
-            wrong = self._verify(generation.code, call) if self._host.verify != "off" else None
+            wrong = self._verify(generation, generation.code, call) if self._host.verify != "off" else None
         except Exception as cause:  # noqa: BLE001 - eager raises in this call, or the check does not run: memory is short
             self._note_unchecked(generation, cause)
             return
@@ -322,7 +393,9 @@ class Lifecycle:
         generation.wants_artifact = False
         self.start_again(generation, call)
 
-    def _verify(self, code: FromArtifact | FromCaches, call: Call) -> str | None:
+    def _verify(self, generation: Generation, code: FromArtifact | FromCaches, call: Call) -> str | None:
+        if generation.agreement is not None:  # a check would issue collectives of its own, and must not fail on one rank alone
+            return None
         try:
             return verify.mismatch(
                 self._eager, code.trace, (call.target, call.args, call.kwargs), is_random=self._host.settings.is_random

@@ -151,7 +151,11 @@ class Region:
     def _takes_over(self, generation: Generation, call: Call) -> bool:
         """Whether this call is to take it over: one of other text or truth values only if no other comes."""
         if generation.stage == "swapped":
-            return self._host.verify == "always"
+            return self._host.verify == "always" and generation.agreement is None
+        agreement = generation.agreement
+        if agreement is not None:  # asked in every call, as it goes by how far the calls are
+            is_now = generation.stage != "eager" and self._life.is_agreed(generation, agreement)
+            return is_now and generation.stage == "ready"
         if generation.stage != "ready":
             return False
         generation.num_passed += 1
@@ -247,11 +251,15 @@ class Region:
         code = generation.code
         if code is None:  # another thread has just given it up
             return self.eager(call.target, *call.args, **call.kwargs)
+        agreement = generation.agreement
+        before = 0 if agreement is None else agreement.position()
         try:
             return self._run_code(generation, code, call)
         except Exception as error:
             if not is_of_compiled_code(error):
                 raise
+            if agreement is not None and agreement.position() != before:
+                raise  # other ranks have taken its collectives for this call's, and would not issue them again
             cause = error
         return self._run_instead(generation, cause, call)
 
@@ -286,6 +294,7 @@ class Region:
         with generation.lock:
             if code.misses and generation.stage == "swapped":
                 self._life.reject(generation, self._life.miss(code))
+        generation.first_run.set()
         return outputs
 
     def _run_artifact(self, generation: Generation, code: FromArtifact, call: Call) -> Any:

@@ -11,6 +11,7 @@ from torchspan.jobs.supervisor import Ending
 from torchspan.regions.settings import Settings
 
 COMPILE_THREAD = "torchspan-compile"
+AGREEMENT_THREAD = "torchspan-agreement"  # of ranks, on the call in which all take over what was compiled
 
 
 @dataclass(frozen=True)

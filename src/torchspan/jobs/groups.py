@@ -1,0 +1,66 @@
+"""The process groups of a job of several ranks, as a value; the compile process has fake ones of the same names and ranks.
+
+A program names its groups in its collectives, in its meshes and in its attributes. In the compile process a collective returns
+at once, with numbers that mean nothing: what is compiled there depends on the names and sizes of groups only.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from torchspan.core.replaced import entries_replaced
+from torchspan.private import distributed
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups, the default one first: of each its name and the global ranks that it has."""
+
+    rank: int
+    named: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the job has."""
+        return len(self.named[0][1])
+
+
+def groups_here() -> Groups | None:
+    """Those of this process; None where it is no rank of several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return None
+    world = distributed.world()
+    first = world.default_pg
+    ordered = [first, *(one for one in world.pg_group_ranks if one is not first)]
+    return Groups(dist.get_rank(), tuple((world.pg_names[one], tuple(world.pg_group_ranks[one])) for one in ordered))
+
+
+def pretend(groups: Groups) -> None:
+    """Give this process fake groups of these names and ranks."""
+    distributed.start_fake_job(groups.rank, groups.named)
+
+
+def is_group(value: Any) -> bool:
+    """Whether it is a process group, which cannot be sent but has a name."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def reduced_group(group: Any) -> tuple[Callable[[str], Any], tuple[str]]:
+    """What pickle is to write for a group."""
+    return group_of, (str(group.group_name),)
+
+
+def portable_groups() -> AbstractContextManager[None]:
+    """Have pickle write a group by its name, and a deep copy of what holds a group hold the same one."""
+    return entries_replaced(copyreg.dispatch_table, {dist.ProcessGroup: reduced_group} if dist.is_available() else {})
+
+
+def group_of(name: str) -> Any:
+    """The group of that name; None where there is none."""
+    return distributed.find_group(name)

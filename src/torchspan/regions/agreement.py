@@ -1,0 +1,204 @@
+"""All ranks swap to compiled code in the same call, or none does: what they write to each other in the job's store.
+
+The collectives of a call pair up across ranks, so that the number of collectives that a group has issued is a clock that all
+its ranks read alike at the beginning of a call. Ranks that have compiled say so; then the lowest one proposes a time S on that
+clock which lies ahead, and each rank that has not passed S takes part. The first rank whose call begins at S or later settles,
+by one atomic write, whether it is the call in which all take over (all have taken part) or whether they try again; the others
+read what was settled. Nothing waits but a thread in the background, and that for a limited time; no collective is issued.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from torchspan.private import distributed
+from torchspan.regions.collectives import Collectives
+
+POLL_S = 0.05
+MAX_POLL_S = 0.5
+_GO, _AGAIN, _END = "go", "again", "end: "
+_opened: Counter[str] = Counter()  # what is alike is paired with the other ranks' by its number
+
+
+class Agreement:
+    """What one generation of this `rank` agrees on with the others' in a `store`; `clocks` gives each group's, by its name."""
+
+    def __init__(self, store: Any, rank: int, clocks: Callable[[], Mapping[str, int]]) -> None:
+        self._store = store
+        self._rank = rank
+        self._clocks = clocks
+        self._lock = threading.Lock()
+        self._seen: Mapping[str, int] = {}  # each group's clock at the beginning of the last call that ran eagerly
+        self._clock = ""
+        self._proposed: tuple[int, int] | None = None  # the round that this rank takes part in, and its S
+        self._ranks: tuple[int, ...] = ()
+        self._began = time.monotonic()
+        self.collectives = Collectives()
+
+    # in the thread that has compiled
+
+    def tell(self, collectives: Collectives) -> None:
+        """Tell the others which collectives this rank's code issues."""
+        self.collectives = collectives
+        self._store.set(f"code/{self._rank}", f"code {collectives.kinds}")
+
+    def refuse(self, why: str) -> None:
+        """Tell the others that this rank goes on eagerly."""
+        self._store.set(f"code/{self._rank}", f"{_END}{why}")
+
+    def reach(self, is_cancelled: Callable[[], bool], timeout_s: float, may_wait: Callable[[], None]) -> str | None:
+        """Wait until the ranks have settled in which call they take over (None), or why they do not.
+
+        `may_wait` is told when a call that waits for the compile may go on.
+        """
+        self._ranks = self.collectives.participants
+        self._clock = max(self.collectives.ranks, key=lambda name: len(self.collectives.ranks[name]))
+        self._began = time.monotonic()
+        deadline = self._began + timeout_s
+        why_not = self._wait_for_code(is_cancelled, deadline)
+        if why_not is not None:
+            return self._settled(0, f"{_END}{why_not}").removeprefix(_END)
+        number = 0
+        while True:
+            verdict = self._round(number, is_cancelled, deadline, may_wait)
+            if verdict == _GO:
+                return None
+            if verdict != _AGAIN:
+                return verdict.removeprefix(_END)
+            number += 1
+
+    def _wait_for_code(self, is_cancelled: Callable[[], bool], deadline: float) -> str | None:
+        """Until every rank has told of its code; why they cannot take over together, or None."""
+        missing = list(self._ranks)
+        while missing:
+            for rank in tuple(missing):
+                told = self._read(f"code/{rank}")
+                if told is None:
+                    continue
+                if told.startswith(_END):
+                    return f"rank {rank} runs eagerly: {told.removeprefix(_END)}"
+                if told != f"code {self.collectives.kinds}":
+                    return f"the code of rank {rank} issues other collectives than that of rank {self._rank}"
+                missing.remove(rank)
+            why_not = self._pause(is_cancelled, deadline, f"rank {missing[0]} has not compiled it" if missing else "")
+            if missing and why_not is not None:
+                return why_not
+        return None
+
+    def _round(self, number: int, is_cancelled: Callable[[], bool], deadline: float, may_wait: Callable[[], None]) -> str:
+        """One proposal and what became of it."""
+        if self._rank == self._ranks[0]:
+            self._store.set(f"at/{number}", str(self._ahead(number)))
+        is_in, is_complete = False, False
+        while (verdict := self._read(f"verdict/{number}")) is None:
+            proposed = self._read(f"at/{number}")
+            if proposed is not None and not is_in:
+                is_in = True
+                self._take_part(number, int(proposed))
+            if not is_complete and is_in and self._is_complete(number):
+                is_complete = True
+                may_wait()
+            why_not = self._pause(is_cancelled, deadline, "the ranks do not call it any more, or not in step")
+            if why_not is not None:
+                return self._settled(number, f"{_END}{why_not}")
+        return verdict
+
+    def _ahead(self, number: int) -> int:
+        """A time that no rank's calls have reached, as far as this rank's go: further with each round."""
+        before = self._now()
+        if before < 0:
+            return 0  # a call waits for this
+        began = time.monotonic()
+        time.sleep(POLL_S)
+        passed_per_s = (self._now() - before) / (time.monotonic() - began)
+        return self._now() + 1 + int(passed_per_s * 3 * POLL_S * 2**number)
+
+    def _take_part(self, number: int, when: int) -> None:
+        with self._lock:
+            if self._seen.get(self._clock, -1) >= when:
+                return  # too late: nobody counts on this rank
+            self._proposed = number, when
+        self._store.set(f"in/{number}/{self._rank}", "")
+
+    def _is_complete(self, number: int) -> bool:
+        return bool(self._store.check([f"in/{number}/{rank}" for rank in self._ranks]))
+
+    def _pause(self, is_cancelled: Callable[[], bool], deadline: float, what: str) -> str | None:
+        """Wait a moment; why there is no use in waiting on, or None."""
+        if is_cancelled():
+            return "its compile was cancelled, or the process group destroyed"
+        if time.monotonic() > deadline:
+            return f"{what}, and it was waited for long enough"
+        time.sleep(min(MAX_POLL_S, POLL_S + (time.monotonic() - self._began) / 50))
+        return None
+
+    def confirm(self, why_not: str | None, is_cancelled: Callable[[], bool], timeout_s: float) -> str | None:
+        """Tell the others how the call went in which all took over; why this rank is to go back to eager, or None."""
+        self._store.set(f"ran/{self._rank}", f"{_END}{why_not}" if why_not else _GO)
+        self._began = time.monotonic()
+        missing = list(self._ranks)
+        while missing:
+            told = self._read(f"ran/{missing[0]}")
+            if told is not None and told.startswith(_END):
+                return f"rank {missing[0]} runs eagerly: {told.removeprefix(_END)}"
+            if told is not None:
+                del missing[0]
+            elif self._pause(is_cancelled, self._began + timeout_s, "") is not None:
+                return None  # it has ended, or has other calls: nothing speaks against this rank's code
+        return None
+
+    # in calls
+
+    def is_now(self) -> bool:
+        """At the beginning of a call, before it is known how it runs: whether it is the one in which all ranks take over."""
+        clocks = self._clocks()
+        with self._lock:
+            self._seen = clocks
+            proposed = self._proposed
+            if proposed is None or clocks.get(self._clock, -1) < proposed[1]:
+                return False
+            self._proposed = None
+        number = proposed[0]
+        return self._settled(number, _GO if self._is_complete(number) else _AGAIN) == _GO
+
+    def position(self) -> int:
+        """How many collectives its groups have issued."""
+        clocks = self._clocks()
+        return sum(clocks.get(name, 0) for name in self.collectives.ranks)
+
+    def _now(self) -> int:
+        with self._lock:
+            return self._seen.get(self._clock, -1)
+
+    def _settled(self, number: int, verdict: str) -> str:
+        """What was settled of a round: `verdict`, if this rank is the first."""
+        return self._store.compare_set(f"verdict/{number}", "", verdict).decode()
+
+    def _read(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def agreement_here(name: str) -> Agreement:
+    """That of a generation of this process, with the generation of each other rank that is of the same `name` and number."""
+    number = _opened[name]
+    _opened[name] += 1
+    world = distributed.world()
+    store = dist.distributed_c10d.PrefixStore(f"torchspan/{name}/{number}", world.pg_map[world.default_pg][1])
+    return Agreement(store, dist.get_rank(), clocks_here)
+
+
+def clocks_here() -> Mapping[str, int]:
+    """How many collectives each group of this process has issued, by its name; a backend may not count."""
+    world = distributed.world()
+    found = {}
+    for group, name in world.pg_names.items():
+        with suppress(RuntimeError):
+            found[str(name)] = group._get_sequence_number_for_group()
+    return found

@@ -1,0 +1,107 @@
+"""Which collectives a run issues, in which order: those of compiled code have to be those of eager.
+
+Ranks whose calls issue the same collectives may run one compiled and another one eagerly, as happens where guards fail on one
+rank only; ranks whose calls do not would wait for each other for ever, or take one result for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchspan.private import distributed
+
+_NAMESPACES = ("c10d", "_c10d_functional")
+# the same to those who wait: a tensor for all, or a list of them
+_SAME = {
+    "all_reduce": "allreduce",
+    "all_reduce_coalesced": "allreduce_coalesced",
+    "all_gather_into_tensor": "allgather",
+    "all_gather_into_tensor_out": "allgather",
+    "_allgather_base": "allgather",
+    "all_gather_into_tensor_coalesced": "allgather_into_tensor_coalesced",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "all_to_all_single": "alltoall",
+    "alltoall_base": "alltoall",
+}
+_NO_COLLECTIVES = ("wait_tensor",)
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """What a run issued: (collective, name of its group) in order, and the global ranks of each group."""
+
+    issued: tuple[tuple[str, str], ...] = ()
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.issued)
+
+    def __str__(self) -> str:
+        return ", ".join(name for name, _ in self.issued) or "none"
+
+    @property
+    def kinds(self) -> str:
+        """What other ranks have to issue too, whatever their groups are called."""
+        numbers: dict[str, int] = {}
+        return " ".join(f"{name}:{numbers.setdefault(group, len(numbers))}" for name, group in self.issued)
+
+    @property
+    def participants(self) -> tuple[int, ...]:
+        """The ranks that take part: of one group that holds all others, or else of the whole job."""
+        widest = max(self.ranks.values(), key=len)
+        if all(set(ranks) <= set(widest) for ranks in self.ranks.values()):
+            return tuple(sorted(widest))
+        return tuple(range(dist.get_world_size()))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the collectives that pass: those of a program, of functional ones, and of compiled code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.issued: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func.namespace in _NAMESPACES:
+            name = func._schema.name.partition("::")[2].removesuffix("_")
+            group = _group_name([*args, *given.values()])
+            if name not in _NO_COLLECTIVES and group is not None:
+                self.issued.append((_SAME.get(name, name), group))
+        return func(*args, **given)
+
+
+def _group_name(values: Sequence[Any]) -> str | None:
+    """The group among the arguments of a collective: an object, or, last of all texts, its name."""
+    for value in values:
+        group = _unboxed(value)
+        if group is not None:
+            return str(group.group_name)
+    names = [value for value in values if isinstance(value, str)]
+    return names[-1] if names else None
+
+
+def _unboxed(value: Any) -> Any:
+    if isinstance(value, dist.ProcessGroup):
+        return value
+    if type(value).__name__ != "ScriptObject":
+        return None
+    try:
+        return dist.ProcessGroup.unbox(value)
+    except (RuntimeError, TypeError):  # another object: the kind of a reduction
+        return None
+
+
+def collectives_of(run: Callable[[], Any]) -> Collectives:
+    """Those that `run` issues."""
+    with _Recorder() as recorder:
+        run()
+    world = distributed.world()
+    by_name = {str(world.pg_names[one]): tuple(sorted(world.pg_group_ranks[one])) for one in world.pg_group_ranks}
+    return Collectives(tuple(recorder.issued), {name: by_name[name] for _, name in recorder.issued})
