@@ -258,9 +258,10 @@ void give_back(void* context) {
     return;
   }
   auto left = std::make_shared<int>(block->others.size());
+  auto [device, others] = std::pair(block->device, block->others); // the last of them deletes the block
   held.unlock();
-  for (auto stream : block->others) {
-    submit(stream_of(block->device, stream), [block, left] {
+  for (auto stream : others) {
+    submit(stream_of(device, stream), [block, left] {
       std::lock_guard<std::mutex> held(heap().lock);
       if (--*left == 0) {
         give_back_now(block);
