@@ -56,7 +56,7 @@ def try_release(release: str, tests: list[str] | tuple[str, ...], *, is_kept: bo
     with tempfile.TemporaryDirectory() as temporary:
         results = Path(temporary) / "results.xml"
         command = [sys.executable, str(ROOT / "dev.py"), "test", "-q", f"--junitxml={results}", *tests]
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=sys.stderr, check=False)
         if is_new and not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not results.exists():

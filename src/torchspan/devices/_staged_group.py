@@ -5,7 +5,7 @@ It is a backend like another, so DDP, functional collectives and DTensor find it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 NAME = "torchspan_staged"
 _C10D: Any = torch._C._distributed_c10d
-_SENDING = "send"
+_SENDING, _RECEIVING = "send", ("recv", "recv_anysource")
 _METHODS = (
     "allreduce",
     "allreduce_coalesced",
@@ -32,8 +32,7 @@ _METHODS = (
     "alltoall",
     "alltoall_base",
     _SENDING,
-    "recv",
-    "recv_anysource",
+    *_RECEIVING,
     "barrier",
 )
 _NEWER = {
@@ -61,19 +60,46 @@ class StagedGroup(dist.ProcessGroup):
         return f"StagedGroup(rank={self.rank()}, size={self.size()})"
 
 
+class _Received(dist.Work):
+    """What is received is on the CPU first, and in its place once it was waited for: sends and receives go on meanwhile."""
+
+    def __init__(self, work: Any, staged: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self._work = work
+        self._staged = staged
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait until it is here, and copy it to its place."""
+        done = bool(self._work.wait(timeout))
+        _copy_back(self._staged)
+        return done
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would not take long."""
+        return bool(self._work.is_completed())
+
+    def _source_rank(self) -> int:
+        return int(self._work._source_rank())
+
+
+def _copy_back(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, copy in pairs:
+            tensor.copy_(copy)
+
+
 def _method(name: str) -> Callable[..., Any]:
     def method(self: StagedGroup, *args: Any, **kwargs: Any) -> Any:
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         given = [_on_cpu(value, staged) for value in args]
         work = getattr(self.inner, name)(*given, **kwargs)
-        if not staged:
+        if not staged or name == _SENDING:
             return work
+        if name in _RECEIVING:
+            return _Received(work, staged)
         work.wait()
-        written = _tensors(args[0]) if name != _SENDING else []
-        with torch.no_grad():
-            for tensor, copy in staged:
-                if any(tensor is one for one in written):
-                    tensor.copy_(copy)
+        written = _tensors(args[0])
+        _copy_back((tensor, copy) for tensor, copy in staged if any(tensor is one for one in written))
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(args[0])
         return _C10D._create_work_from_future(future)

@@ -7,6 +7,7 @@ report says so.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +31,7 @@ class Target:
     def __init__(self, redirection: Redirection) -> None:
         self._redirection = redirection
         self.kind = redirection.target.partition(":")[0]
-        self._most_allocated = 0
+        self._most: Counter[tuple[str, int]] = Counter()  # the greatest figure that was read of each device, by its name
 
     @cached_property
     def module(self) -> Any:
@@ -57,13 +58,23 @@ class Target:
             raise NotImplementedError(f"torch.{self.kind} has nothing for torch.cuda.{name}")
         self.note(name, f"torch.{self.kind}.{own}")
         function = getattr(self.module, own)
-        return function(*args) if index is None or self.kind == "mps" else function(*args, index)
+        if index is None or self.kind == "mps":
+            return function(*args)
+        return function(*args, self.clamped(index))
 
     def note(self, name: str, choice: str) -> None:
         """Count one call of ``torch.cuda.<name>()`` that went to the target."""
         self._redirection.note(f"torch.cuda.{name}()", None, self._redirection.choice.reason, choice)
 
     # devices
+
+    def clamped(self, index: int) -> int:
+        """The index of a device that is there: ranks of which each asks for one of its own may share the last."""
+        return min(index, self.num_devices() - 1)
+
+    def device(self, index: int) -> torch.device:
+        """The device with this index."""
+        return torch.device(self.kind, self.clamped(index))
 
     def current_device(self) -> int:
         """The index of the current device."""
@@ -73,8 +84,12 @@ class Target:
     def set_device(self, index: int) -> None:
         """Make a device the current one; a kind of which there is one has nothing to set."""
         function = getattr(self.module, "set_device", None)
-        if function is not None and index < max(1, self._redirection.facts.num_devices(self.kind)):
+        if function is not None and index < self.num_devices():
             function(index)
+
+    def num_devices(self) -> int:
+        """How many there are."""
+        return max(1, self._redirection.facts.num_devices(self.kind))
 
     def is_bf16_supported(self) -> bool:
         """Whether the device computes in bfloat16: what its module says, else whether a sum of two numbers comes out."""
@@ -99,10 +114,6 @@ class Target:
         """Set it."""
         self.call("set_rng_state", state, index=index)
 
-    def num_devices(self) -> int:
-        """How many there are."""
-        return max(1, self._redirection.facts.num_devices(self.kind))
-
     def default_generators(self) -> tuple[Any, ...]:
         """The default generator of each device."""
         if self.kind == "mps":
@@ -119,12 +130,15 @@ class Target:
 
     def figure(self, name: str, index: int) -> int:
         """``memory_allocated``, ``memory_reserved`` or the greatest of them, in bytes."""
-        if self.has(name):
+        own, key = name.removeprefix("max_"), (name.removeprefix("max_"), index)
+        if name != own and self.has(name):
             return int(self.call(name, index=index))
-        now = int(self.call(name.removeprefix("max_"), index=index))
-        self._most_allocated = max(self._most_allocated, now)
+        now = int(self.call(own, index=index))
+        self._most[key] = max(self._most[key], now)
+        if name == own:
+            return now
         self._redirection.simulate_for_program(f"torch.cuda.{name}()", "the greatest figure that was read")
-        return self._most_allocated if name == "max_memory_allocated" else now
+        return self._most[key]
 
     def stats(self, index: int) -> dict[str, Any]:
         """``memory_stats``; of a module without it, the figures that it has."""
@@ -137,7 +151,8 @@ class Target:
 
     def reset_peak(self, index: int) -> None:
         """Let the greatest figure start again."""
-        self._most_allocated = 0
+        for name in ("memory_allocated", "memory_reserved"):
+            del self._most[name, index]
         if self.has("reset_peak_memory_stats"):
             self.call("reset_peak_memory_stats", index=index)
         else:
@@ -150,6 +165,14 @@ class Target:
             return total - self.figure("memory_reserved", index), total
         free, total = self.call("mem_get_info", index=index)
         return int(free), int(total)
+
+    def total_memory(self, index: int) -> int:
+        """All bytes of a device, as its properties say, where its module tells them."""
+        if hasattr(self.module, "get_device_properties"):
+            total = getattr(self.module.get_device_properties(self.clamped(index)), "total_memory", None)
+            if total is not None:
+                return int(total)
+        return self.free_and_total(index)[1]
 
     def leave_out(self, name: str) -> None:
         """Note that the module has nothing for ``torch.cuda.<name>()``."""

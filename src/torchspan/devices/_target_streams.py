@@ -15,6 +15,7 @@ from torchspan.devices._target import Target
 from torchspan.devices._wrap import Function
 
 _REAL_STREAM: Any = torch._C.Stream
+_first: dict[torch.device, Any] = {}
 
 
 class TargetStream(_REAL_STREAM):
@@ -141,9 +142,16 @@ def new_stream(redirection: Redirection, device: Any = None, priority: int = 0, 
     return made
 
 
+def _current(device: Any) -> Any:
+    """The stream that is current on a device in this thread; the first that is seen there is the default one."""
+    stream = torch.accelerator.current_stream(device)
+    _first.setdefault(stream.device, stream)
+    return stream
+
+
 def current_stream(target: Target, index: int) -> Any:
     """The stream of the accelerator that is current in this thread."""
-    return as_cuda(torch.accelerator.current_stream(torch.device(target.kind, index)))
+    return as_cuda(_current(target.device(index)))
 
 
 def functions(redirection: Redirection) -> dict[str, Function]:
@@ -154,11 +162,11 @@ def functions(redirection: Redirection) -> dict[str, Function]:
         return current_stream(target, redirection.index(device))
 
     def default_stream(device: Any = None) -> Any:
-        number = torch.accelerator.current_stream(torch.device(target.kind, redirection.index(device))).device_type
-        return TargetStream(stream_id=0, device_index=redirection.index(device), device_type=number)
+        return as_cuda(_first[_current(target.device(redirection.index(device))).device])
 
     def set_stream(stream: Any) -> None:
         if stream is not None:
+            _current(stream.device)
             torch.accelerator.set_stream(stream)
 
     return {"current_stream": current_stream_, "default_stream": default_stream, "set_stream": set_stream}
@@ -169,11 +177,11 @@ def enter(context: Any) -> None:
     if context.stream is None:
         context.idx = None
         return
-    context.idx = torch.accelerator.current_stream(context.stream.device)
+    context.idx = (_current(context.stream.device), _current(None))
     torch.accelerator.set_stream(context.stream)
 
 
 def leave(context: Any) -> None:
     """... and what was current before is again."""
-    if context.idx is not None:
-        torch.accelerator.set_stream(context.idx)
+    for stream in context.idx or ():  # that of its device, then that of the device that was current, which is so again
+        torch.accelerator.set_stream(stream)

@@ -66,7 +66,7 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
 
 
 def _for_target(redirection: Redirection, given: object) -> object:
-    """The backend for tensors on an accelerator, in the place of gloo or of none: gloo takes CUDA's tensors, but not its."""
+    """The backend in the place of gloo or of none, which take tensors of the CPU and of CUDA: one for the accelerator's too."""
     if given not in (None, "gloo"):
         return given
     from torchspan.devices import _staged_group
@@ -75,7 +75,8 @@ def _for_target(redirection: Redirection, given: object) -> object:
     found = _staged_group.backend_of(kind)
     if found == _staged_group.NAME:
         _staged_group.register(kind)
-    return found
+        return found
+    return None if given is None else f"cpu:gloo,{kind}:{found}"  # without one, torch takes each device's own
 
 
 def _why(given: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from torchspan.devices._memories import NO_STORAGE
 from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -153,7 +154,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(tensor.untyped_storage().device.type == "meta" for value in args for tensor in _tensors(value)):
+        if any(_is_traced(tensor) for value in args for tensor in _tensors(value)):
             return func(*args, **kwargs)  # of a trace that runs inside: there is nothing to compute again
         for tensor in _written(func, args, kwargs):
             key = tensor.untyped_storage()._cdata
@@ -186,6 +187,14 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterab
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             yield from _tensors(value)
+
+
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether it has no numbers, as in a trace: such a tensor may say that it is on another device, its storage does not."""
+    try:
+        return tensor.untyped_storage().device.type == "meta"
+    except NO_STORAGE:
+        return False
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

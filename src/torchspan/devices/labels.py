@@ -89,14 +89,14 @@ def _device_context(redirection: Redirection, old: Any) -> Function:
 def _default_type(redirection: Redirection, old: Function) -> Function:
     def set_default_tensor_type(t: Any) -> None:
         name = t if isinstance(t, str) else f"{getattr(t, '__module__', '')}.{getattr(t, '__name__', '')}"
-        redirection.is_cuda_default = name.startswith(_CUDA_TYPE)
+        was_cuda_default, redirection.is_cuda_default = redirection.is_cuda_default, name.startswith(_CUDA_TYPE)
         if redirection.is_cuda_default:
             redirection.begin_use()
             redirection.note(f"torch.set_default_tensor_type({name!r})")
             name = name.replace(_CUDA_TYPE, "torch.")
         found = getattr(torch, name.removeprefix("torch."), t)
         old(redirection.originals.get(id(found), found))
-        if redirection.has_target_module:
+        if redirection.has_target_module and (redirection.is_cuda_default or was_cuda_default):
             torch.set_default_device(redirection.target if redirection.is_cuda_default else None)
 
     return set_default_tensor_type

@@ -109,7 +109,7 @@ def _answer(redirection: Redirection, name: str, answer: object, old: Function) 
 def _properties(redirection: Redirection, target: Target | None) -> dict[str, Function]:
     @cache
     def properties() -> DeviceProperties:
-        total = machine_memory().total if target is None else target.free_and_total(target.current_device())[1]
+        total = machine_memory().total if target is None else target.total_memory(target.current_device())
         return DeviceProperties(_name(redirection), total, os.cpu_count() or 1)
 
     def checked(device: Any, what: str = "device") -> int:

@@ -21,6 +21,7 @@ from torchspan.diagnosis.profile import Event, GraphBreak, GraphCost, Phase, Pro
 from torchspan.diagnosis.profile_page import page
 from torchspan.jobs import transport
 from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
+from torchspan.jobs.groups import groups_here
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.regions import ambient
 from torchspan.regions.compiler_state import known_isas_here
@@ -80,7 +81,7 @@ def profile_compile(
     args, kwargs = _arguments(inputs)
     settings = Settings(backend, mode, dict(options or {}), fullgraph, dynamic)
     task = Task(model, False, args, kwargs, settings.to_send(), ambient.capture(), dict(known_isas_here()))
-    payload = transport.dumps(task)
+    payload = transport.dumps(task, groups=groups_here())
     is_fresh = any(one.device.type not in ("cpu", "meta") for one in tensors((args, kwargs)))
     began_ns = time.time_ns()
     job = Job("torchspan.regions.worker:profile_region", payload, is_fresh, record=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ class Facts:
         >>> Facts(has_mps=True).computes_in_float64("mps"), Facts().computes_in_float64("cpu")
         (False, True)
         """
-        return kind == "cpu" or (kind != "mps" and (self.has_float64 or kind != self.accelerator()))
+        return kind in ("cpu", "cuda") or (kind != "mps" and (self.has_float64 or kind != self.accelerator()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -98,7 +99,7 @@ def _other_accelerator() -> tuple[str, int]:
 
     name = torch._C._get_privateuse1_backend_name()
     module = getattr(torch, name, None)  # a package that was imported has put it there
-    if module is None or not module.is_available():
+    if module is None or not getattr(module, "is_available", lambda: False)():
         return "", 0
     return name, int(module.device_count())
 
@@ -114,8 +115,8 @@ def _has_float64() -> bool:
         return bool(torch.xpu.get_device_properties().has_fp64)
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return False
+    except (TypeError, RuntimeError) as cause:  # memory may be short, too, or the device in another's hands
+        return re.search("float64|double|fp64", str(cause), re.IGNORECASE) is None
     return True
 
 

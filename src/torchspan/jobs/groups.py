@@ -37,8 +37,8 @@ def groups_here() -> Groups | None:
         return None
     world = distributed.world()
     first = world.default_pg
-    ordered = [first, *(one for one in world.pg_group_ranks if one is not first)]
-    return Groups(dist.get_rank(), tuple((world.pg_names[one], tuple(world.pg_group_ranks[one])) for one in ordered))
+    ordered = [first, *(group for group in list(world.pg_names) if group is not first)]
+    return Groups(dist.get_rank(), tuple((world.pg_names[group], tuple(world.pg_group_ranks[group])) for group in ordered))
 
 
 def pretend(groups: Groups) -> None:
@@ -62,5 +62,12 @@ def portable_groups() -> AbstractContextManager[None]:
 
 
 def group_of(name: str) -> Any:
-    """The group of that name; None where there is none."""
-    return distributed.find_group(name)
+    """The group of that name.
+
+    Raises:
+        LookupError: this process has no such group.
+    """
+    group = distributed.find_group(name)
+    if group is None:
+        raise LookupError(f"no process group {name!r} is here")
+    return group

@@ -26,7 +26,7 @@ import torch
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
-from torchspan.jobs.groups import Groups, groups_here, is_group, reduced_group
+from torchspan.jobs.groups import Groups, is_group, reduced_group
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -193,10 +193,11 @@ class _Unpickler(pickle.Unpickler):
         return self._built[key]
 
 
-def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = False) -> bytes:
+def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = False, groups: Groups | None = None) -> bytes:
     """`value` as bytes, tensors described; with `keep_values` every tensor travels whole.
 
-    With `is_for_elsewhere` the other process has installed packages only, not what lies beside the program.
+    With `is_for_elsewhere` the other process has installed packages only, not what lies beside the program. `groups` are the
+    process groups that it is to have, see `groups_of`.
 
     Raises InputError, naming the cause, for what cannot be sent.
     """
@@ -207,7 +208,6 @@ def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = 
             pickler.dump(value)
         except Exception as cause:  # whatever a user's own __reduce__ or __getstate__ raises
             raise InputError(f"the program cannot be sent to the compile process: {cause or type(cause).__name__}") from cause
-    groups = groups_here()
     return pickle.dumps((pickler.storages, file.getvalue(), *((groups,) if groups is not None else ())))
 
 

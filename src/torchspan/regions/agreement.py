@@ -51,7 +51,8 @@ class Agreement:
 
     def refuse(self, why: str) -> None:
         """Tell the others that this rank goes on eagerly."""
-        self._store.set(f"code/{self._rank}", f"{_END}{why}")
+        if self._store is not None:
+            self._store.set(f"code/{self._rank}", f"{_END}{why}")
 
     def reach(self, is_cancelled: Callable[[], bool], timeout_s: float, may_wait: Callable[[], None]) -> str | None:
         """Wait until the ranks have settled in which call they take over (None), or why they do not.
@@ -64,7 +65,7 @@ class Agreement:
         deadline = self._began + timeout_s
         why_not = self._wait_for_code(is_cancelled, deadline)
         if why_not is not None:
-            return self._settled(0, f"{_END}{why_not}").removeprefix(_END)
+            return self._ended(0, why_not).removeprefix(_END)
         number = 0
         while True:
             verdict = self._round(number, is_cancelled, deadline, may_wait)
@@ -107,8 +108,18 @@ class Agreement:
                 may_wait()
             why_not = self._pause(is_cancelled, deadline, "the ranks do not call it any more, or not in step")
             if why_not is not None:
-                return self._settled(number, f"{_END}{why_not}")
+                return self._ended(number, why_not)
         return verdict
+
+    def _ended(self, number: int, why_not: str) -> str:
+        """Settle that the ranks do not take over, in this round or the first that nobody has settled; what was settled."""
+        while (verdict := self._settled(number, f"{_END}{why_not}")) == _AGAIN:
+            number += 1
+        return verdict
+
+    def close(self) -> None:
+        """Let go of the store, which lives as long as somebody holds it: the next job would find the old one's."""
+        self._store = None
 
     def _ahead(self, number: int) -> int:
         """A time that no rank's calls have reached, as far as this rank's go: further with each round."""
@@ -198,7 +209,7 @@ def clocks_here() -> Mapping[str, int]:
     """How many collectives each group of this process has issued, by its name; a backend may not count."""
     world = distributed.world()
     found = {}
-    for group, name in world.pg_names.items():
+    for group, name in list(world.pg_names.items()):
         with suppress(RuntimeError):
             found[str(name)] = group._get_sequence_number_for_group()
     return found

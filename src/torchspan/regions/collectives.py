@@ -63,13 +63,15 @@ class Collectives:
 class _Recorder(TorchDispatchMode):
     """Notes the collectives that pass: those of a program, of functional ones, and of compiled code."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.issued: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        if func.namespace in _NAMESPACES:
+        if getattr(func, "namespace", "") in _NAMESPACES:
             name = func._schema.name.partition("::")[2].removesuffix("_")
             group = _group_name([*args, *given.values()])
             if name not in _NO_COLLECTIVES and group is not None:
@@ -99,9 +101,12 @@ def _unboxed(value: Any) -> Any:
 
 
 def collectives_of(run: Callable[[], Any]) -> Collectives:
-    """Those that `run` issues."""
-    with _Recorder() as recorder:
-        run()
+    """Those that `run` issues, but for what runs inside of an operator of higher order; on torch 2.8 none beside such a one."""
+    try:
+        with _Recorder() as recorder:
+            run()
+    except NotImplementedError:  # torch 2.8 refuses such operators under a mode
+        return Collectives()
     world = distributed.world()
-    by_name = {str(world.pg_names[one]): tuple(sorted(world.pg_group_ranks[one])) for one in world.pg_group_ranks}
+    by_name = {str(name): tuple(sorted(world.pg_group_ranks[group])) for group, name in list(world.pg_names.items())}
     return Collectives(tuple(recorder.issued), {name: by_name[name] for _, name in recorder.issued})

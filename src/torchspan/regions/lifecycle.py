@@ -47,6 +47,7 @@ MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
 MAX_MISSED = 3
 RANKS_S = 600.0  # how long one rank's code waits for the others'
+WAITING_S = 120.0  # the same where calls wait for it, and another rank's call may wait for this one's collectives
 _SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
@@ -94,8 +95,7 @@ class Lifecycle:
 
     def _start(self, generation: Generation, call: Call) -> None:
         if generation.agreement is None and groups_here() is not None:
-            modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
-            generation.agreement = agreement_here(f"{self.part.name} {self.strategy} {modes}")
+            generation.agreement = self._agreement(call)
         gpu = gpu_of(call.args, call.kwargs)
         why_not = refusal(gpu, self._host.settings)
         if why_not is not None:
@@ -122,7 +122,7 @@ class Lifecycle:
             dims,
             self.part.nested,
         )
-        return transport.dumps(task)
+        return transport.dumps(task, groups=groups_here())
 
     def _can_be_sent(self, call: Call) -> bool:
         """Whether the program can be sent, so that it is the arguments of a call that cannot."""
@@ -192,6 +192,9 @@ class Lifecycle:
         self._tell(generation, lambda agreement: agreement.tell(filled.collectives))
         if not filled.collectives:
             generation.agreement = None
+        elif agreement is None:
+            self.give_up(generation, Ending("skipped", 0.0, cause="it has collectives, and the ranks cannot agree on a call"))
+            return
         elif filled.not_verified is not None:
             self._decide("not verified", f"it has collectives, and in the compile process: {filled.not_verified}")
         else:
@@ -210,7 +213,8 @@ class Lifecycle:
             return generation.cancel.is_set() or groups_here() is None
 
         try:
-            why_not = agreement.reach(is_cancelled, RANKS_S, generation.done.set)
+            timeout_s = WAITING_S if self._host.is_waiting else RANKS_S
+            why_not = agreement.reach(is_cancelled, timeout_s, generation.done.set)
             if why_not is not None:
                 self.reject(generation, why_not, "agreeing with the other ranks")
                 return
@@ -222,7 +226,17 @@ class Lifecycle:
         except Exception as cause:  # noqa: BLE001 - the store is gone, as is the rank that held it
             self._note_disagreed(generation, cause)
         finally:
+            agreement.close()
             generation.done.set()
+
+    def _agreement(self, call: Call) -> Agreement | None:
+        """That with the other ranks; None where the job has no store to agree by, which is reported."""
+        modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
+        try:
+            return agreement_here(f"{self.part.name} {self.strategy} {modes}")
+        except Exception as cause:  # noqa: BLE001 - the store is another program's kind, or gone
+            self._decide("no agreement", f"ranks cannot agree on a call: {type(cause).__name__}: {_said(cause)}")
+            return None
 
     def is_agreed(self, generation: Generation, agreement: Agreement) -> bool:
         """At the beginning of a call: whether it is the one in which all ranks take over."""
@@ -312,7 +326,10 @@ class Lifecycle:
         """
         generation.stage = "eager"
         self._attempt(ending)
+        generation.first_run.set()
         self._tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
+        if generation.agreement is not None:
+            generation.agreement.close()
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
