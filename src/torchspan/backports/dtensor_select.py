@@ -12,14 +12,14 @@ from torchspan.backports._base import Backport
 
 
 def _of_its_own(strategy: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of select, whose result is described by itself: old torch writes its shape into what describes the input."""
+    """The rule of select, with a description of the result that is not the input's: old torch changes its shape afterwards."""
 
     @functools.wraps(strategy)
     def select(op_schema: Any) -> Any:
-        found = strategy(op_schema)
-        for one in found.strategies:
-            one.output_specs = copy.copy(one.output_specs)
-        return found
+        choices = strategy(op_schema)
+        for choice in choices.strategies:
+            choice.output_specs = copy.copy(choice.output_specs)
+        return choices
 
     return select
 

@@ -1,8 +1,8 @@
-"""``fully_shard([a, b])`` where the model runs a, and the program runs b later: a's backward has its parameters again.
+"""``fully_shard([a, b])`` where the model runs `a`, and the program runs `b` by itself later, as a loss in chunks does.
 
-So does a loss in chunks, which runs a model's head by itself, on a part of the sequence at a time. Old FSDP watches what the
-last module of a group takes and gives, once all of them have run. Here a module that runs outside of the whole model is
-watched by itself, and what depends on the others of its group is in what the whole model gives, so that is watched too.
+Old FSDP puts its hooks for the backward on the last module of a group, once all of them have run; where one never runs inside
+the model, the parameters of the others are not gathered again. Here a module that runs outside of the model has hooks of its
+own, and the model's output has those of the rest of the group.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
 
 
 def _for_target(redirection: Redirection, given: object) -> object:
-    """The backend in the place of gloo or of none, which take tensors of the CPU and of CUDA: one for the accelerator's too."""
+    """A backend in the place of gloo, or of none, that takes tensors of the accelerator besides those of the CPU."""
     if given not in (None, "gloo"):
         return given
     from torchspan.devices import _staged_group

@@ -1,6 +1,6 @@
 """Double precision where the target has none (MPS, some XPUs): operators that are asked for it compute in single precision.
 
-What makes or moves tensors is narrowed by the rules for factories and moves, with the same Decision.
+The rules for factories and for moves narrow what is made and what is moved, and report it in the same words.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torchspan.environment.patch import Patch
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
-    """No Patch: a Decision, where the target is MPS."""
+    """Patch nothing; where the accelerator is MPS, report whether its fallback to the CPU is on."""
     if redirection.target == "mps":
         value = os.environ.get(VARIABLE)
         if value is None:

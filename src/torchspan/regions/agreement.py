@@ -4,7 +4,16 @@ The collectives of a call pair up across ranks, so that the number of collective
 its ranks read alike at the beginning of a call. Ranks that have compiled say so; then the lowest one proposes a time S on that
 clock which lies ahead, and each rank that has not passed S takes part. The first rank whose call begins at S or later settles,
 by one atomic write, whether it is the call in which all take over (all have taken part) or whether they try again; the others
-read what was settled. Nothing waits but a thread in the background, and that for a limited time; no collective is issued.
+read what was settled. No collective is issued, and no call waits for another rank: a thread in the background does, for a
+limited time; a call reads and writes a few keys of the store when the proposed time has come.
+
+The keys, under the name and the number of the agreement::
+
+    code/RANK      the collectives of the rank's code, or why it runs eagerly
+    at/N           the time on the clock that is proposed in round N
+    in/N/RANK      the rank takes part in round N
+    verdict/N      what was settled: all take over, another round, or an end with its reason
+    ran/RANK       how the call went in which the rank took over
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ from torchspan.regions.collectives import Collectives
 POLL_S = 0.05
 MAX_POLL_S = 0.5
 _GO, _AGAIN, _END = "go", "again", "end: "
-_opened: Counter[str] = Counter()  # what is alike is paired with the other ranks' by its number
+_opened: Counter[str] = Counter()  # how many agreements of each name were begun: the n-th here is the n-th of every rank
 
 
 class Agreement:
