@@ -17,6 +17,8 @@ from torchspan.environment.patch import MissingModule, Replacement
 from torchspan.environment.scope import Environment
 
 NAMES = REGISTRY.names()
+TAKEN_AWAY = {"opaque_object": {"OpaqueBase", "OpaqueBaseMeta", "__getattr__"}}
+"""Names of older torch that the newest has no more: there they are provided, too, by the module's ``__getattr__``."""
 
 
 def backport_of(name: str) -> Backport:
@@ -98,7 +100,7 @@ def test_where_torch_has_it_nothing_changes_and_nothing_is_reported(name: str) -
         use(backport)
         for place, holder in targets.items():
             assert all(vars(holder)[key] is value for key, value in before[place].items()), place
-            assert vars(holder).keys() == before[place].keys(), place
+            assert vars(holder).keys() - TAKEN_AWAY.get(name, set()) == before[place].keys(), place
         assert environment.report.decisions == ()
 
 

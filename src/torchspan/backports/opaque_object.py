@@ -253,6 +253,12 @@ for _public in (CustomClassBase, CustomClassBaseMeta):
     _public.__module__ = "torch._custom_class_base"
 register_custom_class(Enum, typ="constant")
 
+# the names of torch 2.10 to 2.14, which 2.15 took away
+_OLD_BASES = {
+    "OpaqueBase": _base("CustomClassBase", "OpaqueBase"),
+    "OpaqueBaseMeta": _base("CustomClassBaseMeta", "OpaqueBaseMeta"),
+}
+
 BACKPORT = Backport(
     name="opaque_object",
     summary="classes of opaque objects, which custom operators take: torch._library.opaque_object",
@@ -265,8 +271,7 @@ BACKPORT = Backport(
         "CustomClassBase": _base("CustomClassBase", "OpaqueBase"),
         "CustomClassBaseMeta": _base("CustomClassBaseMeta", "OpaqueBaseMeta"),
         "MemberType": lambda: MemberType,
-        "OpaqueBase": _base("CustomClassBase", "OpaqueBase"),
-        "OpaqueBaseMeta": _base("CustomClassBaseMeta", "OpaqueBaseMeta"),
+        **_OLD_BASES,
         "OpaqueType": lambda: OpaqueType,
         "OpaqueTypeStr": lambda: OpaqueTypeStr,
         "register_custom_class": _newer("register_custom_class", "register_opaque_type"),
