@@ -100,7 +100,7 @@ def test_where_torch_has_it_nothing_changes_and_nothing_is_reported(name: str) -
         use(backport)
         for place, holder in targets.items():
             assert all(vars(holder)[key] is value for key, value in before[place].items()), place
-            assert vars(holder).keys() - TAKEN_AWAY.get(name, set()) == before[place].keys(), place
+            assert vars(holder).keys() - before[place].keys() <= TAKEN_AWAY.get(name, set()), place
         assert environment.report.decisions == ()
 
 
