@@ -39,20 +39,20 @@ class Rule:
     """What is known of one operator; `judge` is asked only where its tensors lie in both memories, or always if `is_strict`."""
 
     name: str
-    arguments: tuple[tuple[str, bool], ...]
-    judge: Judge | None
-    is_factory: bool
-    is_drawing: bool
-    is_of_many: bool
-    is_strict: bool
-    is_copy: bool
+    arguments: tuple[tuple[str, bool], ...] = ()
+    judge: Judge | None = None
+    is_factory: bool = False
+    is_drawing: bool = False
+    is_of_many: bool = False
+    is_strict: bool = False
+    is_copy: bool = False
 
 
 def rule_of(operator: Any) -> Rule:
     """The rule of an operator, read off its schema; nothing is checked of what is not torch's own."""
     schema = getattr(operator, "_schema", None)
     if schema is None:
-        return Rule(str(operator), (), None, False, False, False, False, False)
+        return Rule(str(operator))
     name = schema.name.partition("::")[2]
     is_own = schema.name.startswith("aten::")
     arguments = tuple((one.name, bool(one.alias_info and one.alias_info.is_write)) for one in schema.arguments)

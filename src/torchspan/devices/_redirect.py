@@ -71,6 +71,7 @@ class Redirection:
         self.is_cuda_default = False
         self.choice = choose(facts, DeviceRequest("cuda"), mode)
         self.target = self.choice.device
+        self.target_kind = self.target.partition(":")[0]
         self.has_target_module = self.target not in ("cpu", "cuda")
         self.lacks_float64 = not facts.computes_in_float64(self.target)
         self.follows = mode == FOLLOWED and self.target == "cpu"
@@ -172,7 +173,7 @@ class Redirection:
             return torch.cuda.current_device()
         if isinstance(device, str):
             device = torch.device(device)
-        if self.knows_keep_cpu and isinstance(device, torch.device) and device.type == self.target.partition(":")[0]:
+        if self.knows_keep_cpu and isinstance(device, torch.device) and device.type == self.target_kind:
             return torch.cuda.current_device()  # such a program's label is of the device that it was given
         if isinstance(device, torch.device) and device.type in self.kinds and device.type in ACCELERATORS:
             self.lookup(device)
@@ -277,7 +278,7 @@ class Redirection:
     def believed(self, holder: Any) -> torch.device | None:
         """The device that a program in disguise believes a tensor or a storage to be on; None where that is where it is."""
         is_tensor = isinstance(holder, torch.Tensor)
-        if is_tensor and _DEVICE_OF(holder).type != self.target:
+        if is_tensor and _DEVICE_OF(holder).type != self.target_kind:
             return None
         memory = memory_of(holder) if is_tensor else memory_of_storage(holder)
         if self.target == "cpu" and (not self.in_use or self._is_on_host(memory)):
@@ -362,7 +363,7 @@ class Redirection:
         """What to add to the reason where the program asks for one of several devices, and one stands in for all."""
         index = request.index or 0
         is_launched = index < int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # then each rank has its own
-        is_one = request.kind in ACCELERATORS and self.target.partition(":")[0] == "cpu"
+        is_one = request.kind in ACCELERATORS and self.target_kind == "cpu"
         return f"{_SHARED} {request.kind}:0 to {request}" if index and is_one and not is_launched else ""
 
     def _warn_once(self, message: str, site: str | None) -> None:
@@ -387,7 +388,7 @@ class Redirection:
 
     def is_on_target(self, tensor: Any) -> bool:
         """Whether a tensor is on the accelerator that stands in for CUDA."""
-        return isinstance(tensor, torch.Tensor) and _DEVICE_OF(tensor).type == self.target.partition(":")[0]
+        return isinstance(tensor, torch.Tensor) and _DEVICE_OF(tensor).type == self.target_kind
 
     def waits_for_copy(self, name: str, source: Any, to: Any) -> bool:
         """Whether a copy between the host and another accelerator has to be waited for, although the program would not.
@@ -396,7 +397,7 @@ class Redirection:
         read a source that is gone. `source` and `to` are devices.
         """
         kinds = {torch.device(source).type, torch.device(to).type}
-        is_between = self.has_target_module and kinds == {"cpu", self.target.partition(":")[0]}
+        is_between = self.has_target_module and kinds == {"cpu", self.target_kind}
         if is_between:
             self.note(f"{name}(non_blocking=True)", None, "its source may be gone before the copy is done", "waits")
         return is_between

@@ -30,7 +30,7 @@ class Target:
 
     def __init__(self, redirection: Redirection) -> None:
         self._redirection = redirection
-        self.kind = redirection.target.partition(":")[0]
+        self.kind = redirection.target_kind
         self._most: Counter[tuple[str, int]] = Counter()  # the greatest figure that was read of each device, by its name
 
     @cached_property

@@ -18,7 +18,21 @@ _REAL_STREAM: Any = torch._C.Stream
 _first: dict[torch.device, Any] = {}
 
 
-class TargetStream(_REAL_STREAM):
+class AnyStream:
+    """What every stream that stands for one of CUDA's does alike."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """Record `event`, or a new one, in this stream."""
+        event = torch.cuda.Event() if event is None else event
+        event.record(self)
+        return event
+
+    def is_capturing(self) -> bool:
+        """Whether a graph is being captured: there is one order of work for all streams."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+class TargetStream(AnyStream, _REAL_STREAM):
     """A stream of the accelerator, which says that it is an instance of ``torch.cuda.Stream``."""
 
     priority = 0
@@ -35,16 +49,6 @@ class TargetStream(_REAL_STREAM):
     def wait_event(self, event: Any) -> None:
         """Do nothing more before `event` is reached."""
         event.wait(self)
-
-    def record_event(self, event: Any = None) -> Any:
-        """Record `event`, or a new one, in this stream."""
-        event = torch.cuda.Event() if event is None else event
-        event.record(self)
-        return event
-
-    def is_capturing(self) -> bool:
-        """Whether a graph is being captured."""
-        return bool(torch.cuda.is_current_stream_capturing())
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -133,7 +137,7 @@ def new_stream(redirection: Redirection, device: Any = None, priority: int = 0, 
     if "stream_id" in kwargs:
         return TargetStream(**kwargs)
     try:
-        made: Any = TargetStream(device=torch.device(target.kind, index), priority=priority)
+        made: Any = TargetStream(device=target.device(index), priority=priority)
     except RuntimeError as cause:
         redirection.simulate("torch.cuda.Stream()", f"the one stream of {target.kind}: {str(cause).splitlines()[0]}")
         return current_stream(target, index)

@@ -162,7 +162,7 @@ def _is_for_target(redirection: Redirection, args: tuple[Any, ...], kwargs: dict
         device = None if context is None else context.device
     if device is None:
         return False
-    return redirection.lookup(device) is not None or torch.device(device).type == redirection.target.partition(":")[0]
+    return redirection.lookup(device) is not None or torch.device(device).type == redirection.target_kind
 
 
 def _dtype_made(old: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

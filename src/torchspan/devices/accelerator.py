@@ -33,7 +33,7 @@ _RANDOM = ("initial_seed", "get_rng_state", "get_rng_state_all")
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """Every query, the current device and stream, and what is known of its memory."""
-    if redirection.target.partition(":")[0] != "cpu" or redirection.mode == "strict":
+    if redirection.target_kind != "cpu" or redirection.mode == "strict":
         return
     for name, function in _answers(redirection).items():
         yield Redefinition("accelerator", "torch.accelerator", name, partial(unless_torch_asks, function, name=name))

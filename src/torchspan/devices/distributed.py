@@ -71,7 +71,7 @@ def _for_target(redirection: Redirection, given: object) -> object:
         return given
     from torchspan.devices import _staged_group
 
-    kind = redirection.target.partition(":")[0]
+    kind = redirection.target_kind
     found = _staged_group.backend_of(kind)
     if found == _staged_group.NAME:
         _staged_group.register(kind)

@@ -79,7 +79,7 @@ def _rebuilding(redirection: Redirection, old: Function) -> Function:
     """A tensor of a file whose storage was read to the device: its numbers are narrowed on the CPU."""
 
     def _rebuild_tensor(storage: Any, storage_offset: Any, size: Any, stride: Any) -> Any:
-        is_wide = getattr(storage, "dtype", None) in NARROW and storage.device.type == redirection.target.partition(":")[0]
+        is_wide = getattr(storage, "dtype", None) in NARROW and storage.device.type == redirection.target_kind
         if not is_wide:
             return old(storage, storage_offset, size, stride)
         made = old(storage.cpu(), storage_offset, size, stride)

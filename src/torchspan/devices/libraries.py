@@ -23,7 +23,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 
 def _impl(redirection: Redirection, old: Any) -> Function:
     """``Library.impl(op, fn, "CUDA")`` serves the target too, until a kernel for that is registered."""
-    target_key = _KEYS.get(redirection.target.partition(":")[0], "PrivateUse1")
+    target_key = _KEYS.get(redirection.target_kind, "PrivateUse1")
     stand_ins: dict[tuple[str, str], torch.library.Library] = {}
 
     @wraps(old)

@@ -78,7 +78,7 @@ _XPU = {
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
     """The calls of each kind that is not here; nothing where they go to another accelerator."""
-    if redirection.target.partition(":")[0] != "cpu":
+    if redirection.target_kind != "cpu":
         return
     if "mps" in redirection.kinds:
         for name, counterpart in _MPS.items():

@@ -23,7 +23,7 @@ MODULE = "torch.cuda.streams"
 WHAT = "work is done when it is asked for, in that order"
 
 
-class Stream:
+class Stream(_target_streams.AnyStream):
     """A stand-in for ``torch.cuda.Stream``, which it says it is an instance of."""
 
     _numbers = itertools.count(1)
@@ -77,16 +77,6 @@ class Stream:
 
     def wait_stream(self, stream: Any) -> None:
         """What the other stream was asked for is done."""
-
-    def record_event(self, event: Any = None) -> Any:
-        """Record `event`, or a new one, now."""
-        event = torch.cuda.Event() if event is None else event
-        event.record(self)
-        return event
-
-    def is_capturing(self) -> bool:
-        """Whether a graph is being captured: there is one order of work for all streams."""
-        return bool(torch.cuda.is_current_stream_capturing())
 
     @property
     def native_handle(self) -> int:
@@ -226,7 +216,7 @@ def _new_event(redirection: Redirection, old: object) -> staticmethod[..., Any]:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         if redirection.has_target_module:
             redirection.note("torch.cuda.Event()")
-            return _target_streams.TargetEvent(redirection.target.partition(":")[0], *args, **kwargs)
+            return _target_streams.TargetEvent(redirection.target_kind, *args, **kwargs)
         redirection.simulate("torch.cuda.Event()", "it measures wall time; " + WHAT)
         return Event(*args, **kwargs)
 
@@ -243,7 +233,7 @@ def _generic(redirection: Redirection, kind: type[Stream | Event], real: Any) ->
     Streams and events of every kind are instances of it, and the classes of ``torch.cuda`` are subclasses, as in a CUDA build.
     """
     own = getattr(torch.cuda, real.__name__)
-    is_simulated = redirection.target.partition(":")[0] == "cpu"
+    is_simulated = redirection.target_kind == "cpu"
 
     class Meta(type(real)):  # type: ignore[misc]
         def __instancecheck__(cls, instance: object) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchspan.private import distributed
+from torchspan.jobs.groups import groups_here
 
 _NAMESPACES = ("c10d", "_c10d_functional")
 # the same to those who wait: a tensor for all, or a list of them
@@ -107,6 +107,6 @@ def collectives_of(run: Callable[[], Any]) -> Collectives:
             run()
     except NotImplementedError:  # torch 2.8 refuses such operators under a mode
         return Collectives()
-    world = distributed.world()
-    by_name = {str(name): tuple(sorted(world.pg_group_ranks[group])) for group, name in list(world.pg_names.items())}
-    return Collectives(tuple(recorder.issued), {name: by_name[name] for _, name in recorder.issued})
+    here = groups_here()
+    ranks = dict(here.named) if here is not None else {}
+    return Collectives(tuple(recorder.issued), {name: ranks[name] for _, name in recorder.issued})

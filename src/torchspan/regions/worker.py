@@ -18,7 +18,7 @@ from torchspan.core.errors import CompileError, TorchspanError
 from torchspan.core.numerics import tensors
 from torchspan.core.report import Report
 from torchspan.jobs import transport
-from torchspan.jobs.groups import portable_groups, pretend
+from torchspan.jobs.groups import groups_here, portable_groups, pretend
 from torchspan.private import dynamo, inductor
 from torchspan.regions import ambient, caching, events, transformers, verify
 from torchspan.regions.ambient import Ambient
@@ -121,7 +121,7 @@ def profile_region(payload: bytes) -> bytes:
 
 def _expected(payload: bytes) -> Collectives:
     """The collectives that a call and its backward issue eagerly: of a copy of the program, as running it may change it."""
-    if transport.groups_of(payload) is None:
+    if groups_here() is None:
         return Collectives()
     copied: Task = transport.loads(payload)
     return collectives_of(lambda: _backward(call_task(copied, entry_point(copied.is_block))))
