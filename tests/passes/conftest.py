@@ -65,7 +65,7 @@ class Captures:
             texts = {arg for node in graph.module.graph.nodes for arg in node.args if isinstance(arg, str)}
             self._made[key] = graph, {name: distributed.group_ranks(name) for name in texts if distributed.find_group(name)}
         graph, groups = self._made[key]
-        distributed.add_groups({name: ranks for name, ranks in groups.items() if not distributed.find_group(name)})
+        distributed.add_groups((name, ranks) for name, ranks in groups.items() if not distributed.find_group(name))
         assert groups == {name: distributed.group_ranks(name) for name in groups}
         return replace(graph, module=editable(graph))
 

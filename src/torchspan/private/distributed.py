@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,9 +45,7 @@ def start_fake_job(rank: int, groups: Sequence[tuple[str, Sequence[int]]]) -> No
     (first, ranks), *others = groups
     with _naming(first):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=len(ranks))
-    for name, members in others:
-        with _naming(name):
-            dist.new_group(list(members))
+    add_groups(others)
 
 
 def _naming(name: str) -> AbstractContextManager[None]:
@@ -58,26 +56,20 @@ def _naming(name: str) -> AbstractContextManager[None]:
 
 
 def start_fake_groups(rank: int, groups: Mapping[str, Sequence[int]]) -> None:
-    """Make this process `rank` of a job that sends nothing, with process groups of these names and ranks."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    """Make this process `rank` of a job that sends nothing; beside the default group it has groups of these names and ranks."""
     world_size = 1 + max(rank, *(member for members in groups.values() for member in members))
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    add_groups(groups)
+    start_fake_job(rank, [("torchspan", range(world_size)), *groups.items()])
 
 
-def add_groups(groups: Mapping[str, Sequence[int]]) -> None:
+def add_groups(groups: Iterable[tuple[str, Sequence[int]]]) -> None:
     """Make process groups of these names and ranks."""
     import torch.distributed as dist
 
-    made = {name: dist.new_group(list(members)) for name, members in groups.items()}
-    for group in made.values():  # torch chose their names
-        _forget_group(group.group_name)
-    for name, group in made.items():
-        name_group(group, name)
-    world: Any = dist.distributed_c10d._world  # it names the next group by counting, and takes no name twice
-    world.group_count = max(world.group_count, *(int(name) + 1 for name in groups if name.isdigit()), 0)
+    for name, members in groups:
+        with _naming(name):
+            dist.new_group(list(members))
+        if name.isdigit():  # torch names the next group by counting, and takes no name twice
+            world().group_count = max(world().group_count, int(name) + 1)
 
 
 def fused_products(groups: Sequence[str]) -> tuple[Any, Any]:
