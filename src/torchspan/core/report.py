@@ -249,9 +249,9 @@ class Report:
         for topic in Topic:
             of_topic = [decision for decision in self.decisions if decision.topic is topic]
             lines += [topic.heading] if of_topic else []
-            for one in of_topic:
-                times = f" {one.count}×" if one.count > 1 else ""
-                lines.append(f"  {one.subject} → {one.choice}{times} ({one.reason})")
+            for decision in of_topic:
+                times = f" {decision.count}×" if decision.count > 1 else ""
+                lines.append(f"  {decision.subject} → {decision.choice}{times} ({decision.reason})")
         for attempt in self.attempts:
             why = f": {attempt.cause}" if attempt.cause else ""
             lines.append(f"{attempt.outcome} {attempt.region} by {attempt.strategy} in {attempt.seconds:.1f} s{why}")

@@ -19,10 +19,10 @@ class _Named(str, Enum):
     @classmethod
     def of(cls, name: str) -> Self:
         """The member of this name; raises InputError for a name that is none."""
-        found = cls._value2member_map_.get(name)
-        if not isinstance(found, cls):
+        member = cls._value2member_map_.get(name)
+        if not isinstance(member, cls):
             raise InputError(f"{cls.__name__.lower()} is {name!r}; expected one of {', '.join(cls)}")
-        return found
+        return member
 
 
 class Topic(_Named):
