@@ -533,22 +533,26 @@ def hf_weights(config: ModelConfig) -> list[HFWeight]:
     return weights
 
 
-def _layer_weights(config: ModelConfig, ours: str, theirs: str, is_dense: bool) -> list[HFWeight]:
+def _layer_weights(config: ModelConfig, prefix: str, hf_prefix: str, is_dense: bool) -> list[HFWeight]:
     names = _LAYER_NAMES | (_QUERY_NAMES if config.q_lora_rank is None else _LOW_RANK_QUERY_NAMES)
     names |= _feed_forward_names("feed_forward", "mlp") if is_dense else _MOE_NAMES
-    weights = [HFWeight(f"{ours}.{name}.weight", (f"{theirs}.{public}.weight",)) for name, public in names.items()]
+    weights = [HFWeight(f"{prefix}.{name}.weight", (f"{hf_prefix}.{public}.weight",)) for name, public in names.items()]
     if is_dense:
         return weights
     for name, public in _feed_forward_names("moe.experts", "").items():
-        experts = (f"{theirs}.mlp.experts.{expert}{public}.weight" for expert in range(config.num_experts))
-        weights.append(HFWeight(f"{ours}.{name}", tuple(experts), stacked=True))
+        experts = (f"{hf_prefix}.mlp.experts.{expert}{public}.weight" for expert in range(config.num_experts))
+        weights.append(HFWeight(f"{prefix}.{name}", tuple(experts), stacked=True))
     if config.score_function == "sigmoid":
-        weights.append(HFWeight(f"{ours}.moe.balance.bias_E", (f"{theirs}.mlp.gate.e_score_correction_bias",)))
+        weights.append(HFWeight(f"{prefix}.moe.balance.bias_E", (f"{hf_prefix}.mlp.gate.e_score_correction_bias",)))
     return weights
 
 
-def _feed_forward_names(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.w1": f"{theirs}.gate_proj", f"{ours}.w2": f"{theirs}.down_proj", f"{ours}.w3": f"{theirs}.up_proj"}
+def _feed_forward_names(prefix: str, hf_prefix: str) -> dict[str, str]:
+    return {
+        f"{prefix}.w1": f"{hf_prefix}.gate_proj",
+        f"{prefix}.w2": f"{hf_prefix}.down_proj",
+        f"{prefix}.w3": f"{hf_prefix}.up_proj",
+    }
 
 
 _LAYER_NAMES = {
