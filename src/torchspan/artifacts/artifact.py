@@ -181,7 +181,7 @@ def precompile(
     """
     program = Program(model, args, {} if kwargs is None else kwargs)
     pipeline = pipeline_of(passes)
-    entries = {**_entries(program, compiler_name(compiler)), "passes": [str(one) for one in pipeline.passes]}
+    entries = {**_entries(program, compiler_name(compiler)), "passes": [str(pass_) for pass_ in pipeline.passes]}
     if entries["passes"]:
         entries["rebuild"] += f" --passes '{pipeline}'"
     report = report or Report(parent=current_report())

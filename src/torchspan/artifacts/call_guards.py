@@ -26,7 +26,7 @@ def call_guards(call: CapturedCall, args: tuple[object, ...], parts: Any) -> dic
     guarded: dict[str, Any] = json.loads(parts.payloads[parts.program["guards"]])
     guarded["always"] = [*_of_arguments(args), *_of_tensors(call, args)]
     guarded["at_load"], guarded["ambient"] = [], {}
-    guarded["same"] = [[encode_path(parse_path(one)), encode_path(parse_path(two))] for one, two in call.same]
+    guarded["same"] = [[encode_path(parse_path(first)), encode_path(parse_path(second))] for first, second in call.same]
     return guarded
 
 

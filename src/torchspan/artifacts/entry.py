@@ -97,9 +97,9 @@ class Entry:
         """The gradients of the inputs, None where there is none."""
         assert self._backward is not None, "a program without a backward has been asked for gradients"
         tangents = [tangent.of(gradients, symbols) for tangent in self._tangents]
-        given = {"saved": saved, "tangent": tangents}
+        values = {"saved": saved, "tangent": tangents}
         with torch._C._DisableAutocast():
-            return self._backward([given[kind][index] for kind, index in self._backward_inputs], symbols)
+            return self._backward([values[kind][index] for kind, index in self._backward_inputs], symbols)
 
     def _all_outputs(self, kept: Sequence[Tensor], inputs: Sequence[Tensor], symbols: Symbols) -> list[Tensor]:
         """The program's outputs: what was computed, and views of it or of inputs, made as views again."""
@@ -205,10 +205,10 @@ def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[A
     name = decode(key[0]) if isinstance(key, list) else key
 
     def store(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> tuple[dict[Any, Any], Any, Any]:
-        found = find(values)
-        place = found if isinstance(key, list) else vars(found)
-        if type(found) in (type, ModuleType) or not isinstance(place, dict):
-            raise IntegrityError(f"an artifact stores on {show_path(path)}, a {type(found).__name__}")
+        holder = find(values)
+        place = holder if isinstance(key, list) else vars(holder)
+        if type(holder) in (type, ModuleType) or not isinstance(place, dict):
+            raise IntegrityError(f"an artifact stores on {show_path(path)}, a {type(holder).__name__}")
         return place, name, build(outputs, values)
 
     return store
@@ -270,9 +270,9 @@ def _filling(kind: Any, structure: Mapping[str, Any]) -> Builder:
     parts = [(str(name), result_builder(item)) for name, item in structure["attributes"]]
 
     def build(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> Any:
-        made = object.__new__(kind)
-        vars(made).update((name, make(outputs, values)) for name, make in parts)
-        return made
+        instance = object.__new__(kind)
+        vars(instance).update((name, make(outputs, values)) for name, make in parts)
+        return instance
 
     return build
 

@@ -210,15 +210,15 @@ def load(artifact_path: str | os.PathLike[str], cache_path: str | os.PathLike[st
     path, started = Path(artifact_path), time.perf_counter()
     _check_pair(path, Path(cache_path))
     with _told_as_ours(), Store(path) as store:
-        found = store.manifest
-        if values_of(found).get("kind") != _KIND:
+        manifest = store.manifest
+        if values_of(manifest).get("kind") != _KIND:
             raise PrecompileError(f"{path} was not written by {_KIND}.capture; torchspan.load takes other artifacts")
-        differ = mismatches(found, platform_entries())
+        differ = mismatches(manifest, platform_entries())
         if differ:
-            said = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
-            raise PrecompileError(f"{path} does not fit here: {said}; capture it again")
-        runnable = _runnable(found, store.payloads(), str(path))
-    _record(values_of(found), "loaded", started)
+            differences = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
+            raise PrecompileError(f"{path} does not fit here: {differences}; capture it again")
+        runnable = _runnable(manifest, store.payloads(), str(path))
+    _record(values_of(manifest), "loaded", started)
     return runnable
 
 
@@ -312,8 +312,8 @@ def _compile_call(
     except TorchspanError:
         raise
     except Exception as cause:
-        said = str(cause).strip().splitlines() or [""]
-        raise PrecompileError(f"the compiler failed on {program.name}: {type(cause).__name__}: {said[0]}") from cause
+        lines = str(cause).strip().splitlines() or [""]
+        raise PrecompileError(f"the compiler failed on {program.name}: {type(cause).__name__}: {lines[0]}") from cause
     _refuse_changed_parameters(call, json.loads(parts.payloads[parts.program["plan"]]))
     parts.payloads[parts.program["guards"]] = json.dumps(call_guards(call, args, parts)).encode()
     return Artifact(_entries(program, call, compiler), [parts.program], parts.payloads, report)
@@ -414,8 +414,8 @@ def _runnable(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], origin
     entries = load_entries(manifest, payloads, nn.Module())
     try:
         gradients = values_of(manifest)["gradients"]
-        _, given = json.loads(payloads[manifest["programs"][0]["plan"]])["result"]["tuple"]
-        is_right = len(given["list"]) == len(gradients) and all(map(_is_parameter, gradients)) and len(entries) == 1
+        _, result = json.loads(payloads[manifest["programs"][0]["plan"]])["result"]["tuple"]
+        is_right = len(result["list"]) == len(gradients) and all(map(_is_parameter, gradients)) and len(entries) == 1
     except (TypeError, LookupError, ValueError):
         is_right = False
     if not is_right:

@@ -240,8 +240,8 @@ class Sizes:
         for condition in self._conditions:
             if not condition.value(symbols):
                 places = {name: show_path(path) for name, path in zip(self.names, self.paths)}
-                asked = [f"{name} = {places[name]} = {symbols[name]}" for name in sorted(condition.names)]
-                return f"expected {condition.text}, found {', '.join(asked)}"
+                sizes = [f"{name} = {places[name]} = {symbols[name]}" for name in sorted(condition.names)]
+                return f"expected {condition.text}, found {', '.join(sizes)}"
         return None
 
     def failed_for(self, values: Mapping[str, Any]) -> str | None:

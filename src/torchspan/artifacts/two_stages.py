@@ -107,8 +107,8 @@ def naming_the_compiler(compile_it: Callable[[], Any], name: str) -> Any:
     except TorchspanError:
         raise
     except Exception as cause:
-        said = str(cause).strip().splitlines() or [""]
-        raise CompileError(f"the compiler failed on {name}: {type(cause).__name__}: {said[0]}") from cause
+        lines = str(cause).strip().splitlines() or [""]
+        raise CompileError(f"the compiler failed on {name}: {type(cause).__name__}: {lines[0]}") from cause
 
 
 class _Checked:
