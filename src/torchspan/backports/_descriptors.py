@@ -411,13 +411,13 @@ def forward_outputs(state: Any, primals: Sequence[AOTInput]) -> list[AOTOutput]:
 
 def gradients(state: Any, primals: Sequence[AOTInput]) -> list[AOTOutput]:
     """The gradients that a joint graph gives, one for each primal (None where it has none)."""
-    found: list[AOTOutput] = [
+    outputs: list[AOTOutput] = [
         GradAOTOutput(primal) if isinstance(primal, DifferentiableAOTInput) else DummyAOTOutput(index)
         for index, primal in enumerate(primals)
     ]
     if state.subclass_meta is None:
-        return found
-    return [*_parts(found, state.subclass_meta.grad_input_metas, _OUTPUT_PARTS)]
+        return outputs
+    return [*_parts(outputs, state.subclass_meta.grad_input_metas, _OUTPUT_PARTS)]
 
 
 def _leaves_graph(meta: Any, info: Any) -> bool:
