@@ -105,10 +105,10 @@ class Redirection:
             try:
                 return self._devices[device]
             except KeyError:
-                found = self._resolve(device)
+                target = self._resolve(device)
                 if "cpu" not in self.kinds:  # else it depends on the scope
-                    self._devices[device] = found
-                return found
+                    self._devices[device] = target
+                return target
         if kind is int:
             return self._resolve(device)
         return None
@@ -136,10 +136,10 @@ class Redirection:
         if device == KEEP_CPU and self.knows_keep_cpu:
             return DeviceRequest("cpu", -1)
         try:
-            asked = torch.device(device)
+            request = torch.device(device)
         except RuntimeError:
             return None
-        return DeviceRequest(asked.type, asked.index)
+        return DeviceRequest(request.type, request.index)
 
     def num_devices(self) -> int:
         """How many devices the program is told of: those of the target, or as many as a launcher started ranks for here."""
@@ -199,27 +199,27 @@ class Redirection:
             if type(thing) in PLAIN and _DEVICE_OF(thing) == _CPU:
                 mark(thing, HOST)
 
-    def memory_asked(self, asked: object, is_programs: bool | None = None, depth: int = 2) -> Memory | None:
-        """The memory that a request for `asked` means, a device or a tensor; None for one that is neither of the two.
+    def memory_asked(self, request: object, is_programs: bool | None = None, depth: int = 2) -> Memory | None:
+        """The memory that a `request` for a device or a tensor means; None for one that is neither of the two.
 
         Only the program names the CPU and means it (`is_programs`; by default, whether its code is what called the wrapper, at
         that `depth`): torch's code, and what its compilers generate, names it for the device as well.
         """
-        if type(asked) is _DEVICE:
-            answered = self.answers.memories.get(id(asked))
+        if type(request) is _DEVICE:
+            answered = self.answers.memories.get(id(request))
             if answered is not None:
                 return answered
-        elif isinstance(asked, torch.Tensor):
-            return memory_of(asked) if _DEVICE_OF(asked) == _CPU else None
-        if is_cpu(asked):
-            if asked == KEEP_CPU:
+        elif isinstance(request, torch.Tensor):
+            return memory_of(request) if _DEVICE_OF(request) == _CPU else None
+        if is_cpu(request):
+            if request == KEEP_CPU:
                 return HOST
             if is_programs is None:
                 frame = sys._getframe(depth)
                 known = self._is_foreign.get(id(frame.f_code))
                 is_programs = (known is not None and not known[0]) or self._is_programs(frame)
             return HOST if is_programs else self._asking.memory
-        return DEVICE if self.lookup(asked) is not None else None
+        return DEVICE if self.lookup(request) is not None else None
 
     def _is_programs(self, frame: FrameType | None) -> bool:
         """Whether the first frame from here on that is not torchspan's is the program's."""
@@ -289,8 +289,8 @@ class Redirection:
         """The default device that the program asked for, if it was redirected."""
         mode = self._default_context()
         if mode is not None:
-            asked: torch.device | None = getattr(mode, "_torchspan_asked", None)
-            return asked
+            device: torch.device | None = getattr(mode, "_torchspan_asked", None)
+            return device
         return self.ordinal() if self.is_cuda_default else None
 
     def ordinal(self) -> torch.device:

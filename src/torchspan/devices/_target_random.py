@@ -81,8 +81,8 @@ def _forking(redirection: Redirection, target: Target, old: Function) -> Functio
         if device_type not in (None, target.kind, *redirection.kinds):
             yield from old(devices, enabled, _caller, _devices_kw, device_type)
             return
-        asked = range(target.num_devices()) if devices is None else [redirection.index(device) for device in devices]
-        before = {index: target.get_rng_state(index) for index in asked if enabled}
+        indices = range(target.num_devices()) if devices is None else [redirection.index(device) for device in devices]
+        before = {index: target.get_rng_state(index) for index in indices if enabled}
         try:
             yield from old([], enabled)
         finally:

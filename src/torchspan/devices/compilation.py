@@ -68,10 +68,10 @@ def _methods(redirection: Redirection, old: Any) -> Function:
 
     cache: dict[int, frozenset[Any]] = {}
 
-    def _torch_methods(found: frozenset[Any], originals: tuple[Any, ...]) -> frozenset[Any]:
-        if id(found) not in cache:
-            cache[id(found)] = found | {value for value in originals if type(value).__name__ == "method_descriptor"}
-        return cache[id(found)]
+    def _torch_methods(methods: frozenset[Any], originals: tuple[Any, ...]) -> frozenset[Any]:
+        if id(methods) not in cache:
+            cache[id(methods)] = methods | {value for value in originals if type(value).__name__ == "method_descriptor"}
+        return cache[id(methods)]
 
     get_tensor_method.cache_clear = old.cache_clear  # type: ignore[attr-defined]
     return get_tensor_method
@@ -82,10 +82,10 @@ def _handlers(redirection: Redirection, old: Any) -> Any:
     cache: dict[int, dict[Any, Any]] = {}
 
     def _get_handlers() -> dict[Any, Any]:
-        found = function()
-        if id(found) not in cache:
-            cache[id(found)] = {_original(redirection, key): value for key, value in found.items()}
-        return cache[id(found)]
+        handlers = function()
+        if id(handlers) not in cache:
+            cache[id(handlers)] = {_original(redirection, key): value for key, value in handlers.items()}
+        return cache[id(handlers)]
 
     return staticmethod(_get_handlers)
 

@@ -76,16 +76,16 @@ def _converting(redirection: Redirection, old: Function, *, name: str) -> Functi
         if _redirect.in_force is not redirection:
             return old(*args, **kwargs)
         if not (redirection.in_use or target):
-            return given(*args, **kwargs)
+            return convert(*args, **kwargs)
         if target is not None:
             redirection.note(name, device)
             kwargs["device"] = target
         if not redirection.in_use:
-            return given(*args, **kwargs)
+            return convert(*args, **kwargs)
         return _converted(redirection, old, args, kwargs, _asked(redirection, device))
 
     placed = placing(redirection, old, name)
-    given = in_single(redirection, old, old, name, is_beside=True) if redirection.lacks_float64 else old
+    convert = in_single(redirection, old, old, name, is_beside=True) if redirection.lacks_float64 else old
     redirection.originals[id(function)] = old
     return named_like(function, old, torch.__name__)
 

@@ -119,11 +119,11 @@ def _labels(redirection: Redirection, manager: Any, old: Any) -> type:
                 return manager.get_default_device()
             if args in ((KEEP_CPU,), ("cpu", -1)):
                 return manager.toggle()
-            asked = _REAL(*args, **kwargs)
-            target = redirection.lookup(asked)
+            device = _REAL(*args, **kwargs)
+            target = redirection.lookup(device)
             if target is None:
-                return asked
-            redirection.note("torch.device", asked)
+                return device
+            redirection.note("torch.device", device)
             return _REAL("cpu") if manager.cpu_override() else target
 
     return Labels("device", (), {"__module__": "torch", "__doc__": old.__doc__})
