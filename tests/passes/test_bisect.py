@@ -124,7 +124,7 @@ def test_the_pass_and_the_node_are_named_where_an_argument_is_changed(graph: Gra
 
     (expected,) = [calls(graph.module, aten.mul.Scalar)[1].name]
     found = find(graph, program, scaled)
-    assert isinstance(found, Finding) and found.one.name == "wrong" and found.node == expected
+    assert isinstance(found, Finding) and found.pass_.name == "wrong" and found.node == expected
     lines = found.text.splitlines()
     assert lines[0] == "bisect: numbers differ first after pass 2 of 3, wrong, which claims bitwise"
     assert f"first node: {expected} (aten.mul.Scalar) of model." in lines[1]  # which one is the second differs by torch
@@ -138,7 +138,9 @@ def test_a_node_that_reads_another_value_is_named_with_both(graph: Graph, progra
         reader.replace_input_with(second, first)
 
     found = find(graph, program, rewired)
-    assert found.one.name == "wrong" and "it reads sigmoid_default where the graph before reads sigmoid_default_1" in found.text
+    assert (
+        found.pass_.name == "wrong" and "it reads sigmoid_default where the graph before reads sigmoid_default_1" in found.text
+    )
 
 
 def test_what_a_pass_wrote_in_place_of_a_node_is_named_with_what_it_stands_for(graph: Graph, program: Program) -> None:
@@ -161,7 +163,7 @@ def test_what_a_pass_wrote_in_place_of_a_node_is_named_with_what_it_stands_for(g
 def test_a_claim_with_a_tolerance_is_held_to_it(graph: Graph, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keeps, "tolerance", 1e-12)
     found = find(graph, program, lambda module: None)
-    assert found.one.name == "keeps" and "pass 1 of 3, keeps, which claims within 1e-12" in found.text
+    assert found.pass_.name == "keeps" and "pass 1 of 3, keeps, which claims within 1e-12" in found.text
     assert "it stands for silu" in found.text
 
 

@@ -21,9 +21,9 @@ def phases_of(graph: FxGraph) -> dict[Node, Phase]:
     order: tuple[Phase, ...] = ("forward", "backward", "optimizer")
     phases: dict[Node, Phase] = {}
     for node in graph.nodes:
-        said = _said(node)
-        read = [order.index(phases[one]) for one in node.all_input_nodes]
-        phases[node] = order[max([order.index(said), *read])]
+        phase = _said(node)
+        read = [order.index(phases[source]) for source in node.all_input_nodes]
+        phases[node] = order[max([order.index(phase), *read])]
     return phases
 
 

@@ -137,9 +137,9 @@ class _Journey:
 
 def _journeys(graph: FxGraph) -> Iterator[_Journey]:
     for node in graph.nodes:
-        found = _journey(node) if _is(node, _EXCHANGE) else None
-        if found is not None:
-            yield found
+        journey = _journey(node) if _is(node, _EXCHANGE) else None
+        if journey is not None:
+            yield journey
 
 
 def _journey(dispatch: Node) -> _Journey | None:
@@ -216,8 +216,8 @@ def _is_argsort(node: Node, of: Node) -> bool:
 def _index(node: Node) -> Node | None:
     """The one index that ``node`` takes rows by."""
     indices = node.args[1] if is_aten(node, "index.Tensor") else None
-    one = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
-    return one if isinstance(one, Node) else None
+    index = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
+    return index if isinstance(index, Node) else None
 
 
 def _summed(node: Any, dim: int) -> Node | None:
@@ -562,20 +562,20 @@ def _after(node: Node) -> Iterator[Node]:
 
 def _ancestors(node: Node, among: Sequence[Node]) -> set[Node]:
     """`node` and those of `among`, in the order of the graph, that it is made of."""
-    found = {node}
-    for one in reversed(among):
-        if any(user in found for user in one.users):
-            found.add(one)
-    return found
+    ancestors = {node}
+    for candidate in reversed(among):
+        if any(user in ancestors for user in candidate.users):
+            ancestors.add(candidate)
+    return ancestors
 
 
 def _descendants(node: Node, among: Sequence[Node]) -> set[Node]:
     """`node` and those of `among`, in the order of the graph, that are made of it."""
-    found = {node}
-    for one in among:
-        if any(parent in found for parent in one.all_input_nodes):
-            found.add(one)
-    return found
+    descendants = {node}
+    for candidate in among:
+        if any(parent in descendants for parent in candidate.all_input_nodes):
+            descendants.add(candidate)
+    return descendants
 
 
 PASS = OverlapExpertParallel

@@ -95,13 +95,13 @@ class RegionalInductor(Pass):
 
 def _annotate(module: GraphModule, patterns: str) -> None:
     """Annotate the nodes of the modules asked for, and take annotations off collectives and views of what is outside."""
-    wanted = patterns_of(patterns)
+    globs = patterns_of(patterns)
     for node in module.graph.nodes:
         custom = dict(node.meta.get("custom") or {})
         path = custom.get("module", "")
-        asked = part_of(path, wanted)
-        if asked is not None:
-            custom[_KEY] = asked
+        part = part_of(path, globs)
+        if part is not None:
+            custom[_KEY] = part
         elif isinstance(custom.get(_KEY), str) and (block := block_of(path)) is not None:
             # a region stays within its block: the blocks' regions are then equal, and one compile serves them all
             custom[_KEY] = f"{block}.{custom[_KEY]}"

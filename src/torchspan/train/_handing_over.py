@@ -89,17 +89,17 @@ class HandingOver:
 
     def _hand_over(self) -> None:
         for digest in self._agreed():
-            mine = [part for part in self.parts if part.digest == digest]
-            packed = broadcast(self._compiled(mine[0]) if self._job.rank == 0 else b"")
-            if self._job.rank and mine:
-                self._take(mine[0], packed)
-            for part in mine[1:]:
-                part.function = mine[0].function
+            own_parts = [part for part in self.parts if part.digest == digest]
+            packed = broadcast(self._compiled(own_parts[0]) if self._job.rank == 0 else b"")
+            if self._job.rank and own_parts:
+                self._take(own_parts[0], packed)
+            for part in own_parts[1:]:
+                part.function = own_parts[0].function
 
     def _agreed(self) -> list[str]:
         """Rank 0's digests, each once and in its order, which all ranks learn here."""
-        mine = list(dict.fromkeys(part.digest for part in self.parts if part.digest))
-        agreed: list[str] = json.loads(broadcast(json.dumps(mine).encode() if self._job.rank == 0 else b""))
+        digests = list(dict.fromkeys(part.digest for part in self.parts if part.digest))
+        agreed: list[str] = json.loads(broadcast(json.dumps(digests).encode() if self._job.rank == 0 else b""))
         if agreed and self._job.rank:
             prepare_to_load({})  # seconds, while rank 0 compiles
         for part in self.parts:

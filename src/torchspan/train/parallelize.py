@@ -64,8 +64,8 @@ def _tie_again(ties: list[Tie]) -> None:
         (first, name, path), *others = tie
         parameter = first._parameters[name]
         for other, other_name, other_path in others:
-            found = other._parameters[other_name]
-            if getattr(found, "placements", None) != getattr(parameter, "placements", None):
+            other_parameter = other._parameters[other_name]
+            if getattr(other_parameter, "placements", None) != getattr(parameter, "placements", None):
                 raise InputError(f"{path} and {other_path} are one parameter, and the plan splits them in different ways")
             other.register_parameter(other_name, parameter)
 
