@@ -119,10 +119,10 @@ class Guards:
 
     def reason_of(self, test: ast.expr) -> str:
         """What a condition asks about torch, or nothing."""
-        found = self._tests.get(id(test))
-        if found is None:
-            found = self._tests[id(test)] = next((reason for node in ast.walk(test) if (reason := self._asks(node))), "")
-        return found
+        answer = self._tests.get(id(test))
+        if answer is None:
+            answer = self._tests[id(test)] = next((reason for node in ast.walk(test) if (reason := self._asks(node))), "")
+        return answer
 
     def _asks(self, node: ast.AST) -> str:
         if isinstance(node, ast.Name):

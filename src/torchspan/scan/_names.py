@@ -77,7 +77,7 @@ class Names:
         self.all = (1 << len(self.releases)) - 1
         self._blocks = {block[: block.index("\t")]: block for block in blocks}
         self._modules: dict[str, _Module] = {}
-        self._found: dict[tuple[str, bool], list[_Outcome]] = {}
+        self._outcomes_by_name: dict[tuple[str, bool], list[_Outcome]] = {}
 
     @classmethod
     def load(cls, path: Path = DATABASE) -> Names:
@@ -115,8 +115,8 @@ class Names:
 
     def is_of_python(self, module: str) -> bool:
         """Whether files show all names of a module: it is neither C's nor a space of operators."""
-        found = self._module(module)
-        return found is not None and not found.is_partial
+        content = self._module(module)
+        return content is not None and not content.is_partial
 
     def look_up(self, dotted: str, *, is_module: bool = False) -> Presence:
         """In which releases `dotted` is there; with `is_module`, as a module that can be imported."""
@@ -145,10 +145,10 @@ class Names:
         """
         head, *rest = path.split("()")
         for part in rest:
-            given = self._class_given_by(head)
-            if not given:
+            class_name = self._class_given_by(head)
+            if not class_name:
                 return ""
-            head = given + part
+            head = class_name + part
         return head
 
     def is_setting(self, dotted: str) -> bool:
@@ -163,15 +163,15 @@ class Names:
     def members_of_tensors_alone(self) -> frozenset[str]:
         """Members that newer releases' tensors have, and no other class of torch or of Python: a use is known by its name."""
         of_python = {name for kind in (list, dict, str, set, object, bytes, type(re), int, Path) for name in dir(kind)}
-        found = set()
+        members = set()
         oldest, newest = 1, 1 << (len(self.releases) - 1)
         for module, owner in (("torch._C", "TensorBase"), ("torch._tensor", "Tensor")):
             block = self._module(module)
             for name in block.members.get(owner, ()) if block else ():
                 mask = self.look_up_member(f"{_TENSOR}.{name}").mask
                 if mask & newest and not mask & oldest and not name.startswith("__") and name not in of_python:
-                    found.add(name)
-        return frozenset(name for name in found if sum(block.count(f"\n.{name}\t") for block in self._blocks.values()) == 1)
+                    members.add(name)
+        return frozenset(name for name in members if sum(block.count(f"\n.{name}\t") for block in self._blocks.values()) == 1)
 
     def accepting(self, dotted: str, keyword: str, *, by_name: bool = False) -> Presence:
         """In which releases the function or class `dotted` accepts `keyword`, of those that have it.
@@ -195,20 +195,20 @@ class Names:
         for outcome in self._outcomes(dotted, False):
             for its, signature in self._signatures(outcome) if outcome.is_there else ():
                 kinds = {part.partition(":")[2] for part in signature.split(",") if part.partition(":")[0] == keyword}
-                taken = {one for part in kinds for one in part.split("|")}
-                mask |= its if not taken - {""} or taken & _TAKEN_AS.get(kind, {kind}) else 0
+                accepted = {word for part in kinds for word in part.split("|")}
+                mask |= its if not accepted - {""} or accepted & _TAKEN_AS.get(kind, {kind}) else 0
         return mask
 
     def definitions(self, dotted: str) -> set[str]:
         """The dotted names under which what `dotted` means is defined, after aliases."""
         length = dotted.count(".") + 1
-        found = {outcome for outcome in self._outcomes(dotted, False) if outcome.is_there and outcome.consumed == length}
-        return {f"{outcome.module}.{outcome.name}" for outcome in found if outcome.name}
+        outcomes = {outcome for outcome in self._outcomes(dotted, False) if outcome.is_there and outcome.consumed == length}
+        return {f"{outcome.module}.{outcome.name}" for outcome in outcomes if outcome.name}
 
     def names_in(self, module: str) -> list[str]:
         """The names of a module in some release."""
-        found = self._module(module)
-        return list(found.names) if found is not None else []
+        content = self._module(module)
+        return list(content.names) if content is not None else []
 
     def is_configuration(self, dotted: str) -> bool:
         """Whether setting an attribute of the module or object `dotted` needs it to be there already."""
@@ -221,16 +221,16 @@ class Names:
     def _class_given_by(self, dotted: str) -> str:
         """The class of what a call of `dotted` gives; nothing where that is not known, or not the same in all releases."""
         length = dotted.count(".") + 1
-        found = set()
+        class_names = set()
         for outcome in self._outcomes(dotted, False):
             if not outcome.is_there or outcome.consumed != length:
                 continue
             if outcome.entry.startswith(":"):
-                found.add(f"{outcome.module}.{outcome.name}")
+                class_names.add(f"{outcome.module}.{outcome.name}")
             elif ">" in outcome.entry:
-                found.add(outcome.entry.partition(">")[2])
-        place = {self._defined(name) for name in found}
-        return _PUBLIC.get(one, one) if len(place) == 1 and (one := place.pop()) else ""
+                class_names.add(outcome.entry.partition(">")[2])
+        place = {self._defined(name) for name in class_names}
+        return _PUBLIC.get(class_name, class_name) if len(place) == 1 and (class_name := place.pop()) else ""
 
     def _defined(self, dotted: str) -> str:
         return next(iter(sorted(self.definitions(dotted))), dotted)
@@ -255,11 +255,11 @@ class Names:
     # looking up
 
     def _outcomes(self, dotted: str, is_module: bool) -> list[_Outcome]:
-        found = self._found.get((dotted, is_module))
-        if found is None:
-            found = list(self._as_module(dotted) if is_module else self._in_root(dotted.split("."), self.all, 0))
-            self._found[dotted, is_module] = found
-        return found
+        outcomes = self._outcomes_by_name.get((dotted, is_module))
+        if outcomes is None:
+            outcomes = list(self._as_module(dotted) if is_module else self._in_root(dotted.split("."), self.all, 0))
+            self._outcomes_by_name[dotted, is_module] = outcomes
+        return outcomes
 
     def _as_module(self, dotted: str) -> Iterator[_Outcome]:
         """A module's import needs every package above it."""
@@ -359,10 +359,10 @@ class Names:
                 )
 
     def _in_class(
-        self, found: _Outcome, parts: list[str], index: int, depth: int, *, is_instance: bool = False
+        self, outcome: _Outcome, parts: list[str], index: int, depth: int, *, is_instance: bool = False
     ) -> Iterator[_Outcome]:
-        """The rest of `parts` in a class, or in an instance of one (`found` is then reached by an entry with "@")."""
-        for its, entry in self._members(found, parts[index], depth, is_instance):
+        """The rest of `parts` in a class, or in an instance of one (`outcome` is then reached by an entry with "@")."""
+        for its, entry in self._members(outcome, parts[index], depth, is_instance):
             if entry is None or entry == "?":
                 yield _Outcome(its, index + 1, entry == "?", tells_nothing=True)
             elif entry.startswith("@") and index + 1 < len(parts):
@@ -371,30 +371,30 @@ class Names:
                 yield _Outcome(its, index + 1, True, entry)
 
     def _members(
-        self, found: _Outcome, member: str, depth: int = 0, is_instance: bool = False
+        self, outcome: _Outcome, member: str, depth: int = 0, is_instance: bool = False
     ) -> Iterator[tuple[int, str | None]]:
         """The variants of a class's member: its entry, None where the class lacks it, "?" where that is not known."""
-        module = self._module(found.module)
-        assert module is not None, found
-        mask = found.mask
-        for its, entry in module.members.get(found.name, {}).get(member, ()):
+        module = self._module(outcome.module)
+        assert module is not None, outcome
+        mask = outcome.mask
+        for its, entry in module.members.get(outcome.name, {}).get(member, ()):
             if its & mask:
                 yield its & mask, entry
                 mask &= ~its
         if not mask:
             return
-        for base in filter(None, found.entry[1:].split(",")):
+        for base in filter(None, outcome.entry[1:].split(",")):
             if base == "*" and not is_instance:
                 continue
             if base.startswith(("?", "!", "*")) or depth > _DEPTH:
                 yield mask, "?"
                 return
             lacking = 0
-            for outcome in self._outcomes_of(base, mask):
-                if not outcome.entry.startswith(":"):
-                    yield outcome.mask, "?"
+            for above in self._outcomes_of(base, mask):
+                if not above.entry.startswith(":"):
+                    yield above.mask, "?"
                     continue
-                for its, inherited in self._members(outcome, member, depth + 1, is_instance):
+                for its, inherited in self._members(above, member, depth + 1, is_instance):
                     if inherited is None:
                         lacking |= its
                     else:
@@ -412,34 +412,34 @@ class Names:
         else:
             yield outcome.mask, "?"
 
-    def _initializers(self, found: _Outcome) -> Iterator[tuple[int, str]]:
+    def _initializers(self, outcome: _Outcome) -> Iterator[tuple[int, str]]:
         """What a class accepts: what its ``__init__`` does, and its ``__new__``."""
-        for its, entry in self._members(found, "__init__"):
-            for inner, other in self._members(_narrowed(found, its), "__new__"):
+        for its, entry in self._members(outcome, "__init__"):
+            for inner, other in self._members(_narrowed(outcome, its), "__new__"):
                 new = "" if other is None else other[1:].partition(">")[0] if other.startswith("(") else "?"
                 entry = entry.partition(">")[0] if entry else entry
                 if entry is None:
                     yield inner, new or "?"
                 elif entry.startswith("(+"):
                     yield from (
-                        (mask, f"{own},{new}") for mask, own in self._with_inherited(_narrowed(found, inner), entry[2:])
+                        (mask, f"{own},{new}") for mask, own in self._with_inherited(_narrowed(outcome, inner), entry[2:])
                     )
                 else:
                     yield inner, f"{entry[1:] if entry.startswith('(') else '?'},{new}"
 
-    def _with_inherited(self, found: _Outcome, own: str) -> Iterator[tuple[int, str]]:
+    def _with_inherited(self, outcome: _Outcome, own: str) -> Iterator[tuple[int, str]]:
         """A dataclass's fields, with those of its bases."""
-        mask = found.mask
-        for base in filter(None, found.entry[1:].replace("*", "").split(",")):
+        mask = outcome.mask
+        for base in filter(None, outcome.entry[1:].replace("*", "").split(",")):
             if base.startswith(("?", "!")):
                 yield mask, "?"
                 return
-            for outcome in self._outcomes_of(base, mask):
-                if not outcome.entry.startswith(":"):
-                    yield outcome.mask, "?"
-                    mask &= ~outcome.mask
+            for above in self._outcomes_of(base, mask):
+                if not above.entry.startswith(":"):
+                    yield above.mask, "?"
+                    mask &= ~above.mask
                     continue
-                for its, signature in self._initializers(outcome):
+                for its, signature in self._initializers(above):
                     if signature != "?":
                         yield its, f"{signature},{own}"
                         mask &= ~its
@@ -449,10 +449,10 @@ class Names:
     # reading
 
     def _module(self, name: str) -> _Module | None:
-        found = self._modules.get(name)
-        if found is None and name in self._blocks:
-            found = self._modules[name] = _parse(self._blocks[name])
-        return found
+        module = self._modules.get(name)
+        if module is None and name in self._blocks:
+            module = self._modules[name] = _parse(self._blocks[name])
+        return module
 
 
 def _narrowed(outcome: _Outcome, mask: int) -> _Outcome:
