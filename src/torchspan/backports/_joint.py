@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from torchspan.backports import _descriptor_order as descriptor_order
 from torchspan.backports import _descriptors as descriptors
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.replaced import in_calls_with
@@ -264,11 +265,11 @@ def _share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _describe(traced: _Traced, primals: list[descriptors.AOTInput]) -> Any:
     """Write ``meta["desc"]`` of the graph; returns the descriptors of its inputs in the structure of its example inputs."""
-    forward = descriptors.forward_outputs(traced, primals)
+    forward = descriptor_order.forward_outputs(traced, primals)
     placeholders, output = traced.graph.graph.find_nodes(op="placeholder"), traced.graph.graph.output_node()
-    inputs: Any = descriptors.joint_inputs(traced, primals)
+    inputs: Any = descriptor_order.joint_inputs(traced, primals)
     flat = [*inputs[0], *inputs[1]] if traced.needs_autograd else inputs[0]
-    outputs = [*forward, *descriptors.gradients(traced, primals)] if traced.needs_autograd else forward
+    outputs = [*forward, *descriptor_order.gradients(traced, primals)] if traced.needs_autograd else forward
     flat += [descriptors.DummyAOTInput(index) for index in range(len(flat), len(placeholders))]
     for node, descriptor in zip(placeholders, flat):
         node.meta["desc"] = descriptor
