@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchspan.core.errors import InputError, UnsupportedError
 from torchspan.models._base import get_model
-from torchspan.models.deepseek_v3 import FLAVOURS, Attention, Balance, DeepSeekV3, Experts, ModelConfig, MoE, attention_scale
+from torchspan.models._moe import Balance, Experts, MoE
+from torchspan.models.deepseek_v3 import FLAVOURS, Attention, DeepSeekV3, ModelConfig, attention_scale
 
 TINY = FLAVOURS["tiny"]
 SOFTMAX = replace(TINY, score_function="softmax", balance_rate=0.0, normalize_weights=False, top_k=3)

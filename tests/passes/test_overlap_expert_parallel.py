@@ -20,7 +20,8 @@ from torchspan.capture.train_step import capture_train_step
 from torchspan.core.graph import Graph
 from torchspan.core.program import Program
 from torchspan.core.report import Report
-from torchspan.models.deepseek_v3 import FLAVOURS, MoE
+from torchspan.models._moe import MoE
+from torchspan.models.deepseek_v3 import FLAVOURS
 from torchspan.parallel.expert_parallel import apply_expert_parallel
 from torchspan.passes._base import PassContext
 from torchspan.passes.overlap_expert_parallel import OverlapExpertParallel
