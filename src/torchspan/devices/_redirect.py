@@ -9,9 +9,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
 from torchspan.core.topics import Standing, Topic
+from torchspan.devices._callers import Callers, asked_by_torch
 from torchspan.devices._memories import DEVICE, HOST, PLAIN, UNKNOWN, Answers, Memory, mark, memory_of, memory_of_storage
 from torchspan.devices._policy import ACCELERATORS, FOLLOWED, KEEP_CPU, DeviceRequest, choose
-from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
 _SHARED = "; one device stands in for"
@@ -37,23 +36,6 @@ _DEVICE_OF = torch._C.TensorBase.device.__get__
 NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_function_stack
-_HERE = os.path.dirname(__file__) + os.sep
-# What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
-_ON_BEHALF = "torch._dynamo.variables"
-_HANDLERS = "torch._dynamo.variables.torch"  # of the calls in it
-_OWN = ("torch.", "torchspan.", "triton.")  # Triton asks as the compiler's part that it is
-# What stands between the asker and the function that it called.
-_BETWEEN = (
-    "torchspan.devices",
-    "torchspan.environment.patch",
-    "torchspan.backports.accelerator",
-    "torchspan.backports.cuda",
-    "torch.cuda",
-    "torch.library",
-    "torch._library",
-)
-
-_REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
 
 
 class PlacementWarning(UserWarning):
@@ -84,7 +66,7 @@ class Redirection:
         self.originals: dict[int, Any] = {}
         self._devices: dict[object, torch.device | None] = {}
         self._tallies: dict[tuple[int, int, str, object], Tally] = {}
-        self._is_foreign: dict[int, tuple[bool, CodeType]] = {}  # by identity, as a code's own hash reads all of it
+        self._callers = Callers()
         self._has_warned = False
         self._has_said_copied = False
         self.in_use = False
@@ -216,18 +198,10 @@ class Redirection:
                 return HOST
             if is_programs is None:
                 frame = sys._getframe(depth)
-                known = self._is_foreign.get(id(frame.f_code))
-                is_programs = (known is not None and not known[0]) or self._is_programs(frame)
+                known = self._callers.known.get(id(frame.f_code))
+                is_programs = (known is not None and not known[0]) or self._callers.is_programs(frame)
             return HOST if is_programs else self._asking.memory
         return DEVICE if self.lookup(request) is not None else None
-
-    def _is_programs(self, frame: FrameType | None) -> bool:
-        """Whether the first frame from here on that is not torchspan's is the program's."""
-        while frame is not None and self._is_torchs(frame):
-            if not frame.f_code.co_filename.startswith(_HERE):
-                return False
-            frame = frame.f_back
-        return frame is not None
 
     @contextmanager
     def asking(self, memory: Memory | None) -> Iterator[None]:
@@ -316,11 +290,11 @@ class Redirection:
             return
         frame = sys._getframe(depth)
         code = frame.f_code
-        known = self._is_foreign.get(id(code))
-        is_foreign = self._is_torchs(frame) if known is None else known[0]
+        known = self._callers.known.get(id(code))
+        is_foreign = self._callers.is_torchs(frame) if known is None else known[0]
         while is_foreign and frame.f_back is not None:
             frame = frame.f_back
-            is_foreign = self._is_torchs(frame)
+            is_foreign = self._callers.is_torchs(frame)
             code = frame.f_code
         key = (id(code), frame.f_lasti, name, asked)
         tally = self._tallies.get(key)
@@ -328,13 +302,6 @@ class Redirection:
             site = f"{code.co_filename}:{frame.f_lineno}" if not is_foreign else user_site()
             tally = self._tallies[key] = self._tally(site, name, asked, reason, choice, standing)
         tally.count += 1
-
-    def _is_torchs(self, frame: FrameType) -> bool:
-        code = frame.f_code
-        known = self._is_foreign.get(id(code))
-        if known is None:
-            known = self._is_foreign[id(code)] = (is_torchs(frame.f_globals, code), code)
-        return known[0]
 
     def note_at(self, site: str, name: str, asked: object) -> None:
         """Count one redirection at the given line."""
@@ -451,35 +418,3 @@ def is_cpu(device: object) -> bool:
     if type(device) is _DEVICE:
         return device == _CPU or device.type == "cpu"
     return isinstance(device, str) and (device == "cpu" or device.startswith("cpu:"))
-
-
-def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:
-    """Whether code is torch's or torchspan's, not the program's."""
-    name = names.get("__name__") or ""
-    file = code.co_filename
-    is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
-    return (
-        is_generated
-        or name in ("torch", "contextlib", "collections", "functools", "typing_extensions")
-        or name.startswith(_OWN)
-    )
-
-
-def asked_by_torch(name: str = "") -> bool:
-    """Whether torch's own code (or torchspan's) is what called the redefined function that calls this.
-
-    It is told the truth: that there is no such device. The program is told what it needs to go on. With the `name` of the
-    function, what torch asks for itself (its code names it) is told from what it calls for the program: dynamo's guards and
-    what dynamo folds are calls of a function that torch's code does not name.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and (
-        frame.f_code.co_filename == _REDEFINED or (frame.f_globals.get("__name__") or "").startswith(_BETWEEN)
-    ):
-        frame = frame.f_back
-    if frame is None:
-        return False
-    module = frame.f_globals.get("__name__") or ""
-    if name:
-        return module.startswith(_OWN) and name in frame.f_code.co_names and module != _HANDLERS
-    return module.startswith(_OWN) and not module.startswith(_ON_BEHALF)

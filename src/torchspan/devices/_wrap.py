@@ -11,8 +11,9 @@ import torch
 
 from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import DEVICE, Memory, mark, memory_of
-from torchspan.devices._redirect import NARROW, Redirection, asked_by_torch
+from torchspan.devices._redirect import NARROW, Redirection
 from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition
 
@@ -180,7 +181,7 @@ def _note_traced(redirection: Redirection, name: str, context: Any) -> None:
     """Called by dynamo while it reads the wrapper: records the line of the program that it is reading."""
     reader = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     device = context.get_local("device").as_python_constant()
-    while reader.parent is not None and _redirect.is_torchs(reader.f_globals, reader.f_code):
+    while reader.parent is not None and is_torchs(reader.f_globals, reader.f_code):
         reader = reader.parent
     if redirection.lookup(device) is not None:
         redirection.note_at(f"{reader.f_code.co_filename}:{reader.lineno}", name, device)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import HOST, mark
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -133,7 +134,7 @@ def _traced(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def method(self: Any, tx: Any) -> Any:
         real = self.device
-        if real is None or real.type != redirection.target or _redirect.is_torchs(tx.f_globals, tx.f_code):
+        if real is None or real.type != redirection.target or is_torchs(tx.f_globals, tx.f_code):
             return old(self, tx)
         self.device = redirection.ordinal()
         try:

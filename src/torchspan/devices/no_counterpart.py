@@ -15,8 +15,9 @@ import torch
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.topics import Standing, Topic
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import DEVICE, HOST, mark
-from torchspan.devices._redirect import Redirection, asked_by_torch, is_torchs
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 

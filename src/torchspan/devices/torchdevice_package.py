@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from torchspan.devices._callers import is_torchs
 from torchspan.devices._policy import KEEP_CPU
-from torchspan.devices._redirect import Redirection, is_torchs
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._value import TorchDevice
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import MissingModule, Patch, Replacement

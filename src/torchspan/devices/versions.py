@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from torchspan.devices import _nvidia, _redirect
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, unless_torch_asks
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
