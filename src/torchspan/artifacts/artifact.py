@@ -35,7 +35,7 @@ from torchspan.artifacts.two_stages import Compiler, naming_the_compiler
 
 @dataclass
 class Artifact:
-    """A compiled program that can be saved: what it stands on (`entries`), its `programs` and their `payloads`."""
+    """A compiled program that can be saved: what it depends on (`entries`), its `programs` and their `payloads`."""
 
     entries: dict[str, Any]
     programs: list[Mapping[str, Any]] = field(default_factory=list)
@@ -206,7 +206,7 @@ def _entries(program: Program, compiler: str) -> dict[str, Any]:
 
 
 def _rebuild(command: str, args: tuple[Any, ...], marks: Marks) -> str:
-    """The command that makes the artifact again, for one entry more."""
+    """The command that makes the artifact again, with one entry more."""
     return command.replace(" --compiler", f" --inputs '{_inputs_text(args, marks)}' --compiler", 1)
 
 

@@ -19,9 +19,9 @@ from torchspan.core.errors import UnsupportedError
 
 
 def call_guards(call: CapturedCall, args: tuple[object, ...], parts: Any) -> dict[str, Any]:
-    """The guards of an entry: of modules their kinds, code, parts and modes; of tensors their form; of all else its value.
+    """The guards of an entry: on the class, code, parts and mode of modules, on the form of tensors, on all other values.
 
-    What torch is set to (gradients, autocast, default dtype) is not held: the captured operators do not ask for it.
+    Torch's own settings (gradients, autocast, default dtype) are not guarded: the captured operators do not depend on them.
     """
     guarded: dict[str, Any] = json.loads(parts.payloads[parts.program["guards"]])
     guarded["always"] = [*_of_arguments(args), *_of_tensors(call, args)]

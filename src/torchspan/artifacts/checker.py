@@ -26,7 +26,7 @@ from torchspan.core.errors import IntegrityError
 
 
 class _Place:
-    """One object on the way: what is checked of it, as which input it is wanted, and what lies behind it."""
+    """An object that guards or inputs are reached through: its checks, the inputs that it is, and the places behind it."""
 
     __slots__ = ("behind", "checks", "inputs", "number", "path")
 
@@ -77,7 +77,7 @@ class Checker:
         self._same = [(group[0], place) for group in groups for place in group[1:]]
 
     def _place(self, steps: Sequence[Sequence[Any]]) -> _Place:
-        """The place that encoded `steps` lead to; what many lead through is decoded once."""
+        """The place that encoded `steps` lead to; steps that several paths have in common are decoded once."""
         if not steps:
             raise IntegrityError("an artifact holds an empty path")
         place = self._root
@@ -90,7 +90,7 @@ class Checker:
         return place
 
     def check(self, target: Any) -> None:
-        """Raise Failed unless the guards that stand on `target` and on modules hold."""
+        """Raise Failed unless the guards on `target` and on modules hold."""
         _walk(self._steps, {"target": target})
 
     def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, int]]:
@@ -112,7 +112,7 @@ class Checker:
         return inputs, symbols
 
     def _find(self, root: Mapping[str, Any]) -> list[Any]:
-        """The objects at all places, by number, all of whose guards hold, with torch as it has to be set."""
+        """The objects at all places, by number; raises Failed unless every guard holds and torch is set as expected."""
         key = ambient_key()
         quick = self._quick.get(key)
         objects = None if quick is None else quick.find(root)
@@ -150,7 +150,7 @@ _Step = tuple[int, Callable[[Any], Any], _Place]
 
 
 def _flatten(root: _Place) -> list[_Step]:
-    """What leads to each place behind `root`, those behind one beside each other; numbers them in this order, from 1."""
+    """The step to each place behind `root`; places behind the same one are neighbours. Numbers them in this order, from 1."""
     steps: list[_Step] = []
     places = [root]
     for place in places:
@@ -180,7 +180,7 @@ def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:
 
 
 class _Quick:
-    """What `_walk` does, once all has held: checks of one kind are one comparison of many objects, most of it in C.
+    """A faster `_walk`, for when one has succeeded: all checks of one kind are one comparison, most of it in C.
 
     It accepts what is like the `objects` that were found once, which is less than the guards accept: what it does not accept,
     `_walk` decides.
@@ -245,13 +245,13 @@ def _is_static(expected: Mapping[str, Any]) -> bool:
 
 
 def _pick(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes the objects at `places` out of all that were found."""
+    """A function that picks the objects at `places` out of all objects."""
     numbers = tuple(places)
     return itemgetter(*numbers) if len(numbers) > 1 else lambda objects: tuple(objects[at] for at in numbers)
 
 
 def _fetches(steps: Sequence[_Step]) -> Iterator[tuple[int, Callable[[Any], Any], bool]]:
-    """The `steps`, those that take several attributes, or items, of one object as one; whether it is several."""
+    """The `steps`, where those that take attributes, or items, of the same object are one; and whether it is several."""
     for (above, kind), group in groupby(steps, lambda step: (step[0], type(step[1]))):
         alike = list(group)
         if len(alike) > 1 and kind in (attrgetter, itemgetter):

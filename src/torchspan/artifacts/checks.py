@@ -1,4 +1,4 @@
-"""The kinds of guards: what each asks of a value, and what it says of one that is another."""
+"""The kinds of guards: what each checks of a value, and what it says when the check fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Check = Callable[[Any], "str | None"]
 
 
 class Failed(Exception):
-    """A guard does not hold; carries what to say. Never leaves this folder."""
+    """A guard does not hold; its text says which, and why. It is caught in this folder."""
 
 
 def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _tensor(expected: Any) -> Check:
 
 
 def _tensor_of_any_size(expected: Any) -> Check:
-    """Of a tensor with dynamic dimensions, which are None in its shape and strides: conditions on sizes hold those."""
+    """The check of a tensor with dynamic dimensions: None in its shape and strides; conditions on sizes check those."""
 
     def fits(name: str, actual_value: Any) -> bool:
         expected_value = expected[name]
@@ -107,7 +107,7 @@ def _constant(expected: Any) -> Check:
 
 
 def is_equal_to_others(constant: Any) -> bool:
-    """Whether something of the same type is equal and yet another constant, such as -0.0, or (True,) beside (1,)."""
+    """Whether ``==`` cannot tell a constant from another one of its type: -0.0 from 0.0, or (True,) from (1,)."""
     return isinstance(constant, (tuple, list, dict)) or (isinstance(constant, (float, complex)) and not constant)
 
 
@@ -133,7 +133,7 @@ def _type(expected: Any) -> Check:
 
 
 def _remembering(check: Check, key: Callable[[Any], Any] = lambda value: value) -> Check:
-    """`check`, which is not made again of an object (by its `key`) that it has held for."""
+    """`check`, which accepts an object again without looking if it accepted it before; `key` tells objects apart."""
     known: list[Any] = []
 
     def remembered(value: Any) -> str | None:
@@ -166,7 +166,7 @@ def _named(expected: Any) -> Check:
 
 
 def _torch_function(expected: Any) -> Check:
-    """Of a function that torch has by that name: it is still torch's, or torchspan's in its place; not anybody else's."""
+    """The check that torch's function of that name is still torch's own, or torchspan's replacement of it."""
     module, name = expected
 
     def check(value: Any) -> str | None:

@@ -44,7 +44,7 @@ def marks_of(program: Program, dynamic: Any) -> Marks:
 
 @contextmanager
 def marked(marks: Marks) -> Iterator[None]:
-    """Have dynamo take the dimensions as symbols in what it captures inside; the tensors forget it after."""
+    """Inside, dynamo captures the dimensions as symbols; at the end the marks on the tensors are removed."""
     with dynamic_dims([tensor for tensor, _ in marks], [dims for _, dims in marks]):
         yield
 

@@ -193,8 +193,11 @@ def result_builder(structure: Any) -> Builder:
 
 
 def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[Any, Any], Any, Any]]:
-    """A function that finds the dict in which a call stores, and makes the value: by the key in `key`, if it is a list, or the
-    attribute of that name; of the model or its arguments only, and nothing that runs."""
+    """A function that gives the dict that a call stores into, the key, and the value.
+
+    `key` is a list with the key of a dict, or the name of an attribute. Only the model and its arguments are stored on, and
+    only where that runs no code.
+    """
     path = decode_path(steps)
     is_private = any(kind == "attr" and str(name).startswith("__") for kind, name in path)
     if path[0][0] != "local" or is_private or not (isinstance(key, (str, list)) and _is_storable(structure)):
@@ -247,7 +250,7 @@ def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Buil
 
 
 def is_plain_class(kind: Any) -> bool:
-    """Whether objects of a class are no more than their attributes: made without its code, and gone without it.
+    """Whether objects of a class consist of their attributes: no code of the class runs when one is made or dies.
 
     >>> from fractions import Fraction
     >>> is_plain_class(Entry), is_plain_class(Fraction), is_plain_class(torch.nn.Linear), is_plain_class(dict)
@@ -261,7 +264,7 @@ def is_plain_class(kind: Any) -> bool:
 
 
 class _Plain:
-    """A class of the least size: what is larger has more than attributes."""
+    """The smallest class: objects that take more memory than its own have more than attributes."""
 
 
 def _filling(kind: Any, structure: Mapping[str, Any]) -> Builder:

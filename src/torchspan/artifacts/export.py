@@ -281,7 +281,7 @@ class _FunctionPass(Pass):
 
 
 def pipeline_of(passes: str | Sequence[Any]) -> Pipeline:
-    """The passes that are meant: by text, or passes and functions.
+    """The pipeline of `passes`: text, or passes and functions of a GraphModule.
 
     Raises:
         InputError: something else, or a pass that compiles: what it gives lives in this process only.
@@ -375,7 +375,7 @@ def _marked(graph: GraphModule) -> GraphModule:
 
 
 def _is_operator_only(node: Node) -> bool:
-    """Whether an operator does its work only when it is called as one: in a library, it has no workspace for its backward."""
+    """Whether an operator has to be called by itself: inside a library, it keeps no workspace for its backward."""
     return str(node.target).startswith("aten.mkldnn_rnn_layer") or (
         node.target is operator.getitem and isinstance(node.args[0], Node) and _is_operator_only(node.args[0])
     )

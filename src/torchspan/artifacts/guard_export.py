@@ -1,4 +1,4 @@
-"""dynamo's guards in a form that outlives the process: each as where, what, and what was expected."""
+"""dynamo's guards in a form that outlives the process: each with its path, its kind of check, and what it expects."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def _of_any_size(expected: Any, fake: Any) -> Any:
 
 
 def portable_sizes(guards: Guards) -> dict[str, Any]:
-    """The conditions on dynamic sizes, as `Sizes` takes them: to be asked for when all is compiled. Empty if all are static.
+    """The conditions on dynamic sizes, as `Sizes` takes them; empty if all are static. Call this when all is compiled.
 
     Raises:
         UnsupportedError: a dynamic dimension was fixed, or a condition cannot be checked elsewhere.
@@ -288,7 +288,7 @@ def _is_torch_function(value: Any) -> bool:
 
 
 def _passes_own(path: Path) -> bool:
-    """Whether a path leads into a function of torchspan, such as a device rule's wrapper: there with it, absent without."""
+    """Whether a path leads into a function of torchspan, such as a device rule's wrapper, which is not always in force."""
     if path[0][0] != "module":
         return False
     holder: Any = {}

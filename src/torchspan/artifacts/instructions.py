@@ -236,7 +236,7 @@ def _function(
 
 
 def _with_workspace(operator: Any, *args: Any) -> Any:
-    """Call what keeps for its backward what it does not give, and does so only where gradients are on."""
+    """Call an operator that keeps a workspace for its backward, which it does only where gradients are on."""
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 

@@ -48,7 +48,7 @@ def platform_entries() -> dict[str, Any]:
 
 
 def making_entries() -> dict[str, Any]:
-    """`platform_entries`, and what is written down for who reads it only: libraries for a CPU hold nothing of triton's."""
+    """`platform_entries`, and entries for readers only, as triton's version: libraries for a CPU do not use it."""
     from torchspan.environment.facts import installed_version
 
     return {**platform_entries(), "triton": installed_version("triton")}

@@ -61,7 +61,7 @@ def check_numbers(
 
 
 def _dtypes_of(graph: GraphModule) -> set[torch.dtype]:
-    """Those that a computation passes through: with autocast inside, inputs and outputs do not tell."""
+    """The dtypes that a computation passes through: with autocast inside, inputs and outputs do not show them."""
     values = [value for node in graph.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
     return {value.dtype for value in values if isinstance(value, torch.Tensor)}
 
@@ -81,7 +81,7 @@ def _detached(value: Any) -> Any:
 
 
 def _is_steady(value: Any) -> bool:
-    """Not so is what is saved as integers, such as where an activation is positive: one rounding more turns it over."""
+    """Whether rounding changes a saved value by little; it may flip an integer, such as where an activation is positive."""
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 

@@ -75,7 +75,7 @@ _NUMBERED_KEY = r"list\(dict\.keys\(.*\)\)\[(\d+)\]"
 
 
 def _numbered(node: ast.expr) -> int | None:
-    """Which key of a dict is meant, where a source has a key by its number: such as a hook's, which is another elsewhere."""
+    """The number of a dict's key, where a source gives that in place of the key, as for a hook's, which differs by process."""
     match = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
     return None if match is None else int(match[1])
 

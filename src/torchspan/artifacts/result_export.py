@@ -60,7 +60,7 @@ def result_of(guards: Guards) -> tuple[Any, list[Any]]:
 
 
 def _difference(rebuilt: Any, original: Any, place: str) -> str | None:
-    """Where a result that was made again is another, or None."""
+    """Where a rebuilt result differs from the original, or None."""
     if rebuilt is original:
         return None
     if type(rebuilt) is not type(original):

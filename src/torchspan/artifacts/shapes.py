@@ -19,7 +19,7 @@ from torchspan.private.dynamo import source_name
 class Shapes:
     """What a capture knows of dynamic sizes: `symbols` and where each is found; tensors whose shape has any, by source.
 
-    Those of `firm` may not be fixed: somebody said that they are dynamic, and did not only wish it.
+    Those of `firm` may not be fixed: they were marked as dynamic, not only as dimensions that may be.
     """
 
     symbols: Mapping[str, torch.SymInt]

@@ -19,9 +19,9 @@ _ABSENT = object()
 
 @contextmanager
 def kept_as_they_were(frame: Frame, program: Program) -> Iterator[list[tuple[Path, Any, Any]]]:
-    """Inside, the captured bytecode may run; then what it changed is put back, and told: where, by which key, the new value.
+    """Inside, the captured bytecode may run. At the end its changes are undone, and listed as path, key and new value.
 
-    A key of a dict stands in a list of its own; a name is that of an attribute.
+    The key of a dict is in a list of its own; a name is that of an attribute.
 
     Raises:
         UnsupportedError: a change of another kind, or of a constant: the next call would find that one.

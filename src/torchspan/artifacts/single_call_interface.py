@@ -39,7 +39,7 @@ class MakeFxTracer:
 
 
 class PrecompiledRunnable:
-    """What `load` returns: called as the captured function was; as a context manager, and to ``unload``, it does nothing.
+    """What `load` returns: call it as the captured function. As a context manager it does nothing, nor does ``unload``.
 
     ``installed`` says whether something of the process was changed: never.
     """

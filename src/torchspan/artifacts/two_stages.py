@@ -101,7 +101,7 @@ class Precompile:
 
 
 def naming_the_compiler(compile_it: Callable[[], Any], name: str) -> Any:
-    """What a compiler returns; what it raises, as a CompileError."""
+    """The result of a compiler; what it raises becomes a CompileError that names the program."""
     try:
         return compile_it()
     except TorchspanError:

@@ -14,7 +14,7 @@ CAPTURES = ("auto", "train_step", "joint")
 
 
 def choose_capture(capture: str, has_joint: bool) -> tuple[str, str]:
-    """The capture that `capture` stands for, and why.
+    """The capture that the name `capture` stands for, and why.
 
     >>> choose_capture("auto", has_joint=False)
     ('train_step', 'this torch exports no joint graph (2.10 and later do)')

@@ -41,7 +41,7 @@ def clean(module: GraphModule) -> None:
 def keep_checks(module: GraphModule) -> None:
     """Write into the graph, in place, what the program checks of sizes that depend on data (``torch._check``).
 
-    A trace takes such a check for granted and notes it beside the graph: a later batch for which it does not hold must be told.
+    A trace assumes that such a check holds and notes it beside the graph; a later batch for which it fails must be an error.
     """
     shapes = _shape_environment(module)
     if shapes is None or not shapes.deferred_runtime_asserts:

@@ -158,7 +158,7 @@ def _rms(value: torch.Tensor) -> float:
 
 
 def _pieces(*values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of one shape, a part of each at a time: what is computed of them in double precision stays small."""
+    """Tensors of one shape, one part of each at a time, so that computing in double precision takes little memory."""
     return zip(*(value.reshape(-1).split(_PIECE) for value in values), strict=True)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Named(str, Enum):
-    """A word of a Report: itself as text, found by it."""
+    """A word of a Report: as text it is itself, and `of` finds it by its text."""
 
     __str__ = str.__str__
 

@@ -179,7 +179,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _groups(rule: Rule, args: Any) -> Iterator[list[Operand]]:
-    """For each tensor of the first list, what an operator of many gives it."""
+    """The operands of an operator on lists, for each tensor of the first list."""
     for position in range(len(args[0])):
         pairs = zip(rule.arguments, args)
         values = [(name, w, value[position] if type(value) in _LISTS else value) for (name, w), value in pairs]
@@ -187,7 +187,7 @@ def _groups(rule: Rule, args: Any) -> Iterator[list[Operand]]:
 
 
 def _judged_one(judge: Judge, group: Sequence[Operand]) -> Memory:
-    """Where what is computed of one tensor of many lies."""
+    """The memory of the result for one tensor of a list."""
     memories = {operand.memory for operand in group} - {UNKNOWN}
     return judge(group) if len(memories) > 1 else next(iter(memories), UNKNOWN)
 
@@ -222,7 +222,7 @@ def _made_in(memory: Memory | None) -> Iterator[None]:
 
 
 def making(redirection: Redirection, factory: Callable[..., Any], is_beside: bool) -> Callable[..., Any]:
-    """`factory`, with what its operators make where the program asks for it; `is_beside` its argument if nothing is asked."""
+    """`factory`, whose result lies where the program asks for it; without a device, beside its argument if `is_beside`."""
 
     @wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:

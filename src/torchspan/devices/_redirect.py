@@ -39,7 +39,7 @@ _num_modes = torch._C._len_torch_function_stack
 
 
 class PlacementWarning(UserWarning):
-    """A program placed things on several devices, for which one stands in: said once, at the first line that does."""
+    """A program uses several devices, and one stands in for all; issued once, at the first line that does so."""
 
 
 class Redirection:
@@ -173,7 +173,7 @@ class Redirection:
     # which memory, where one stands in for the device's and the host's
 
     def begin_use(self) -> None:
-        """Something asks for the device: what is there so far lies in the host's memory, and moves copy from now on."""
+        """The program asks for the device: tensors that exist already lie in the host's memory, and moves copy from now on."""
         if self.in_use or self.target != "cpu":
             return
         self.in_use = True
@@ -205,7 +205,7 @@ class Redirection:
 
     @contextmanager
     def asking(self, memory: Memory | None) -> Iterator[None]:
-        """Inside, in this thread, what torch's code names the CPU for is in `memory`: the program said so."""
+        """Inside, in this thread, torch's own requests for the CPU mean `memory`, which the program asked for."""
         before, self._asking.memory = self._asking.memory, memory or UNKNOWN
         try:
             yield
@@ -213,7 +213,7 @@ class Redirection:
             self._asking.memory = before
 
     def default_memory(self) -> Memory | None:
-        """Where what names no device is made."""
+        """The memory of tensors that are made without a device."""
         mode = self._default_context() if _num_modes() else None
         if mode is not None:
             memory: Memory | None = getattr(mode, "_torchspan_memory", UNKNOWN)
@@ -229,12 +229,12 @@ class Redirection:
         return None
 
     def answer(self, tensor: Any, truth: torch.device) -> torch.device:
-        """What a tensor or storage that is on `truth` says of its device: the truth, as an object that tells the memory."""
+        """What a tensor or storage on `truth` answers as its device: the object equal to `truth` that stands for its memory."""
         memory = memory_of(tensor) if isinstance(tensor, torch.Tensor) else memory_of_storage(tensor)
         return self.answers.of(truth, memory) if truth == _CPU else truth
 
     def say_result_copied(self) -> None:
-        """Record, once, that a move of a result copies: where it lies is not followed."""
+        """Record, once, that moving a result copies it: the memory of results is not followed."""
         if self._has_said_copied:
             return
         self._has_said_copied = True
@@ -246,11 +246,11 @@ class Redirection:
         return self.in_use and _DEVICE_OF(tensor).type == "cpu" and not self._is_on_host(memory_of(tensor))
 
     def _is_on_host(self, memory: Memory) -> bool:
-        """Whether a program in disguise is told so: where every operator is followed, of what is unknown too."""
+        """Whether a masqueraded program is told that it lies on the host: so is UNKNOWN where every operator is followed."""
         return memory is HOST or (memory is UNKNOWN and self.follows)
 
     def believed(self, holder: Any) -> torch.device | None:
-        """The device that a program in disguise believes a tensor or a storage to be on; None where that is where it is."""
+        """The device that a masqueraded program believes a tensor or storage to be on; None where it is told the real one."""
         is_tensor = isinstance(holder, torch.Tensor)
         if is_tensor and _DEVICE_OF(holder).type != self.target_kind:
             return None
@@ -268,7 +268,7 @@ class Redirection:
         return self.ordinal() if self.is_cuda_default else None
 
     def ordinal(self) -> torch.device:
-        """The device of the program: the one that it made current."""
+        """The program's current device."""
         return torch.device("cuda", torch.cuda.current_device())
 
     # who asks, and what is recorded
@@ -388,11 +388,11 @@ class Redirection:
             self._keeping_cpu.depth -= 1
 
     def keep_cpu(self, is_kept: bool) -> None:
-        """The same in this thread from now on, or no more."""
+        """Begin `keeping_cpu` in this thread, or end it."""
         self._keeping_cpu.depth = max(0, self._keeping_cpu.depth + (1 if is_kept else -1))
 
     def leave_out(self, name: str, choice: str, reason: str | None = None, asked: object = None) -> None:
-        """Count one request that has nothing to stand for here, and is left out."""
+        """Count one request that has no counterpart here and is left out."""
         self.note(name, asked, reason, choice, Standing.LEFT_OUT)
 
     def simulate(self, name: str, what: str) -> None:

@@ -61,7 +61,7 @@ class StagedGroup(dist.ProcessGroup):
 
 
 class _Received(dist.Work):
-    """What is received is on the CPU first, and in its place once it was waited for: sends and receives go on meanwhile."""
+    """A receive into memory of the CPU; `wait` copies it to its place. Sends and receives go on meanwhile."""
 
     def __init__(self, work: Any, staged: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__()

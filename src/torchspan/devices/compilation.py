@@ -1,4 +1,4 @@
-"""torch's compilers keep tables of torch's functions by identity: they go on finding torch's own functions in them.
+"""The tables in which torch's compilers look functions up by identity: wrapped functions are found in them, too.
 
 dynamo reads our wrappers as the plain Python that they are, so no graph breaks; TorchScript takes the function that is wrapped.
 """
@@ -138,7 +138,7 @@ def _stream_variable(streams: Any) -> Any:
 
 
 def _stream_context(redirection: Redirection, old: Any) -> Function:
-    """Nothing is annotated with a stream: the compilers' code for streams is that of devices which have some."""
+    """No node is annotated with a stream: the compilers' code for streams is for devices that have some."""
 
     @wraps(old)
     def init(self: Any, stream: Any, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ def _stream_context(redirection: Redirection, old: Any) -> Function:
 
 
 def _ordering(redirection: Redirection, old: Any) -> Function:
-    """What only keeps order is left out of a graph: work is done in the order in which it is asked for."""
+    """Calls that only keep order are left out of a graph: work is done in the order in which it is asked for."""
 
     @wraps(old)
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ class Graph:
         _capturing.append(self)
 
     def capture_end(self) -> None:
-        """Stop, and put back what the captured operations changed: a capture computes nothing that counts."""
+        """Stop, and undo what the captured operations changed: a capture has no results."""
         if self._recorder is None or self not in _capturing:
             raise RuntimeError("capture_end() was called without capture_begin()")
         _capturing.remove(self)

@@ -45,7 +45,7 @@ def _given(value: object, old: object) -> object:
 
 
 def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool, prefix: str = "torch.cuda") -> type:
-    """A legacy type of tensors, which are made by `real`, that of the CPU; what is believed to be there is of it."""
+    """A legacy tensor type. `real`, the CPU's, makes its tensors; those that the program believes to be there are instances."""
     is_exact = redirection.masquerade and prefix == "torch.cuda"  # what is sparse carries no mark
     name = real.__name__.rpartition(".")[2]
 

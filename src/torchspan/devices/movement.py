@@ -41,7 +41,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 
 
 def _of_lazy_parameters() -> Iterable[Any]:
-    """What a parameter without a shape allows is a list of the functions themselves: ours too."""
+    """The functions that a parameter without a shape allows are listed themselves: add those that replace them."""
     return (getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "get_device", "untyped_storage"))
 
 

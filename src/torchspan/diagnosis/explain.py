@@ -1,4 +1,4 @@
-"""What dynamo makes of a program: its graphs, where it ends them early and why, its guards, what it compiled again."""
+"""How dynamo compiles a program: its graphs, where it ends them early and why, its guards, what it compiled again."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class AbsentModuleWatcher(importlib.abc.MetaPathFinder):
-    """Stands at the end too: it finds nothing, and says that a module was imported which nothing has."""
+    """Stands at the end too: it finds no module, and reports the import of one that nothing else found."""
 
     def __init__(self, listeners: dict[str, Callable[[], None]]) -> None:
         self._listeners = listeners

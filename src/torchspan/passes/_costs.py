@@ -79,7 +79,7 @@ def _number(size: Any) -> int:
 def why_not_again(node: Node) -> str | None:
     """Why `node` may not be computed a second time, in a few words; None if it may.
 
-    A second collective is no mistake, but ranks must agree on it: who asks for it knows ``collective``.
+    A collective can be repeated if all ranks do so: a caller that repeats collectives accepts the reason ``collective``.
     """
     target = node.target
     if node.op != "call_function" or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):

@@ -79,7 +79,7 @@ def roots_of(graph: Graph) -> Roots:
 
 
 def _viewed(node: Node) -> list[Node]:
-    """The nodes whose memory `node` may give back."""
+    """The nodes whose memory the result of `node` may share."""
     if node.op != "call_function":
         return []
     if node.target is operator.getitem:

@@ -124,7 +124,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _key(target: Any, args: Any, kwargs: Any) -> Hashable | None:
-    """What is equal for two calls that give the same; None where a size is a symbol."""
+    """A key that is equal for two calls with the same result; None where a size is a symbol."""
     described = [_described(leaf) for leaf in _leaves((args, kwargs))]
     if any(isinstance(leaf, Unknown) for leaf in described):
         return None
@@ -193,7 +193,7 @@ def _check_agrees(node: Node, actual: Any, claimed: Any) -> None:
 
 
 def _is_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether shape, dtype and device are equal; sizes of which that cannot be told are."""
+    """Whether shape, dtype and device are equal; sizes that cannot be compared count as equal."""
     if (first.dtype, first.device, first.ndim) != (second.dtype, second.device, second.ndim):
         return False
     return all(map(_may_be_equal, first.shape, second.shape))

@@ -16,7 +16,7 @@ def phases_of(graph: FxGraph) -> dict[Node, Phase]:
     """The phase of each node, placeholders among them: those of tangents are the backward's, all others the forward's.
 
     Told by what the captures write: ``custom["phase"]`` (train_step, and what a pass has moved), ``partitioner_tag`` (joint),
-    ``autograd_backward`` (torch since 2.10). A node that says nothing is of the latest phase among those that it reads.
+    ``autograd_backward`` (torch since 2.10). A node without such a mark is of the latest phase among the nodes that it reads.
     """
     order: tuple[Phase, ...] = ("forward", "backward", "optimizer")
     phases: dict[Node, Phase] = {}

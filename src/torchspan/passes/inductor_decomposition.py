@@ -92,7 +92,7 @@ def is_decomposed(node: Node, table: Table) -> bool:
 
 
 def _form(node: Node, inputs: Sequence[Node]) -> Hashable | None:
-    """What is equal for nodes that become the same; None where sizes depend on data."""
+    """A key that is equal for nodes that are decomposed alike; None where sizes depend on data."""
     numbers = {source: index for index, source in enumerate(inputs)}
     sizes: list[Hashable] = []
     for source in inputs:

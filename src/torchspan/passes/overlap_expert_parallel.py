@@ -79,7 +79,7 @@ class OverlapExpertParallel(Pass):
         return graph.with_module(module, str(self))
 
     def ensure(self, before: Graph, after: Graph) -> None:
-        """Nothing but exchanges of rows became more, and those at most twice as many; each still has one wait."""
+        """Only exchanges of rows were added, at most as many as there were; each still has one wait."""
         old, new = before.num_collectives(), after.num_collectives()
         exchanges = old.pop("all_to_all_rows", 0), new.pop("all_to_all_rows", 0)
         if old != new or not exchanges[0] <= exchanges[1] <= 2 * exchanges[0]:

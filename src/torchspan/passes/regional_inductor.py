@@ -137,7 +137,7 @@ def _in_process(report: Report) -> CompileRegion:
 
 
 def structure(module: GraphModule) -> Hashable:
-    """What is equal for two graphs that compute the same of inputs of the same shapes: one compile serves both."""
+    """A key that is equal for two graphs that compute the same from inputs of the same shapes: one compile serves both."""
     number: dict[Node, int] = {}
     lines: list[Hashable] = []
     for node in module.graph.nodes:
@@ -150,7 +150,7 @@ def structure(module: GraphModule) -> Hashable:
 
 
 def _identity(held: Any) -> Hashable:
-    """A graph that an operator calls, as FlexAttention does, is told by what it computes; anything else by what it is."""
+    """The key of a graph that an operator calls, as FlexAttention does, is what it computes; of all else, the object itself."""
     return structure(held) if isinstance(held, GraphModule) else id(held)
 
 

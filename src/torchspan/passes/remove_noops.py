@@ -1,4 +1,4 @@
-"""Remove operators that change nothing: views of the same geometry, copies that nobody can tell apart, waits for nothing."""
+"""Remove operators without effect: views of the same geometry, copies that cannot be told from the original, idle waits."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _made_of_parameters(graph: Graph) -> set[Node]:
 
 
 def _becoming_gradients(graph: Graph) -> set[Node]:
-    """Gradients, and the nodes of whose values nothing becomes but gradients, with no other tensor taking part."""
+    """Gradients, and nodes whose values only become gradients, by operators that take no other tensor."""
     nodes = set(graph.gradients())
     for node in reversed(graph.module.graph.nodes):
         if node.op == "call_function" and node.users and all(user in nodes and _only_moves(user) for user in node.users):

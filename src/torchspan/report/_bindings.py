@@ -1,4 +1,4 @@
-"""What the names of a file are given: by assignments, parameters, loops and imports, scope by scope. Nothing of it is run."""
+"""The values that names get in a file: from assignments, parameters, loops and imports, by scope. Nothing is run."""
 
 from __future__ import annotations
 

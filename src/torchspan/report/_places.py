@@ -65,7 +65,7 @@ class Places:
         return CALLS.get(short) or CALLS.get(short.partition(".")[0]) or Rule("none", note=ONLY_CUDA)
 
     def is_choice(self, node: ast.AST) -> bool:
-        """Whether it is the accelerator where there is one, and the CPU elsewhere: no more and no less."""
+        """Whether it is exactly this choice: the accelerator where there is one, else the CPU."""
         if not (isinstance(node, ast.IfExp) and isinstance(node.test, ast.Call) and is_cuda(node.body)):
             return False
         is_other = isinstance(node.orelse, ast.Constant) and isinstance(node.orelse.value, str)

@@ -106,7 +106,7 @@ class Names:
         return Presence(dotted, mask or self.all)
 
     def resolve(self, path: str) -> str:
-        """The dotted name that a path with calls in it means, where it is known what is called gives.
+        """The dotted name that a path with calls in it means; nothing where the result of a call is not known.
 
         >>> names = Names.load()
         >>> names.resolve("torch.nn.Linear().weight"), names.resolve("torch.save().anything")

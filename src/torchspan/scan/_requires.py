@@ -27,7 +27,7 @@ def fix_requires(result: Scan, paths: Sequence[str | os.PathLike[str]]) -> str:
     That is what it needs, or what it runs on with torchspan where it requires torchspan. A bound is raised, never lowered.
 
     Args:
-        found: what the scan of `paths` found.
+        result: of the scan of `paths`.
         paths: of the project; its ``pyproject.toml`` is beside the first one, or in a folder above it.
 
     Raises:

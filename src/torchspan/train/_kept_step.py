@@ -223,7 +223,7 @@ def _packed(part: CompiledPart) -> _Part:
 
 
 def entries_of(config: TrainConfig, plan: Plan, job: Job, program: nn.Module) -> dict[str, Any]:
-    """What two starts must have in common for one to use the other's step, by name."""
+    """What must be equal in two starts for one to use the other's step, by name."""
     training, compile_ = config.training, config.compile
     return {
         **platform_entries(),
@@ -268,7 +268,7 @@ def _digest_of_files(files: Iterable[Path]) -> str:
 
 
 def _gathered(job: Job, value: Any) -> list[Any]:
-    """What each rank has, on every rank."""
+    """Every rank's `value`, on every rank."""
     if job.mesh is None:
         return [value]
     values: list[Any] = [None] * job.world_size
@@ -277,7 +277,7 @@ def _gathered(job: Job, value: Any) -> list[Any]:
 
 
 def _gathered_once(job: Job, content: bytes) -> list[bytes]:
-    """Each rank's bytes on rank 0; nothing for a rank whose bytes are rank 0's."""
+    """Each rank's bytes, on rank 0; empty for a rank whose bytes are equal to rank 0's."""
     digests = _gathered(job, hashlib.sha256(content).hexdigest())
     if len(set(digests)) == 1:
         return [content]

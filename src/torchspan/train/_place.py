@@ -1,4 +1,4 @@
-"""Place: where a process of a job keeps its tensors, and by which backend it talks to the others."""
+"""Place: the device of a process of a job, and the backend by which it talks to the others."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torchspan.train.data import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to: the model, its flavour by name, the degrees of parallelism, the passes."""
+    """What a configuration means: the model, its flavour by name, the degrees of parallelism, the passes."""
 
     spec: ModelSpec
     flavour: str

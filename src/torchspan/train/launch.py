@@ -42,7 +42,7 @@ class Rank:
     output: Path | None
 
     def has_failed(self) -> bool:
-        """Whether it said so, or ended with an exit code that says so."""
+        """Whether it wrote a failure, or ended with another exit code than 0."""
         return self.failure_file.exists() or bool(self.process.poll())
 
 

@@ -42,7 +42,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The loss of each step over the whole batch, the seconds each took, and how it came about."""
+    """The loss of each step over the whole batch, the seconds that each took, and the Report."""
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]

@@ -59,7 +59,7 @@ def _ties(model: nn.Module) -> list[Tie]:
 
 
 def _tie_again(ties: list[Tie]) -> None:
-    """Make one parameter of those that the plans made of a tied one; InputError where they are split in different ways."""
+    """Tie parameters again that were one before the plans; InputError where the plans split them in different ways."""
     for tie in ties:
         (first, name, path), *others = tie
         parameter = first._parameters[name]
