@@ -262,7 +262,7 @@ def test_an_optimizer_that_is_no_longer_as_captured_is_told_and_nothing_is_updat
     step(TOKENS[0])
     optimizer.state[module.mix]["step"] += 1
     with pytest.raises(
-        GuardError, match=r"parameters embed\.weight and mix have not taken as many steps|parameters mix and embed"
+        GuardError, match=r"parameters embed\.weight and mix have taken different numbers of steps|parameters mix and embed"
     ):
         step(TOKENS[0])
     optimizer.state[module.mix]["step"] -= 1

@@ -119,7 +119,7 @@ def _type(expected: Any) -> Check:
         kind = type(value)
         if kind in known:
             changed = known[kind] is not getattr(kind, "forward", None)
-            return f"its class {kind.__qualname__} got another forward" if changed else None
+            return f"the forward of its class {kind.__qualname__} was replaced" if changed else None
         actual_name = name_of(kind) if ":" in name else kind.__qualname__  # without a module: wherever the class is defined
         if actual_name != name:
             return f"is a {actual_name}, expected a {name}"

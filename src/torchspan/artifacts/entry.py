@@ -211,7 +211,9 @@ def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[A
         holder = find(values)
         place = holder if isinstance(key, list) else vars(holder)
         if type(holder) in (type, ModuleType) or not isinstance(place, dict):
-            raise IntegrityError(f"an artifact stores on {show_path(path)}, a {type(holder).__name__}")
+            raise IntegrityError(
+                f"the artifact stores on {show_path(path)}, a {type(holder).__name__}, which has no attributes to set"
+            )
         return place, name, build(outputs, values)
 
     return store
@@ -269,7 +271,7 @@ class _Plain:
 
 def _filling(kind: Any, structure: Mapping[str, Any]) -> Builder:
     if not is_plain_class(kind):
-        raise IntegrityError(f"an artifact's result has a {structure['object']}, which is more than its attributes")
+        raise IntegrityError(f"an artifact's result has a {structure['object']}, whose objects have more than attributes")
     parts = [(str(name), result_builder(item)) for name, item in structure["attributes"]]
 
     def build(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> Any:

@@ -108,7 +108,7 @@ class _OneCall(Capture):
                 f"a captured call takes positional arguments only, not {sorted(kwargs)}; load's callable does, too"
             )
         if self._artifact is not None:
-            raise PrecompileError("one call has been captured already, and a capture is of one; start another with capture()")
+            raise PrecompileError("this capture has its one call already; start another with capture()")
         self._called, started = True, time.perf_counter()
         with as_precompile_error():
             artifact = _compile_call(self._function, args, self._compiler, self._decompositions)

@@ -110,7 +110,7 @@ def runnable_of(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], orig
     except (TypeError, LookupError, ValueError):
         is_right = False
     if not is_right:
-        raise IntegrityError(f"{origin} holds gradients that are of no parameters; capture it again")
+        raise IntegrityError(f"{origin} gives gradients to what is no parameter; capture it again")
     return _Runnable(entries[0], gradients, origin)
 
 

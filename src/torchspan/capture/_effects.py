@@ -1,4 +1,4 @@
-"""What a program that dynamo has traced does to objects that it was given, and gives back of them."""
+"""How a program that dynamo traced changes objects that it was given, and which of them it returns."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class TensorInput:
 
 @dataclass(frozen=True)
 class ConstantInput:
-    """One value among the inputs that is no tensor: the graph holds what the program computed from it."""
+    """One value among the inputs that is not a tensor: the graph holds what the program computed from it."""
 
     name: str
     value: Any

@@ -240,7 +240,8 @@ class BoundOptimizer:
         if len(stages) > 1:
             first, second = list(stages.values())[:2]
             raise GuardError(
-                f"parameters {first} and {second} have not taken as many steps; they had when the step was captured; {_ADVICE}"
+                f"parameters {first} and {second} have taken different numbers of steps, and equal ones when the step was "
+                f"captured; {_ADVICE}"
             )
         return next(iter(stages))
 

@@ -296,5 +296,5 @@ def _places(module: nn.Module) -> dict[str, _Place]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tells the memory of one tensor from that of another."""
+    """A number that is equal for tensors in the same memory."""
     return tensor.untyped_storage()._cdata

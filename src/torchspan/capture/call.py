@@ -75,7 +75,9 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
             module = trace(*inputs.stand_ins)
         except fx.value_errors() as cause:
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise CaptureError(f"the call asks for a tensor's value, which one capture does not have: {lines[0]}") from cause
+            raise CaptureError(
+                f"the call asks for the value of a tensor, which a capture does not compute: {lines[0]}"
+            ) from cause
     _refuse_constants(module)
     return CapturedCall(
         module=module,
@@ -177,7 +179,7 @@ class _Inputs:
 
 
 def _leaves(args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """What is not a container, and where it stands; modules among the arguments themselves are not listed."""
+    """The values that are not containers, and where they stand; arguments that are modules are not listed."""
     from torch.utils._pytree import GetAttrKey, tree_flatten_with_path
 
     leaves = []

@@ -1,4 +1,4 @@
-"""Capture by dynamo: a Program's forward as one FX graph, with the bytecode that calls it and the guards that it stands on."""
+"""Capture by dynamo: a Program's forward as one FX graph, the bytecode that calls it, and its guards."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class _Names:
 
 
 def _check_placements(module: nn.Module, all_placements: list[Any] | None) -> None:
-    """A gradient that is laid out otherwise than its parameter would be added up wrongly: refuse it."""
+    """Refuse a gradient that is laid out otherwise than its parameter: it would be added up wrongly."""
     if all_placements is None:
         return  # no parameter is a DTensor, or this torch does not say
     state = [slot for slot in slots(module) if slot.spec.kind == "parameter"]

@@ -276,9 +276,9 @@ INPUTS = (
 def main():
 {watch}    outputs = torch.compile(Repro(), {arguments})(*INPUTS)
     outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    wanted = [one for one in outputs if isinstance(one, torch.Tensor) and one.requires_grad]
-    if wanted:
-        torch.autograd.backward(wanted, [torch.zeros_like(one) for one in wanted])
+    results = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    if results:
+        torch.autograd.backward(results, [torch.zeros_like(value) for value in results])
     print("compiled: nothing went wrong")
 
 

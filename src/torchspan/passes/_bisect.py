@@ -229,7 +229,7 @@ class _Search:
             elif node not in stretch:
                 stretch[node] = None
                 waiting += _inputs(node)
-        text = f"it stands for {shown_node(old)}; {len(stretch)} nodes that the pass wrote make it of what is equal"
+        text = f"it stands for {shown_node(old)}; {len(stretch)} nodes that the pass wrote compute it from equal values"
         return (None, deeper) if deeper else (self._cause(new, text), [])
 
     def _cause(self, node: Node, text: str) -> _Cause:
@@ -299,7 +299,7 @@ def _told_outputs(graph: Graph, expected: list[Any], results: list[Any], wrong: 
 def _finding(stage: Stage, number: str, reports: list[Any]) -> Finding:
     """The finding of all ranks: the node that comes first on any of them."""
     causes = [(*cause, rank) for rank, (cause, _) in enumerate(reports) if cause is not None]
-    nothing = (0, "", "none: what differs comes of differences that are each within the claim", 0)
+    nothing = (0, "", "none: each node differs by no more than the claim allows, and the differences add up", 0)
     _, node, text, _ = min(causes, default=nothing)
     ranks = [rank for rank, (_, outputs) in enumerate(reports) if outputs]
     outputs = next((outputs for _, outputs in reports if outputs), "")
