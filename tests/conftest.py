@@ -90,15 +90,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kinds: dict[str, list[str]] = {item.nodeid: [marker.name for marker in item.iter_markers()] for item in items}
     by_file = _ids_by_file(items)
     for kind, test in moved_tests():
-        found = [
+        results = [
             name
             for name in by_file.get(test.partition("::")[0], ())
             if name == test or name.startswith((f"{test}[", f"{test}::"))
         ]
-        for name in found:
+        for name in results:
             kinds[name].append(kind)
         is_whole = not config.getoption("lf", False) and not any("::" in argument for argument in config.args)
-        if not found and is_whole and test.partition("::")[0] in by_file:
+        if not results and is_whole and test.partition("::")[0] in by_file:
             raise pytest.UsageError(f"tests/moved.txt has {test!r}, which is no test; expected its name as pytest prints it")
     skips = {
         "once": (not is_default, f"runs once, on torch {DEFAULT_TORCH}"),

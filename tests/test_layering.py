@@ -40,9 +40,9 @@ COMPILERS = (
 def level_of(module: str) -> int:
     """The level of torchspan's folder (or top file) that a dotted module belongs to."""
     part = module.split(".")[1]
-    found = next((level for level, folders in enumerate(LEVELS) if part in folders), None)
-    assert found is not None, f"{module} is no folder of torchspan: inside it, import from the file that has the name"
-    return found
+    result = next((level for level, folders in enumerate(LEVELS) if part in folders), None)
+    assert result is not None, f"{module} is no folder of torchspan: inside it, import from the file that has the name"
+    return result
 
 
 def imports_of(tree: ast.AST, for_types: bool = False) -> Iterator[str]:
@@ -69,21 +69,21 @@ def violations(path: Path, text: str) -> list[str]:
     """What the file imports that it may not."""
     here = ".".join(("torchspan", *path.relative_to(SOURCE).with_suffix("").parts))
     folder = here.split(".")[1]
-    found = []
+    results = []
     for name in sorted(set(imports_of(ast.parse(text)))):
         is_private = name.startswith(COMPILERS) if folder in PATCHING else PRIVATE.match(name) and not name.startswith(OPEN)
         if is_private and folder != "private":
-            found.append(f"{here} imports {name}: only torchspan/private/ may")
+            results.append(f"{here} imports {name}: only torchspan/private/ may")
         if not name.startswith("torchspan.") or name == "torchspan.__version__":
             continue
         same_folder = name.split(".")[1] == folder
         if not same_folder and level_of(name) >= level_of(here) and here != "torchspan.__init__":
-            found.append(f"{here} imports {name}, which is not below it")
+            results.append(f"{here} imports {name}, which is not below it")
         other = name.split(".")[2] if name.count(".") >= 2 else "_"
         is_plugin = not path.name.startswith("_") and folder in ("backports", "devices", "strategies")
         if same_folder and is_plugin and not other.startswith("_") and (SOURCE / folder / f"{other}.py").exists():
-            found.append(f"{here} imports {name}: a plug-in imports no other plug-in")
-    return found
+            results.append(f"{here} imports {name}: a plug-in imports no other plug-in")
+    return results
 
 
 @pytest.mark.once

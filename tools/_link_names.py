@@ -56,8 +56,8 @@ class Wheel:
 
     @cached_property
     def _texts(self) -> frozenset[str]:
-        found = self.libraries.replace(b"(", b"\0").decode().split("\0")
-        return frozenset(found) | {name.partition(".")[0] for name in found}
+        texts = self.libraries.replace(b"(", b"\0").decode().split("\0")
+        return frozenset(texts) | {name.partition(".")[0] for name in texts}
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Release:
 
 def read_release(wheel: Wheel, read: Callable[..., ModuleNames] = read_module) -> Release:
     """Read every file of `wheel`, and merge each module's stub into it."""
-    found = Release(wheel)
+    release = Release(wheel)
     stubs: dict[str, ModuleNames] = {}
     for path, text in wheel.sources.items():
         parts = path.rpartition(".")[0].split("/")
@@ -84,17 +84,17 @@ def read_release(wheel: Wheel, read: Callable[..., ModuleNames] = read_module) -
         if not all(part.isidentifier() for part in name.split(".")):
             continue
         is_stub = path.endswith(".pyi")
-        (stubs if is_stub else found.modules)[name] = read(name, text, is_package=is_package, is_stub=is_stub)
+        (stubs if is_stub else release.modules)[name] = read(name, text, is_package=is_package, is_stub=is_stub)
     for name, stub in stubs.items():
-        if name in found.modules:
-            _merge_stub(found.modules[name], stub)
+        if name in release.modules:
+            _merge_stub(release.modules[name], stub)
         else:
-            found.modules[name] = stub
-            found.from_c.add(name)
-    for name in [*found.modules]:
+            release.modules[name] = stub
+            release.from_c.add(name)
+    for name in [*release.modules]:
         while name := name.rpartition(".")[0]:
-            found.modules.setdefault(name, ModuleNames(is_open=True))
-    return found
+            release.modules.setdefault(name, ModuleNames(is_open=True))
+    return release
 
 
 def _merge_stub(module: ModuleNames, stub: ModuleNames) -> None:
@@ -124,7 +124,9 @@ def settle_c_names(releases: list[Release]) -> None:
         for name in sorted(set().union(*(release.modules[module].names for release in having))):
             _settle(having, [release.modules[module].names for release in having], module, name)
         for owner in sorted(set().union(*(release.modules[module].classes for release in having))):
-            known = next(found for release in having if (found := release.modules[module].classes.get(owner)) is not None)
+            known = next(
+                class_names for release in having if (class_names := release.modules[module].classes.get(owner)) is not None
+            )
             for release in having:
                 if owner in release.modules[module].names:
                     release.modules[module].classes.setdefault(owner, deepcopy(known))
@@ -161,9 +163,9 @@ def link(release: Release) -> None:
         if release.wheel.mentions(name):
             release.modules["torch"].names.setdefault(name, "")
     for owner, names in MEMBERS_NOT_IN_STUBS.items():
-        found = release.modules.get("torch._C", ModuleNames()).classes.get(owner)
-        if found is not None:
-            found.members.update((name, "(?") for name in names if release.wheel.mentions(name))
+        class_names = release.modules.get("torch._C", ModuleNames()).classes.get(owner)
+        if class_names is not None:
+            class_names.members.update((name, "(?") for name in names if release.wheel.mentions(name))
     for name, module in release.modules.items():
         if name in CLOSED:
             module.is_open = False
@@ -176,7 +178,7 @@ def link(release: Release) -> None:
         for key, target in module.redirected.items():
             _redirect(release, key, target)
     for module in release.modules.values():
-        for table in (module.names, *(found.members for found in module.classes.values())):
+        for table in (module.names, *(class_names.members for class_names in module.classes.values())):
             for name, entry in table.items():
                 table[name] = _with_known_class(release, entry)
     _add_operators(release)
@@ -185,8 +187,8 @@ def link(release: Release) -> None:
 def _with_known_class(release: Release, entry: str) -> str:
     """An entry whose class is followed through functions and aliases, and left out where it is none."""
     if entry.startswith("@"):
-        found = _result(release, entry[1:])
-        return f"@{found}" if found else ""
+        class_name = _result(release, entry[1:])
+        return f"@{class_name}" if class_name else ""
     parameters, _, result = entry.partition(">")
     return f"{parameters}>{result}" if result and _is_class(release, result) else parameters
 
@@ -295,9 +297,9 @@ def settle_kinds(releases: list[Release]) -> None:
     """Keep the kinds of a parameter where a later release takes one more of them than an earlier one; else drop them."""
     for module in sorted(set().union(*(release.modules for release in releases))):
         having = [release.modules[module] for release in releases if module in release.modules]
-        _settle_kinds([found.names for found in having])
-        for owner in sorted(set().union(*(found.classes for found in having))):
-            _settle_kinds([found.classes[owner].members for found in having if owner in found.classes])
+        _settle_kinds([content.names for content in having])
+        for owner in sorted(set().union(*(content.classes for content in having))):
+            _settle_kinds([content.classes[owner].members for content in having if owner in content.classes])
 
 
 def _settle_kinds(tables: list[dict[str, str]]) -> None:
@@ -317,12 +319,12 @@ def _grown_parameters(entries: list[str]) -> frozenset[str]:
     for entry in entries:
         for part in entry[1:].partition(">")[0].split(","):
             parameter, _, kinds = part.partition(":")
-            taken = set(filter(None, kinds.split("|")))
-            if not taken:
+            accepted = set(filter(None, kinds.split("|")))
+            if not accepted:
                 continue
-            if parameter in before and taken - before[parameter] - {"None"} and before[parameter] < taken:
+            if parameter in before and accepted - before[parameter] - {"None"} and before[parameter] < accepted:
                 grown.add(parameter)
-            before[parameter] = taken
+            before[parameter] = accepted
     return frozenset(grown)
 
 
@@ -364,8 +366,8 @@ def _encode_names(tables: list[dict[str, str]], mask: int, prefix: str, modules:
             for module, entry in zip(modules, entries)
         ]
         if not prefix and any(classes):
-            members = [found.members if found else {} for found in classes]
-            yield from _encode_names(members, _mask(found is not None for found in classes), ".", [])
+            members = [class_names.members if class_names else {} for class_names in classes]
+            yield from _encode_names(members, _mask(class_names is not None for class_names in classes), ".", [])
 
 
 def _mask(bits: Iterable[bool]) -> int:

@@ -219,13 +219,13 @@ class _Reader:
     on_AsyncFunctionDef = on_FunctionDef
 
     def on_ClassDef(self, node: ast.ClassDef, loop: Mapping[str, object]) -> None:
-        found = self.found.classes[node.name] = read_class(node, self.dotted, self.is_stub, self.constants)
-        self.found.names[node.name] = ":" + found.bases
+        class_names = self.found.classes[node.name] = read_class(node, self.dotted, self.is_stub, self.constants)
+        self.found.names[node.name] = ":" + class_names.bases
         for part in _inner_statements(node.body):
             if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                self.results.append((found.members, part.name, part.returns))
+                self.results.append((class_names.members, part.name, part.returns))
             elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-                self.results.append((found.members, part.target.id, part.annotation))
+                self.results.append((class_names.members, part.target.id, part.annotation))
 
     def add_results(self) -> None:
         """Add the classes of what functions give, and of values, where annotations say so: all names are known by now."""
@@ -253,8 +253,8 @@ class _Reader:
         if isinstance(annotation, ast.BinOp):
             sides = [side for side in (annotation.left, annotation.right) if ast.unparse(side) != "None"]
             return self.class_of(sides[0]) if len(sides) == 1 else ""
-        found = self.dotted(annotation) if isinstance(annotation, (ast.Name, ast.Attribute)) else None
-        return found if found is not None and is_ours(found) else ""
+        class_name = self.dotted(annotation) if isinstance(annotation, (ast.Name, ast.Attribute)) else None
+        return class_name if class_name is not None and is_ours(class_name) else ""
 
     def on_Assign(self, node: ast.Assign, loop: Mapping[str, object]) -> None:
         for target in node.targets:
@@ -416,22 +416,22 @@ def read_class(node: ast.ClassDef, dotted: object, is_stub: bool, constants: Map
     if not is_stub and any(keyword.arg == "metaclass" for keyword in node.keywords):
         metaclass = ast.unparse(next(k.value for k in node.keywords if k.arg == "metaclass"))
         bases += [] if metaclass.rpartition(".")[2] in ("ABCMeta", "EnumMeta", "EnumType") else ["?"]
-    found = ClassNames(",".join(dict.fromkeys(base for base in bases if base)))
-    _read_class_body(node.body, found, is_stub, dotted)
+    names = ClassNames(",".join(dict.fromkeys(base for base in bases if base)))
+    _read_class_body(node.body, names, is_stub, dotted)
     decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d).rpartition(".")[2] for d in node.decorator_list]
     is_named_tuple = any(ast.unparse(base).rpartition(".")[2] == "NamedTuple" for base in node.bases)
-    if "__init__" not in found.members and (is_named_tuple or _DATACLASSES & set(decorators)):
-        found.members["__init__"] = ("(" if is_named_tuple else "(+") + ",".join(_fields(node))
+    if "__init__" not in names.members and (is_named_tuple or _DATACLASSES & set(decorators)):
+        names.members["__init__"] = ("(" if is_named_tuple else "(+") + ",".join(_fields(node))
     if any(name not in _KEEPING and name not in _DATACLASSES for name in decorators):
-        initializer = found.members.get("__init__")
-        found.members["__init__"] = "(?" if initializer is None or initializer.startswith("(+") else _with_more(initializer)
+        initializer = names.members.get("__init__")
+        names.members["__init__"] = "(?" if initializer is None or initializer.startswith("(+") else _with_more(initializer)
     function = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__getattr__"), None)
-    if function is not None and not _bounded_names(function, constants, found.members):
-        found.bases = ",".join(dict.fromkeys([*filter(None, found.bases.split(",")), "*"]))
+    if function is not None and not _bounded_names(function, constants, names.members):
+        names.bases = ",".join(dict.fromkeys([*filter(None, names.bases.split(",")), "*"]))
     for part in node.body:
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            _add_instance_names(part, found.members)
-    return found
+            _add_instance_names(part, names.members)
+    return names
 
 
 def _base(node: ast.expr, dotted: object) -> str:
@@ -444,31 +444,31 @@ def _base(node: ast.expr, dotted: object) -> str:
     return "" if last in _PLAIN_BASES else f"!{last}" if last.isidentifier() else "?"
 
 
-def _read_class_body(body: Iterable[ast.stmt], found: ClassNames, is_stub: bool, dotted: object) -> None:
+def _read_class_body(body: Iterable[ast.stmt], names: ClassNames, is_stub: bool, dotted: object) -> None:
     for part in body:
         if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
             entry = function_entry(part, is_stub, is_method=True)
-            found.members[part.name] = _merged(found.members.get(part.name, ""), entry, is_stub)
+            names.members[part.name] = _merged(names.members.get(part.name, ""), entry, is_stub)
             if any(ast.unparse(decorator).endswith(".setter") for decorator in part.decorator_list):
-                found.members[part.name] = "#"
+                names.members[part.name] = "#"
         elif isinstance(part, ast.ClassDef):
-            found.members[part.name] = ""
+            names.members[part.name] = ""
         elif isinstance(part, (ast.Assign, ast.AnnAssign)):
             for target in part.targets if isinstance(part, ast.Assign) else [part.target]:
                 for node in ast.walk(target):
                     if isinstance(node, ast.Name):
-                        found.members.setdefault(node.id, _made_by_call(part.value, dotted))
+                        names.members.setdefault(node.id, _made_by_call(part.value, dotted))
             if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "__slots__":
                 slots = _value_of(part.value, {})
-                found.members |= dict.fromkeys(
+                names.members |= dict.fromkeys(
                     [slots] if isinstance(slots, str) else slots if isinstance(slots, list) else [], ""
                 )
         elif isinstance(part, (ast.If, ast.Try, ast.With, ast.For)):
             for inner in (part.body, getattr(part, "orelse", [])):
-                _read_class_body(inner, found, is_stub, dotted)
+                _read_class_body(inner, names, is_stub, dotted)
         elif isinstance(part, (ast.Import, ast.ImportFrom)):
             for alias in part.names:
-                found.members[alias.asname or alias.name.partition(".")[0]] = ""
+                names.members[alias.asname or alias.name.partition(".")[0]] = ""
 
 
 def _made_by_call(value: ast.expr | None, dotted: object) -> str:
@@ -569,7 +569,7 @@ def _members_of_union(node: ast.expr | None) -> set[str]:
 
 def _taken_from(keywords: str, function: ast.AST) -> list[str]:
     """The names that a function takes out of its ``**keywords``: ``.pop("x")``, ``.get("x")``, ``["x"]``."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for node in ast.walk(function):
         key: ast.expr | None = None
         if (
@@ -582,8 +582,8 @@ def _taken_from(keywords: str, function: ast.AST) -> list[str]:
         elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == keywords:
             key = node.slice
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
-            found[key.value] = None
-    return list(found)
+            names[key.value] = None
+    return list(names)
 
 
 def _with_more(entry: str) -> str:
@@ -594,7 +594,7 @@ def _merged(before: str, entry: str, is_stub: bool) -> str:
     """A function's entry, with those of earlier overloads in a stub."""
     if not (is_stub and before.startswith("(") and entry.startswith("(")):
         return entry
-    parts = [part for one in (before, entry) for part in one.lstrip("(~").split(",")]
+    parts = [part for text in (before, entry) for part in text.lstrip("(~").split(",")]
     names = dict.fromkeys(part for part in parts if part not in ("", "/", "*"))
     return "(~" + ",".join(names)
 
@@ -663,7 +663,9 @@ def _unpacked(target: ast.expr, value: object) -> Iterator[tuple[str, object]] |
         return {target.id: value}
     if isinstance(target, (ast.Tuple, ast.List)):
         values = value if isinstance(value, list) and len(value) == len(target.elts) else [UNKNOWN] * len(target.elts)
-        return {name: inner for part, one in zip(target.elts, values) for name, inner in dict(_unpacked(part, one)).items()}
+        return {
+            name: inner for part, content in zip(target.elts, values) for name, inner in dict(_unpacked(part, content)).items()
+        }
     return {}
 
 
@@ -677,15 +679,15 @@ def _bounded_names(function: ast.FunctionDef, constants: Mapping[str, object], n
     if not _ends_in_raise(function.body):
         return False
     parameter = function.args.args[-1].arg
-    found: list[object] = []
+    answers: list[object] = []
     for node in ast.walk(function):
         if isinstance(node, ast.Compare) and getattr(node.left, "id", None) == parameter:
             value = _value_of(node.comparators[0], {"__all__": list(names), **constants})
-            found += list(value) if isinstance(value, (list, dict)) else [value]
+            answers += list(value) if isinstance(value, (list, dict)) else [value]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".get") and node.args:
             if getattr(node.args[0], "id", None) == parameter:
                 value = _value_of(node.func.value, constants)  # type: ignore[attr-defined]
-                found += list(value) if isinstance(value, (list, dict)) else [value]
+                answers += list(value) if isinstance(value, (list, dict)) else [value]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "getattr",
             "super().__getattr__",
@@ -693,5 +695,5 @@ def _bounded_names(function: ast.FunctionDef, constants: Mapping[str, object], n
         ):
             if any(getattr(argument, "id", None) == parameter for argument in node.args):
                 return False
-    names.update((name, "") for name in found if isinstance(name, str) and name not in names)
-    return all(isinstance(name, str) for name in found)
+    names.update((name, "") for name in answers if isinstance(name, str) and name not in names)
+    return all(isinstance(name, str) for name in answers)

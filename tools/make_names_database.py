@@ -93,8 +93,8 @@ def _extract(wheel: Path, kept: Path) -> None:
 def texts_in(library: bytes) -> bytes:
     """The texts in a compiled library that can be a name or an operator's schema."""
     plain = b"\0".join(set(re.findall(rb"(?:(?<=\0)|\A)[\x20-\x7e]{3,}(?=\0|\Z)", library)))
-    found = set(re.findall(rb"(?<![A-Za-z0-9_.])[A-Za-z_][A-Za-z0-9_.]{2,80}[\x00(]", plain + b"\0"))
-    return b"".join(sorted(found))
+    texts = set(re.findall(rb"(?<![A-Za-z0-9_.])[A-Za-z_][A-Za-z0-9_.]{2,80}[\x00(]", plain + b"\0"))
+    return b"".join(sorted(texts))
 
 
 def _read_once(name: str, text: str, *, is_package: bool, is_stub: bool) -> ModuleNames:

@@ -24,8 +24,8 @@ def main(files: list[str]) -> None:
     """Merge the files into the result, and the result into the page."""
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"packages": {}}
     for file in files:
-        found = json.loads(Path(file).read_text())
-        result = found | {"packages": result["packages"] | {name: _brief(of) for name, of in found["packages"].items()}}
+        answer = json.loads(Path(file).read_text())
+        result = answer | {"packages": result["packages"] | {name: _brief(of) for name, of in answer["packages"].items()}}
     result.pop("seconds", None)  # of the last file only
     result["packages"] = dict(sorted(result["packages"].items()))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
@@ -45,13 +45,13 @@ def _table(packages: dict[str, Any]) -> str:
         "| package | modules | import without | with | what those miss that still do not |",
         "| --- | --: | --: | --: | --- |",
     ]
-    for name, found in packages.items():
-        left = {name: counts["with"] for name, counts in found["missing"].items() if counts["with"]}
+    for name, counts_of in packages.items():
+        left = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
         named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
         more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
-        without = "not measured" if found["without"] is None else found["without"]
-        counts = f"{found['modules']} | {without} | {found['with']}"
-        rows.append(f"| {name} {found['version']} | {counts} | {named}{more} |")
+        without = "not measured" if counts_of["without"] is None else counts_of["without"]
+        counts = f"{counts_of['modules']} | {without} | {counts_of['with']}"
+        rows.append(f"| {name} {counts_of['version']} | {counts} | {named}{more} |")
     return "\n".join(rows)
 
 

@@ -19,15 +19,15 @@ _LEFT_OUT = ("torch", "torch.version", "torch.torch_version")
 def main() -> None:
     """Write it, a module a line."""
     names = Names.load()
-    found = {place: dict(sorted(of.items())) for place, of in settings(names).items() if of}
-    lines = (f"{json.dumps(place)}: {json.dumps(of)}" for place, of in sorted(found.items()))
+    places = {place: dict(sorted(of.items())) for place, of in settings(names).items() if of}
+    lines = (f"{json.dumps(place)}: {json.dumps(of)}" for place, of in sorted(places.items()))
     SETTINGS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def settings(names: Names) -> dict[str, dict[str, str]]:
     """By module, the settings that a supported release lacks although it has the module, with the releases that have them."""
     supported = ~((1 << names.minors.index(OLDEST)) - 1) & names.all
-    found: dict[str, dict[str, str]] = {TENSOR: {}}
+    places: dict[str, dict[str, str]] = {TENSOR: {}}
     for place in names.modules():
         module = names.look_up(place, is_module=True).mask & supported
         is_private = any(part.startswith("_") for part in place.split("."))
@@ -38,11 +38,11 @@ def settings(names: Names) -> dict[str, dict[str, str]]:
             mask = names.look_up(dotted).mask
             is_meant = not name.startswith("_") and not name.isupper()  # a module's own state and constants are not
             if is_meant and module & ~mask and mask & supported and names.is_setting(dotted):
-                found.setdefault(place, {})[name] = _text(names, mask)
+                places.setdefault(place, {})[name] = _text(names, mask)
     for name in names.members_of_tensors_alone:
         if names.is_setting(f"{TENSOR}.{name}"):
-            found[TENSOR][name] = _text(names, names.look_up_member(f"{TENSOR}.{name}").mask)
-    return found
+            places[TENSOR][name] = _text(names, names.look_up_member(f"{TENSOR}.{name}").mask)
+    return places
 
 
 def _text(names: Names, mask: int) -> str:

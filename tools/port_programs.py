@@ -48,8 +48,8 @@ def read_programs(path: Path) -> dict[str, str]:
 
 def read_constructs(path: Path) -> dict[str, str]:
     """The constructs that run, each as a program; what a tensor answers is not ported."""
-    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {c["id"]: f"import torch\n{c['before']}\n{c['body']}\n" for c in found if c["kind"] == "runs"}
+    constructs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {c["id"]: f"import torch\n{c['before']}\n{c['body']}\n" for c in constructs if c["kind"] == "runs"}
 
 
 def in_a_fork(work: Callable[[], str]) -> str:
@@ -113,9 +113,9 @@ def programs(arguments: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
         texts = read_constructs(ROOT / "tests" / "devices" / "cuda_constructs.jsonl")
     else:
         texts = read_programs(ROOT / "tests" / "report" / "programs.txt")
-    wanted = [argument for argument in arguments if not argument.startswith("--") and not argument.endswith(".py")]
+    names = [argument for argument in arguments if not argument.startswith("--") and not argument.endswith(".py")]
     for name, text in texts.items():
-        if name in wanted or not (wanted or files):
+        if name in names or not (names or files):
             place = folder / f"{len(name)}_{name.replace('.', '_')}.py"
             place.write_text(text, encoding="utf-8")
             yield name, place

@@ -161,14 +161,14 @@ def autoload() -> None:
     calls this at the end of ``import torch``, through its entry-point group, when ``TORCHSPAN`` is set.
     """
     show_logs(os.environ.get("TORCHSPAN_LOG", ""))
-    asked = Activation.from_environ(os.environ)
+    activation = Activation.from_environ(os.environ)
     environment = activate(
-        asked.device,
-        masquerade=asked.masquerade,
-        backports=asked.backports,
-        compile="bounded" if asked.compile == "bounded" else "off",
-        budget=_budget_of(asked),
-        disable=split_names(asked.disable),
+        activation.device,
+        masquerade=activation.masquerade,
+        backports=activation.backports,
+        compile="bounded" if activation.compile == "bounded" else "off",
+        budget=_budget_of(activation),
+        disable=split_names(activation.disable),
     )
     if os.environ.get("TORCHSPAN_REPORT_PARTS"):  # the process that started this one makes a page of what both do
         from torchspan.report import write_part
@@ -182,8 +182,8 @@ def _text_of(budget: Budget | None) -> tuple[str | None, str | None]:
     return str(budget.seconds), "" if budget.limit_bytes is None else str(budget.limit_bytes)
 
 
-def _budget_of(asked: Activation) -> Budget | None:
-    seconds, memory = asked.budget_seconds, asked.budget_memory
+def _budget_of(activation: Activation) -> Budget | None:
+    seconds, memory = activation.budget_seconds, activation.budget_memory
     if seconds is None and memory is None:
         return None
     from torchspan.jobs.budget import DEFAULT_BUDGET, Budget

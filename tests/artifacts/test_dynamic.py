@@ -45,10 +45,10 @@ def step(call: Any, model: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
     """Results, and the gradients of the input and all parameters."""
     x = x.clone().requires_grad_()
     model.zero_grad()
-    found = call(x)
-    weights = torch.arange(found["out"].numel()).view_as(found["out"]).sin()
-    ((found["out"] * weights).sum() + found["sum"].sum() / 100 + (found["view"] ** 2).sum()).backward()
-    return found, [x.grad, *(p.grad.clone() for p in model.parameters())]
+    result = call(x)
+    weights = torch.arange(result["out"].numel()).view_as(result["out"]).sin()
+    ((result["out"] * weights).sum() + result["sum"].sum() / 100 + (result["view"] ** 2).sum()).backward()
+    return result, [x.grad, *(p.grad.clone() for p in model.parameters())]
 
 
 def made(compiler: str, tmp_path: Path, dynamic: Any) -> tuple[Attention, Any]:
@@ -65,21 +65,21 @@ def test_one_entry_serves_all_sizes_forward_and_backward(compiler: str, tmp_path
     model, fast = made(compiler, tmp_path, {"x": {0: "batch", 1: (2, 32)}})
     for shape in ((3, 5, 4), (7, 6, 4), (2, 32, 4), (99, 3, 4)):
         x = torch.randn(shape)
-        (found, gradients), (expected, wanted) = step(fast, model, x), step(model, model, x)
-        assert (found["steps"], found["twice"]) == (shape[1], 2 * shape[1] + 1)
-        assert found["view"].stride() == expected["view"].stride()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
+        (actual, gradients), (expected, expected_gradients) = step(fast, model, x), step(model, model, x)
+        assert (actual["steps"], actual["twice"]) == (shape[1], 2 * shape[1] + 1)
+        assert actual["view"].stride() == expected["view"].stride()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             torch.testing.assert_close(fast(x.requires_grad_()), model(x), rtol=1e-5, atol=1e-5)
-    for shape, said in (
+    for shape, message in (
         ((3, 33, 4), r"s\d+ <= 32, found s\d+ = args\[0\]\.size\(1\) = 33"),
         ((101, 5, 4), r"s\d+ <= 100, found s\d+ = args\[0\]\.size\(0\) = 101"),
         ((1, 5, 4), r"expected 2 <= s\d+"),
         ((3, 5, 5), r"has shape \[3, 5, 5\] \(expected \[any, any, 4\]\)"),
         ((3, 5), r"has shape \[3, 5\]"),
     ):
-        with pytest.raises(GuardError, match=said):
+        with pytest.raises(GuardError, match=message):
             fast(torch.randn(shape, requires_grad=True))
     with pytest.raises(GuardError, match="has stride"):
         fast(torch.randn(4, 5, 3, requires_grad=True).transpose(0, 2))
@@ -97,11 +97,11 @@ def test_what_a_compiler_assumes_of_sizes_is_a_guard_too(tmp_path: Path) -> None
     for columns in (2, 3, 6, 9):
         x = torch.randn(4, columns, requires_grad=True)
         try:
-            found = fast(x)
+            result = fast(x)
         except GuardError:
             assert columns == 2 and any("!=" in condition for condition in conditions)
         else:
-            assert torch.equal(found, head(x)) and found.is_contiguous() == head(x).is_contiguous()
+            assert torch.equal(result, head(x)) and result.is_contiguous() == head(x).is_contiguous()
 
 
 def test_sizes_that_must_be_equal_are_held_equal_and_containers_are_followed(tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_passes_change_the_graphs_before_they_are_compiled_and_are_in_the_manife
 
 
 def test_passes_that_an_artifact_cannot_take_are_refused() -> None:
-    for passes, said in (
+    for passes, message in (
         ("nothing", "no pass 'nothing'"),
         ("regional_inductor", "say compiler='regional_inductor'"),
         ([3], "not a int"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             precompile(nn.Linear(2, 2), (torch.ones(1, 2),), compiler="eager", passes=passes)  # type: ignore[arg-type]

@@ -42,8 +42,8 @@ def test_gradients_flow_through_each_entry(models: types.ModuleType, tmp_path: P
         x = torch.randn(rows, 10)
         models.loss_of(loaded(x)).backward()
         models.loss_of(reference(x)).backward()
-    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
-        assert difference(one.grad, other.grad) is None
+    for actual, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert difference(actual.grad, other.grad) is None
 
 
 def test_another_model_cannot_be_added(models: types.ModuleType) -> None:
@@ -64,8 +64,8 @@ def test_weights_are_inside_if_asked_for_and_given_on_request(name: str, models:
     load(path, fresh)
     assert not torch.equal(next(fresh.parameters()), next(model.parameters()))
     load(path, fresh, weights=True)
-    for one, other in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+    for actual, other in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(actual, other)
 
 
 def test_weights_that_are_not_inside_are_one_clear_error(models: types.ModuleType, make: Callable[..., Path]) -> None:
@@ -81,7 +81,7 @@ def test_two_artifacts_are_compared_by_entry_and_payload(models: types.ModuleTyp
     same = precompile(models.mlp(), (torch.randn(4, 10),), compiler="eager").save(tmp_path / "same.tspan")
     other = precompile(model, (torch.randn(5, 10),), compiler="eager").save(tmp_path / "other.tspan")
     assert diff(one, same) == {"entries": {}, "payloads": {}}
-    found = diff(one, other)
-    assert list(found["entries"]) == ["rebuild"]
-    assert set(found["payloads"]) == {"entry0/plan.json", "entry0/guards.json"}
+    result = diff(one, other)
+    assert list(result["entries"]) == ["rebuild"]
+    assert set(result["payloads"]) == {"entry0/plan.json", "entry0/guards.json"}
     assert verify(one)["differs"] == {}

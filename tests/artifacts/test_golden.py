@@ -34,10 +34,10 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.tspan")), ids=lambda path: path.stem)
 def test_a_golden_artifact_is_whole_and_loads_or_is_refused_for_what_is_not_here(path: Path, build: Any) -> None:
-    found = describe(path)
-    assert found["entries"]["format"] == int(path.name.removeprefix("format")[0]) and len(found["programs"]) == 2
-    assert verify(path, [KEY])["signed_by"] == found["signed_by"]
-    name = found["entries"]["model"].partition(":")[0]
+    actual = describe(path)
+    assert actual["entries"]["format"] == int(path.name.removeprefix("format")[0]) and len(actual["programs"]) == 2
+    assert verify(path, [KEY])["signed_by"] == actual["signed_by"]
+    name = actual["entries"]["model"].partition(":")[0]
     model, expected, differ = build(name), build(name), verify(path)["differs"]
     if differ:
         with pytest.raises(ManifestMismatchError, match="Rebuild it: torchspan precompile ") as refused:

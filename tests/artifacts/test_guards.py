@@ -177,7 +177,7 @@ def test_code_that_is_replaced_after_loading_is_noticed(
     fast = load(make("modes"), model)
     fast(*args)
     monkeypatch.setattr(models.Modes, "forward", lambda self, x: x)
-    with pytest.raises(GuardError, match="its class Modes got another forward"):
+    with pytest.raises(GuardError, match="the forward of its class Modes was replaced"):
         fast(*args)
 
 

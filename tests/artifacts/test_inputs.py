@@ -12,8 +12,8 @@ from torchspan.core.errors import InputError
 
 
 def test_each_part_is_a_tensor_of_that_dtype_and_shape() -> None:
-    found = parse_inputs(" float32[4, 10],int64[2] , bool[3],bfloat16[1,2,3],complex64[2],float64")
-    assert [str(tensor.dtype).removeprefix("torch.") for tensor in found] == [
+    result = parse_inputs(" float32[4, 10],int64[2] , bool[3],bfloat16[1,2,3],complex64[2],float64")
+    assert [str(tensor.dtype).removeprefix("torch.") for tensor in result] == [
         "float32",
         "int64",
         "bool",
@@ -21,9 +21,9 @@ def test_each_part_is_a_tensor_of_that_dtype_and_shape() -> None:
         "complex64",
         "float64",
     ]
-    assert [tuple(tensor.shape) for tensor in found] == [(4, 10), (2,), (3,), (1, 2, 3), (2,), ()]
-    assert set(found[1].tolist()) <= {0, 1}
-    assert all(torch.equal(one, two) for one, two in zip(found, parse_inputs("float32[4,10],int64[2]")))
+    assert [tuple(tensor.shape) for tensor in result] == [(4, 10), (2,), (3,), (1, 2, 3), (2,), ()]
+    assert set(result[1].tolist()) <= {0, 1}
+    assert all(torch.equal(actual, two) for actual, two in zip(result, parse_inputs("float32[4,10],int64[2]")))
 
 
 @pytest.mark.parametrize(

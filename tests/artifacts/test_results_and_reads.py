@@ -92,10 +92,10 @@ def test_what_a_program_returns_and_did_not_make_is_as_it_is_now(tmp_path: Path)
     model, x = Returns(), torch.ones(3)
     fast = load(precompile(model, (x,), compiler="eager").save(tmp_path / "r.tspan"), model)
     model.seen["steps"] = 5
-    found = _result_or_guard(fast, x)
-    if isinstance(found, dict):  # torch 2.8 has a guard on it
-        assert found["more"][1] is model.seen
-        assert found["weight"] is model.weight
+    result = _result_or_guard(fast, x)
+    if isinstance(result, dict):  # torch 2.8 has a guard on it
+        assert result["more"][1] is model.seen
+        assert result["weight"] is model.weight
     model.seen["steps"] = 1
     assert fast(x)["label"] == "a"
     model.label = "b"
@@ -109,10 +109,10 @@ def test_what_a_program_returns_and_did_not_make_is_as_it_is_now(tmp_path: Path)
 def test_a_record_is_made_again_with_all_its_fields(tmp_path: Path) -> None:
     x = torch.ones(3)
     model = Records()
-    found = load(precompile(model, (x,), compiler="eager").save(tmp_path / "d.tspan"), model)(x)
-    assert type(found) is Found
-    assert found.first is None
-    assert torch.equal(found.second, x * 2)
+    result = load(precompile(model, (x,), compiler="eager").save(tmp_path / "d.tspan"), model)(x)
+    assert type(result) is Found
+    assert result.first is None
+    assert torch.equal(result.second, x * 2)
 
 
 def test_a_record_that_cannot_be_made_again_is_refused() -> None:

@@ -93,9 +93,9 @@ def test_loading_leaves_the_garbage_collector_as_it_was(
 
 def test_gradients_reach_the_weights_of_the_model_that_is_given(models: types.ModuleType, make: Callable[..., Path]) -> None:
     model = models.Tied()  # other weights than those that the artifact was made with
-    found = models.step(load(make("tied"), model), model, "tied")
+    actual = models.step(load(make("tied"), model), model, "tied")
     expected = models.step(model, model, "tied")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_outputs_that_are_views_or_inputs_are_so_again(models: types.ModuleType, make: Callable[..., Path]) -> None:
@@ -111,10 +111,10 @@ def test_a_gradient_in_other_strides_than_were_compiled_is_taken(models: types.M
     args, _ = models.inputs("tied")
     gradient = torch.randn(11, 3, 2).permute(2, 1, 0)
     load(make("tied"), model)(*args).backward(gradient)
-    found = model.embed.weight.grad.clone()
+    result = model.embed.weight.grad.clone()
     model.zero_grad()
     model(*args).backward(gradient)
-    torch.testing.assert_close(found, model.embed.weight.grad, rtol=0, atol=0)
+    torch.testing.assert_close(result, model.embed.weight.grad, rtol=0, atol=0)
 
 
 def test_a_second_backward_and_a_double_backward_are_refused(models: types.ModuleType, make: Callable[..., Path]) -> None:

@@ -44,20 +44,20 @@ def test_a_llama_trains_from_an_artifact_at_any_size(tmp_path: Path) -> None:
     artifact = precompile(model, (ids(2, 9),), call, compiler="eager", dynamic=dynamic)
     fast = load(artifact.save(tmp_path / "llama.tspan"), model)
     for size in ((2, 9), (3, 14)):
-        found, gradients = step(fast, model, size)
-        expected, wanted = step(model, model, size)
-        assert type(found) is type(expected)
-        torch.testing.assert_close((found.logits, found.loss), (expected.logits, expected.loss), **near)
-        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
+        actual, gradients = step(fast, model, size)
+        expected, expected_gradients = step(model, model, size)
+        assert type(actual) is type(expected)
+        torch.testing.assert_close((actual.logits, actual.loss), (expected.logits, expected.loss), **near)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
     with pytest.raises(GuardError):
         fast(ids(2, 9), labels=ids(2, 9), use_cache=True)
 
 
 def step(call: Any, model: Any, size: tuple[int, int]) -> tuple[Any, list[torch.Tensor]]:
     model.zero_grad()
-    found = call(ids(*size), labels=ids(*size), use_cache=False)
-    found.loss.backward()
-    return found, [parameter.grad.clone() for parameter in model.parameters()]
+    result = call(ids(*size), labels=ids(*size), use_cache=False)
+    result.loss.backward()
+    return result, [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def test_an_attribute_that_is_put_back_is_guarded(tmp_path: Path) -> None:

@@ -101,14 +101,14 @@ def public_names() -> list[str]:
     """What the newest torch has behind the answers that are redirected: functions, classes, modules."""
     names = Names.load()
     newest = 1 << (len(names.releases) - 1)
-    found = []
+    results = []
     for place in PLACES:
         for name in names.names_in(place):
             dotted = f"{place}.{name}"
             is_made = any(one.startswith(place.rpartition(".")[0]) for one in names.definitions(dotted))
             if not name.startswith("_") and is_made and names.look_up(dotted).mask & newest:
-                found.append(dotted)
-    return [name for name in found if not is_of_elsewhere(names, name)]
+                results.append(dotted)
+    return [name for name in results if not is_of_elsewhere(names, name)]
 
 
 def is_of_elsewhere(names: Names, dotted: str) -> bool:

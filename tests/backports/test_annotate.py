@@ -51,8 +51,8 @@ def train(function: Any, *inputs: torch.Tensor) -> Captured:
     torch.compile(function, backend=captured, fullgraph=True)(*leaves).sum().backward()
     eager = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     function(*eager).sum().backward()
-    for mine, theirs in zip(leaves, eager, strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
+    for actual, reference in zip(leaves, eager, strict=True):
+        assert torch.equal(actual.grad, reference.grad)
     return captured
 
 

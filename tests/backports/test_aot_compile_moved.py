@@ -37,14 +37,14 @@ def test_each_line_says_once_what_to_write_and_does_what_it_did(environment: Env
         loaded = [load(path), load(path)]
     for function in loaded:
         torch.testing.assert_close(function(torch.ones(3, 3)), square(torch.ones(3, 3)))
-    found = [warning for warning in caught if "older way" in str(warning.message)]
-    here = [(warning.category, warning.filename, warning.lineno) for warning in found]
+    results = [warning for warning in caught if "older way" in str(warning.message)]
+    here = [(warning.category, warning.filename, warning.lineno) for warning in results]
     lines = Path(__file__).read_text().splitlines()
     saving, loading = (
         next(i for i, line in enumerate(lines, 1) if text in line) for text in (".aot_compile(", "compiled_function(file")
     )
     assert here == [(DeprecationWarning, __file__, line) for line in (saving, saving, loading)]
-    says = [str(warning.message) for warning in found]
+    says = [str(warning.message) for warning in results]
     assert says[0].startswith(
         "aot_compile is the older way to compile ahead of time; write torchspan.precompile(model, args).save"
     )

@@ -71,8 +71,8 @@ def test_the_state_that_was_staged_is_saved_while_training_goes_on(tmp_path: Pat
             model.weight.add_(1)
         response.upload_completion.result(60)
         other = Model(3, 2)
-        found = loaded(tmp_path / str(step), model=other, step=-1)
-        assert found["step"] == step
+        actual = loaded(tmp_path / str(step), model=other, step=-1)
+        assert actual["step"] == step
         assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
     its_stager.close()
 

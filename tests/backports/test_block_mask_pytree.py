@@ -44,8 +44,8 @@ def mask_of(mask_mod: Any) -> Any:
 
 
 def rebuilt(mask: Any, leaves: Any = None) -> Any:
-    found, context = mask._flatten()
-    return type(mask)._unflatten(found if leaves is None else leaves, context)
+    result, context = mask._flatten()
+    return type(mask)._unflatten(result if leaves is None else leaves, context)
 
 
 def same_but_for_the_function(one: Any, two: Any) -> bool:

@@ -65,15 +65,15 @@ print(json.dumps({"told": told, **report}))
     not is_lacking(REGISTRY.get("bucketing").BACKPORT), reason="torch's own takes its arguments in an order of each release"
 )
 def test_collectives_are_told_apart_and_fsdps_are_merged_up_to_the_size_asked_for(run_python: Any) -> None:
-    found = json.loads(run_python(PROGRAM).stdout.strip().splitlines()[-1])
-    assert found["told"] == {
+    answer = json.loads(run_python(PROGRAM).stdout.strip().splitlines()[-1])
+    assert answer["told"] == {
         "is_all_gather_into_tensor": 4,
         "is_reduce_scatter_tensor": 2,
         "is_wait_tensor": 6,
         "is_fsdp_reduce_scatter": 2,
     }
-    assert found["all"] == [2, 1], "three gathers of parameters become one; that of something computed stays"
-    assert found["small"] == [3, 1], "two of 256 bytes in a bucket of 524, and one more"
+    assert answer["all"] == [2, 1], "three gathers of parameters become one; that of something computed stays"
+    assert answer["small"] == [3, 1], "two of 256 bytes in a bucket of 524, and one more"
 
 
 def test_nodes_are_told_apart_as_upstream_does(environment: Any) -> None:
@@ -137,5 +137,5 @@ print(json.dumps(report))
 
 
 def test_inductor_merges_collectives_where_its_options_ask_for_it(run_python: Any) -> None:
-    found = json.loads(run_python(OPTIONS).stdout.strip().splitlines()[-1])
-    assert found == {"default": [3, 2], "all": [1, 1], "small gathers": [3, 1], "unknown": "refused"}
+    answer = json.loads(run_python(OPTIONS).stdout.strip().splitlines()[-1])
+    assert answer == {"default": [3, 2], "all": [1, 1], "small gathers": [3, 1], "unknown": "refused"}

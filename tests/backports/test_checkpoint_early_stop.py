@@ -48,9 +48,9 @@ def test_early_stop_decides_what_is_recomputed_and_gradients_stay(options: dict[
     block = Block()
     expected = train(block)
     block.num_first = block.num_second = 0
-    found = train(wrapped(block, preserve_rng_state=False, **options))
+    actual = train(wrapped(block, preserve_rng_state=False, **options))
     assert (block.num_first, block.num_second) == (2, num_second)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert all(torch.equal(actual, reference) for actual, reference in zip(actual, expected, strict=True))
 
 
 def test_each_of_two_nested_frames_has_its_own() -> None:
@@ -100,8 +100,8 @@ def test_a_compiled_wrapper_has_no_graph_break_and_the_same_gradients() -> None:
     block = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())
     expected = train(block)
     module = wrapped(block, early_stop=False)
-    found = train(torch.compile(module, backend="aot_eager", fullgraph=True))
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    actual = train(torch.compile(module, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(actual, reference) for actual, reference in zip(actual, expected, strict=True))
 
 
 def test_a_wrapper_that_was_made_keeps_working_after_undo_and_its_use_is_reported(environment: Environment) -> None:

@@ -34,14 +34,14 @@ class Counting(torch.nn.Module):
 
 def test_a_compiled_checkpoint_with_effects_has_eagers_output_and_gradient(environment: Environment) -> None:
     model, x = Counting(), torch.randn(4, 8)
-    wanted = model(x)
-    (gradient,) = torch.autograd.grad(wanted.sum(), model.linear.weight)
+    expected = model(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), model.linear.weight)
     model.num_calls = 0
     with torch._dynamo.config.patch({OPTION: True}):
-        found = torch.compile(model, backend="aot_eager")(x)
-        torch.testing.assert_close(found, wanted)
+        actual = torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(actual, expected)
         assert model.num_calls == 1
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), model.linear.weight)[0], gradient)
+        torch.testing.assert_close(torch.autograd.grad(actual.sum(), model.linear.weight)[0], gradient)
     said = [decision.choice for decision in environment.report.decisions if OPTION in decision.subject]
     assert said == (["the checkpointed function runs eagerly"] if OURS else [])
 

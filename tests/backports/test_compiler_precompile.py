@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 IS_OURS = is_lacking(get_backport("compiler_precompile"))
-ours = pytest.mark.skipif(not IS_OURS, reason="torch's own does not do this")
+ours_only = pytest.mark.skipif(not IS_OURS, reason="torch's own does not do this")
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -119,9 +119,9 @@ def test_a_training_step_leaves_the_gradients_of_eager_and_adds_to_those_that_ar
                 optimizer.step()
                 optimizer.zero_grad()
     torch.testing.assert_close(model.losses, eager.losses, rtol=1e-5, atol=1e-6)
-    for (name, found), expected in zip(model.named_parameters(), eager.parameters()):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6, msg=name)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for (name, actual), expected in zip(model.named_parameters(), eager.parameters()):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # the mode of the caller does not count
         assert fast(net(), tokens(), tokens()) is not None
 
@@ -143,9 +143,9 @@ def test_a_capture_holds_the_casts_that_it_was_made_with(made: Made) -> None:
         expected = linear(x)
         result, fast = made(infer, linear, x)
         inside = fast(linear, x)
-    for found in (result, inside, fast(linear, x)):
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, expected.detach())
+    for actual in (result, inside, fast(linear, x)):
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual, expected.detach())
 
 
 def test_containers_come_and_go_as_they_are(made: Made) -> None:
@@ -157,12 +157,12 @@ def test_containers_come_and_go_as_they_are(made: Made) -> None:
     linear, x, y = nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(2)
     _, fast = made(function, linear, {"a": x, "b": [y]}, True)
     assert y.tolist() == [1, 1]  # the captured call was made once
-    found = fast(linear, {"a": x, "b": [y]}, True)
+    result = fast(linear, {"a": x, "b": [y]}, True)
     assert y.tolist() == [2, 2]
-    assert found["b"] is y
-    torch.testing.assert_close(found["out"][0], linear(x).detach())
-    assert found["out"][1][1:] == [3, None]
-    assert found["flag"] is True
+    assert result["b"] is y
+    torch.testing.assert_close(result["out"][0], linear(x).detach())
+    assert result["out"][1][1:] == [3, None]
+    assert result["flag"] is True
     with pytest.raises(torch.compiler.PrecompileError):
         fast(linear, {"a": x, "b": [y, y]}, True)
 
@@ -332,14 +332,14 @@ def test_a_program_runs_unmodified_and_its_artifact_compiles_nothing_in_a_fresh_
 ) -> None:
     env = {"TORCHSPAN": "1"}
     assert "FINE" in run_python(PROGRAM, "capture", backend, env=env).stdout
-    told = run_python(PROGRAM, "load", env=env | ({"PATH": ""} if IS_OURS else {})).stdout
-    assert ("FINE no compiler" if IS_OURS else "FINE") in told
+    output = run_python(PROGRAM, "load", env=env | ({"PATH": ""} if IS_OURS else {})).stdout
+    assert ("FINE no compiler" if IS_OURS else "FINE") in output
 
 
 # what torch's own does not do
 
 
-@ours
+@ours_only
 def test_modes_constants_strides_and_code_are_guarded(made: Made) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
     x = torch.ones(4, 3)
@@ -357,7 +357,7 @@ def test_modes_constants_strides_and_code_are_guarded(made: Made) -> None:
         fast(model, x, 2.0)
 
 
-@ours
+@ours_only
 def test_a_model_may_be_frozen_and_in_another_mode_where_that_changes_nothing(made: Made) -> None:
     linear, x = nn.Linear(3, 2), torch.ones(4, 3)
     result, fast = made(infer, linear, x)
@@ -365,16 +365,16 @@ def test_a_model_may_be_frozen_and_in_another_mode_where_that_changes_nothing(ma
     torch.testing.assert_close(fast(frozen, x), result)
 
 
-@ours
+@ours_only
 def test_any_named_tuple_comes_back(made: Made) -> None:
     result, fast = made(lambda x: Pair(x + 1, 1.5), torch.ones(2))
-    for found in (result, fast(torch.ones(2))):
-        assert type(found) is Pair
-        assert found.first.tolist() == [2, 2]
-        assert found.second == 1.5
+    for actual in (result, fast(torch.ones(2))):
+        assert type(actual) is Pair
+        assert actual.first.tolist() == [2, 2]
+        assert actual.second == 1.5
 
 
-@ours
+@ours_only
 def test_random_numbers_are_those_of_eager(made: Made) -> None:
     x = torch.ones(100)
     torch.manual_seed(5)
@@ -384,7 +384,7 @@ def test_random_numbers_are_those_of_eager(made: Made) -> None:
     torch.testing.assert_close([result, fast(x)], expected, rtol=0, atol=0)
 
 
-@ours
+@ours_only
 def test_what_is_not_carried_is_unsupported_and_says_what_to_do(made: Made) -> None:
     x = torch.ones(4, 3)
     torch._dynamo.decorators.mark_unbacked(x, 0)
@@ -394,7 +394,7 @@ def test_what_is_not_carried_is_unsupported_and_says_what_to_do(made: Made) -> N
         made(infer, nn.Linear(3, 2), torch.eye(3).to_sparse())
 
 
-@ours
+@ours_only
 @pytest.mark.parametrize("path", [[["local", "args"], ["item", 0], ["attr", "_parameters"]], [["local", "args"]], "weight"])
 def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(made: Made, path: Any) -> None:
     made(lambda model, x: model(x).sum().backward(), nn.Linear(3, 2), torch.ones(4, 3))
@@ -404,11 +404,11 @@ def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(made: Ma
     entries = {**values_of(manifest), "gradients": [path] * 2}
     write_artifact(file, write_manifest(entries, payloads, manifest["programs"]), payloads)
     pair.write_text("{}")  # says nothing of the first file
-    with pytest.raises(torch.compiler.PrecompileError, match=r"gradients that are of no parameters|cannot be followed"):
+    with pytest.raises(torch.compiler.PrecompileError, match=r"gives gradients to what is no parameter|cannot be followed"):
         torch.compiler.precompile.load(file, pair)
 
 
-@ours
+@ours_only
 def test_its_file_is_an_artifact_that_can_be_looked_into(made: Made) -> None:
     x = torch.ones(4, 3)
     made(infer, nn.Linear(3, 2), x)

@@ -20,7 +20,7 @@ from torchspan.backports._base import REGISTRY, is_lacking
 
 pytestmark = pytest.mark.usefixtures("environment")
 lacking = is_lacking(REGISTRY.get("consolidate_hf_safetensors").BACKPORT)
-ours = pytest.mark.skipif(not lacking, reason="torch's own is known to do otherwise")
+ours_only = pytest.mark.skipif(not lacking, reason="torch's own is known to do otherwise")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -69,10 +69,10 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
     """What the index says is there, read by the safetensors library."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
-    found = {name: files[file][name] for name, file in index["weight_map"].items()}
-    assert sorted(found) == sorted(name for tensors in files.values() for name in tensors)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
-    return found
+    results = {name: files[file][name] for name, file in index["weight_map"].items()}
+    assert sorted(results) == sorted(name for tensors in files.values() for name in tensors)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in results.values())
+    return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,8 +86,8 @@ def test_row_and_column_shards_of_uneven_sizes_become_the_tensors_that_they_were
     save_split(tmp_path / "in", full, {"rows": 0, "columns": 1, "middle": 1, "vector": 0}, [3, 2, 2, 0])
     (tmp_path / "out").mkdir()
     consolidate(str(tmp_path / "in"), str(tmp_path / "out"), dict.fromkeys(full, 1))
-    found = read_all(tmp_path / "out")
-    assert all(same(found[name], tensor) for name, tensor in full.items())
+    result = read_all(tmp_path / "out")
+    assert all(same(result[name], tensor) for name, tensor in full.items())
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
 
 
@@ -147,7 +147,7 @@ def test_the_signatures_are_upstreams() -> None:
     assert inspect.getdoc(one) and inspect.getdoc(every)
 
 
-@ours
+@ours_only
 def test_scalars_integers_and_odd_sizes_are_consolidated_and_stay_aligned(tmp_path: Path) -> None:
     full = {
         "mask": torch.tensor([True, False, True]),
@@ -160,15 +160,15 @@ def test_scalars_integers_and_odd_sizes_are_consolidated_and_stay_aligned(tmp_pa
     save_shard(tmp_path / "in" / "scalar.safetensors", {"step": torch.tensor(7.5)}, {"step": []})
     full["step"] = torch.tensor(7.5)
     consolidate(str(tmp_path / "in"), str(tmp_path), dict.fromkeys(full, 1))
-    found = read_all(tmp_path)
-    assert all(same(found[name], tensor) for name, tensor in full.items())
+    result = read_all(tmp_path)
+    assert all(same(result[name], tensor) for name, tensor in full.items())
     with safe_open(tmp_path / "model-00001-of-00001.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     (header_size,) = struct.unpack("<Q", (tmp_path / "model-00001-of-00001.safetensors").read_bytes()[:8])
     assert header_size % 8 == 0
 
 
-@ours
+@ours_only
 def test_what_is_missing_or_broken_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     save_split(folder, {"a": random((4, 2), torch.float32)}, {"a": 0}, [2, 2])
@@ -190,7 +190,7 @@ def test_what_is_missing_or_broken_is_an_error_that_names_it(tmp_path: Path) -> 
         consolidate(str(folder), str(tmp_path), {"a": 1})
 
 
-@ours
+@ours_only
 def test_one_process_without_a_group_does_all_of_it_under_either_name(tmp_path: Path) -> None:
     import torch.distributed.checkpoint._consolidate_hf_safetensors as module
 
@@ -337,9 +337,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 def test_two_ranks_save_shards_that_become_the_whole_tensors(ranks: Any, place: str) -> None:
     folder, _ = ranks
     expected = torch.load(folder / "full.pt")
-    found = read_all(folder / place)
-    assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not same(found[name], tensor)] == []
+    actual = read_all(folder / place)
+    assert actual.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not same(actual[name], tensor)] == []
     files = {path.name for path in (folder / place).glob("*.safetensors")}
     num_files = 1 if place == "one file" else 3
     assert files == {f"model-{index:05}-of-{num_files:05}.safetensors" for index in range(1, num_files + 1)}
@@ -354,7 +354,7 @@ def test_whole_files_and_shards_load_into_another_sharding(ranks: Any, place: st
     assert [answers[f"loaded from {place}"] for answers in ranks[1]] == [[], []]
 
 
-@ours
+@ours_only
 def test_an_error_on_one_rank_is_one_on_every_rank(ranks: Any) -> None:
     first, second = (answers["failure"] for answers in ranks[1])
     assert first.startswith("RuntimeError: consolidating failed on rank 1, this is rank 0: ValueError")

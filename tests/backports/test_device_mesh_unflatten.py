@@ -285,7 +285,9 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize(("num", "question"), [(num, one.__name__) for num, asked in QUESTIONS.items() for one in asked])
+@pytest.mark.parametrize(
+    ("num", "question"), [(num, question.__name__) for num, asked in QUESTIONS.items() for question in asked]
+)
 def test_on_ranks(failures: dict[str, dict[str, list[str]]], num: int, question: str) -> None:
     assert not failures[str(num)][question], failures[str(num)][question][0]
 

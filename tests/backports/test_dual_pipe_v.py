@@ -119,9 +119,9 @@ class Pipeline:
         torch.stack(expected).mean().backward()
         pairs = list(zip(losses, expected, strict=True)) if self.is_first else []
         for stage, index in zip(self.stages, self.indices, strict=True):
-            for mine, theirs in zip(stage.submod.parameters(), self.reference[index].parameters(), strict=True):
-                grad = mine.grad.full_tensor() if hasattr(mine.grad, "full_tensor") else mine.grad
-                pairs.append((grad / factor, theirs.grad))
+            for parameter, reference in zip(stage.submod.parameters(), self.reference[index].parameters(), strict=True):
+                grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+                pairs.append((grad / factor, reference.grad))
         return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
 
 
@@ -131,11 +131,11 @@ class Pipeline:
 def gradients() -> dict[int, float]:
     """The difference from the whole model, for several numbers of microbatches."""
     num_stages = 2 * dist.get_world_size()
-    found = {}
+    results = {}
     for num_microbatches in (num_stages, num_stages + 1, 2 * num_stages + 3):
         pipeline = Pipeline(num_microbatches)
-        found[num_microbatches] = pipeline.difference(pipeline.run()[1])
-    return found
+        results[num_microbatches] = pipeline.difference(pipeline.run()[1])
+    return results
 
 
 def two_steps_unscaled() -> float:
@@ -220,7 +220,7 @@ def schedules_from_files() -> dict[str, Any]:
     """A schedule that is written to a file, with pairs in it, is read and run."""
     from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-    found = {}
+    results = {}
     first = Pipeline(2 * dist.get_world_size())
     for form, order in {
         "compute_only": first.schedule.pipeline_order,
@@ -231,30 +231,30 @@ def schedules_from_files() -> dict[str, Any]:
             csv.writer(opened).writerows(order.values())
         again = Pipeline(first.num_microbatches, schedule=_PipelineScheduleRuntime)
         again.schedule._load_csv(str(file), format=form)
-        found[form] = again.difference(again.run()[1])
+        results[form] = again.difference(again.run()[1])
         copied = file.with_suffix(".copy")
         again.schedule._dump_csv(str(copied))
-        found[f"{form}, written again"] = len(copied.read_text().splitlines()) == dist.get_world_size()
+        results[f"{form}, written again"] = len(copied.read_text().splitlines()) == dist.get_world_size()
         file.unlink()
         copied.unlink()
-    return found
+    return results
 
 
 def evaluation() -> dict[str, Any]:
     """Forward only, before and after a training step; torch's own fails in a V."""
     pipeline = Pipeline(2 * dist.get_world_size())
     pipeline.schedule.register_custom_function(overlap(), run_pair)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for turn in ("before", "after"):
         with torch.no_grad():
             result, losses = pipeline.run("eval")
-        found[f"output {turn}"] = (result is not None) == pipeline.is_first
+        results[f"output {turn}"] = (result is not None) == pipeline.is_first
         if pipeline.is_first:
-            found[f"loss {turn}"] = (torch.stack(losses) - torch.stack(pipeline.expected_losses())).abs().max().item()
+            results[f"loss {turn}"] = (torch.stack(losses) - torch.stack(pipeline.expected_losses())).abs().max().item()
         if turn == "before":
-            found["no gradients"] = all(p.grad is None for stage in pipeline.stages for p in stage.submod.parameters())
-            found["difference"] = pipeline.difference(pipeline.run()[1])
-    return found
+            results["no gradients"] = all(p.grad is None for stage in pipeline.stages for p in stage.submod.parameters())
+            results["difference"] = pipeline.difference(pipeline.run()[1])
+    return results
 
 
 def overlap() -> Any:
@@ -326,15 +326,15 @@ def ask(num_ranks: int) -> list[dict[str, Any]]:
     """The answers of this many ranks; they are forks, so that torch is imported once."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    found: list[Any] = []
+    results: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(num_ranks):
             context.Process(target=rank_program, args=(rank, num_ranks, f"{folder}/rendezvous", answers), daemon=True).start()
-        while len(found) < num_ranks:
-            found.append(answers.get(timeout=200))
-            if isinstance(found[-1], str):
-                sys.exit(found[-1])
-    return found
+        while len(results) < num_ranks:
+            results.append(answers.get(timeout=200))
+            if isinstance(results[-1], str):
+                sys.exit(results[-1])
+    return results
 
 
 def main(file: str) -> None:
@@ -366,8 +366,8 @@ def test_on_ranks(answers: Any, num_ranks: int, question: str) -> None:
         pytest.skip("torch's own eval() fails where two stages that follow each other are on one rank")
     assert len(answers[str(num_ranks)]) == num_ranks
     for answer in answers[str(num_ranks)]:
-        found = answer[question]
-        for what, value in found.items() if isinstance(found, dict) else [(question, found)]:
+        result = answer[question]
+        for what, value in result.items() if isinstance(result, dict) else [(question, result)]:
             if isinstance(value, str):
                 assert "requires gradients to be enabled" in value and "eval()" in value
             else:
@@ -391,11 +391,11 @@ def stage(environment: Environment) -> Iterator[Callable[..., Any]]:
 def test_it_is_found_in_every_place_where_torch_has_it(environment: Environment) -> None:
     pipelining = importlib.import_module("torch.distributed.pipelining")
     schedules = pipelining.schedules
-    found = schedules.get_schedule_class("dualpipeV")
-    assert found is schedules.ScheduleDualPipeV is pipelining.ScheduleDualPipeV
+    result = schedules.get_schedule_class("dualpipeV")
+    assert result is schedules.ScheduleDualPipeV is pipelining.ScheduleDualPipeV
     assert "ScheduleDualPipeV" in pipelining.__all__ and "ScheduleDualPipeV" in schedules.__all__
-    assert issubclass(found, schedules._PipelineScheduleRuntime) and issubclass(found, schedules.PipelineScheduleMulti)
-    assert (found.__module__, found.__qualname__) == (schedules.__name__, "ScheduleDualPipeV")
+    assert issubclass(result, schedules._PipelineScheduleRuntime) and issubclass(result, schedules.PipelineScheduleMulti)
+    assert (result.__module__, result.__qualname__) == (schedules.__name__, "ScheduleDualPipeV")
     assert schedules.get_schedule_class("1F1B") is schedules.Schedule1F1B
     with pytest.raises(ValueError, match=r"Unknown schedule name 'DualPipe'.*GPipe.*'DualPipeV'\]$"):
         schedules.get_schedule_class("DualPipe")

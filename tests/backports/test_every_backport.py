@@ -27,15 +27,15 @@ def backport_of(name: str) -> Backport:
 
 def holders(backport: Backport) -> dict[str, Any]:
     """Every module and class that the backport may change, imported."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for patch in backport.patches():
         if isinstance(patch, MissingModule) or not is_importable(patch.target):
             continue
-        module = found[patch.target] = importlib.import_module(patch.target)
+        module = results[patch.target] = importlib.import_module(patch.target)
         if isinstance(patch, Replacement) and "." in patch.attribute:
             path = patch.attribute.split(".")[:-1]
-            found[f"{patch.target}.{'.'.join(path)}"] = reduce(lambda holder, part: getattr(holder, part, None), path, module)
-    return {name: holder for name, holder in found.items() if holder is not None}
+            results[f"{patch.target}.{'.'.join(path)}"] = reduce(lambda holder, part: getattr(holder, part, None), path, module)
+    return {name: holder for name, holder in results.items() if holder is not None}
 
 
 def is_importable(name: str) -> bool:

@@ -56,7 +56,7 @@ def test_gradients_are_the_plain_models_in_every_step() -> None:
             model.zero_grad()
             plain.zero_grad()
             torch.testing.assert_close(step(model, x), step(plain, x))
-            for ours, expected in zip(model.parameters(), plain.parameters()):
-                torch.testing.assert_close(ours.grad.full_tensor(), expected.grad)
+            for parameter, expected in zip(model.parameters(), plain.parameters()):
+                torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad)
     finally:
         dist.destroy_process_group()

@@ -50,10 +50,10 @@ def test_the_captured_module_takes_and_returns_what_the_model_does() -> None:
     model, x, mask = Model(), torch.randn(2, 3), torch.rand(3)
     captured = capture(model, x, mask=mask)
     other_x, other_mask = torch.randn(2, 3), torch.rand(3)
-    found, expected = captured(other_x, mask=other_mask), model(other_x, mask=other_mask)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert found["mask"] is other_mask
-    found["out"].sum().backward()
+    actual, expected = captured(other_x, mask=other_mask), model(other_x, mask=other_mask)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert actual["mask"] is other_mask
+    actual["out"].sum().backward()
     gradient, model.layer.weight.grad = model.layer.weight.grad, None
     expected["out"].sum().backward()
     assert torch.equal(gradient, model.layer.weight.grad)
@@ -134,8 +134,8 @@ def test_changes_to_python_objects_are_left_out_with_a_warning() -> None:
 def test_an_interpreter_takes_the_arguments_of_the_program() -> None:
     model, x, mask = Model(), torch.randn(2, 3), torch.rand(3)
     captured = capture(model, x, mask=mask)
-    found = torch.fx.Interpreter(captured).run(x, mask)
-    torch.testing.assert_close(found, model(x, mask=mask), rtol=0, atol=0)
+    result = torch.fx.Interpreter(captured).run(x, mask)
+    torch.testing.assert_close(result, model(x, mask=mask), rtol=0, atol=0)
 
 
 def test_a_dynamic_dimension_stays_one() -> None:

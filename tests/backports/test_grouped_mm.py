@@ -61,47 +61,47 @@ def close(found: Any, wanted: Any, dtype: torch.dtype) -> None:
 def test_the_product_and_both_gradients_are_those_of_plain_products(case: str, dtype: torch.dtype, ends: str) -> None:
     mat_a, mat_b = factors(case, dtype)
     offs = None if case == "3d3d" else offsets(ENDS[ends])
-    found = F.grouped_mm(mat_a, mat_b, offs=offs)
-    wanted = expected(mat_a, mat_b, ENDS[ends])
-    assert found.dtype == dtype
-    close(found, wanted, dtype)
-    grad = torch.randn(found.shape, dtype=dtype)
-    close(torch.autograd.grad(found, (mat_a, mat_b), grad), torch.autograd.grad(wanted, (mat_a, mat_b), grad), dtype)
+    actual = F.grouped_mm(mat_a, mat_b, offs=offs)
+    reference = expected(mat_a, mat_b, ENDS[ends])
+    assert actual.dtype == dtype
+    close(actual, reference, dtype)
+    grad = torch.randn(actual.shape, dtype=dtype)
+    close(torch.autograd.grad(actual, (mat_a, mat_b), grad), torch.autograd.grad(reference, (mat_a, mat_b), grad), dtype)
 
 
 def test_only_one_factor_needs_a_gradient() -> None:
     mat_a, mat_b = factors("2d3d")
-    found = F.grouped_mm(mat_a.detach(), mat_b, offs=offsets([8, 16, 24]))
-    found.backward(torch.ones(found.shape))
+    result = F.grouped_mm(mat_a.detach(), mat_b, offs=offsets([8, 16, 24]))
+    result.backward(torch.ones(result.shape))
     assert mat_a.grad is None
     close(mat_b.grad, mat_a.detach().view(3, 8, 16).sum(1)[:, :, None].expand(3, 16, 8), torch.float32)
 
 
 def test_weights_of_linear_layers_are_taken_transposed_and_rows_of_the_product_begin_at_16_bytes() -> None:
     tokens, weights = torch.randn(24, 16), torch.randn(3, 6, 16)
-    found = F.grouped_mm(tokens, weights.transpose(-2, -1), offs=offsets([8, 16, 24]))
-    assert found.shape == (24, 6)
-    assert found.stride() == (8, 1)
-    close(found, expected(tokens, weights.transpose(-2, -1), [8, 16, 24]), torch.float32)
+    actual = F.grouped_mm(tokens, weights.transpose(-2, -1), offs=offsets([8, 16, 24]))
+    assert actual.shape == (24, 6)
+    assert actual.stride() == (8, 1)
+    close(actual, expected(tokens, weights.transpose(-2, -1), [8, 16, 24]), torch.float32)
 
 
 def test_rows_behind_the_last_group_are_left_out() -> None:
     mat_a, mat_b = factors("2d3d")
-    found = F.grouped_mm(mat_a, mat_b, offs=offsets([4, 8, 12]))
-    assert found.shape == (24, 8)
-    close(found[:12], expected(mat_a, mat_b, [4, 8, 12]), torch.float32)
+    actual = F.grouped_mm(mat_a, mat_b, offs=offsets([4, 8, 12]))
+    assert actual.shape == (24, 8)
+    close(actual[:12], expected(mat_a, mat_b, [4, 8, 12]), torch.float32)
 
 
 def test_it_compiles_in_one_graph_with_its_gradients() -> None:
     mat_a, mat_b = factors("2d3d", torch.bfloat16)
     compiled = torch.compile(lambda a, b, offs: F.grouped_mm(a, b, offs=offs) * 2, fullgraph=True, backend="aot_eager")
     for ends in ([8, 16, 24], [4, 20, 24]):
-        found = compiled(mat_a, mat_b, offsets(ends))
-        wanted = expected(mat_a, mat_b, ends) * 2
-        close(found, wanted, torch.bfloat16)
-        grad = torch.randn(found.shape, dtype=torch.bfloat16)
-        found, wanted = (torch.autograd.grad(out, (mat_a, mat_b), grad) for out in (found, wanted))
-        close(found, wanted, torch.bfloat16)
+        actual = compiled(mat_a, mat_b, offsets(ends))
+        reference = expected(mat_a, mat_b, ends) * 2
+        close(actual, reference, torch.bfloat16)
+        grad = torch.randn(actual.shape, dtype=torch.bfloat16)
+        actual, reference = (torch.autograd.grad(out, (mat_a, mat_b), grad) for out in (actual, reference))
+        close(actual, reference, torch.bfloat16)
 
 
 def test_a_mixture_of_experts_trains_as_with_a_loop_over_the_experts() -> None:
@@ -109,10 +109,10 @@ def test_a_mixture_of_experts_trains_as_with_a_loop_over_the_experts() -> None:
     expert = torch.randint(0, 4, (32,))
     order = expert.argsort(stable=True)
     ends = expert.bincount(minlength=4).cumsum(0).int()
-    found = F.grouped_mm(tokens[order], weights.transpose(-2, -1), offs=ends).square().mean()
-    wanted = torch.stack([weights[index] @ token for index, token in zip(expert.tolist(), tokens)]).square().mean()
-    close(found, wanted, torch.float32)
-    close(torch.autograd.grad(found, weights), torch.autograd.grad(wanted, weights), torch.float32)
+    actual = F.grouped_mm(tokens[order], weights.transpose(-2, -1), offs=ends).square().mean()
+    expected = torch.stack([weights[index] @ token for index, token in zip(expert.tolist(), tokens)]).square().mean()
+    close(actual, expected, torch.float32)
+    close(torch.autograd.grad(actual, weights), torch.autograd.grad(expected, weights), torch.float32)
 
 
 def mats(shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-ours = pytest.mark.skipif(not is_lacking(REGISTRY.get("hf_storage").BACKPORT), reason="torch's own does otherwise")
+ours_only = pytest.mark.skipif(not is_lacking(REGISTRY.get("hf_storage").BACKPORT), reason="torch's own does otherwise")
 
 STATE = {
     "float8": torch.arange(6.0).reshape(2, 3).to(torch.float8_e4m3fn),
@@ -91,15 +91,15 @@ def test_metadata_has_size_chunks_and_dtype_of_each_tensor(tmp_path: Path) -> No
 
     save_file(STATE, tmp_path / "model.safetensors")
     metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
-    found = {name: (entry.size, entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
-    assert found == {name: (tensor.shape, tensor.dtype) for name, tensor in STATE.items()}
+    results = {name: (entry.size, entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
+    assert results == {name: (tensor.shape, tensor.dtype) for name, tensor in STATE.items()}
     assert {info.dtype for info in metadata.storage_data.values()} == {tensor.dtype for tensor in STATE.values()}
 
 
 def test_signatures_begin_as_upstreams() -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-    wanted = {
+    expected = {
         HuggingFaceStorageWriter: {
             "fqn_to_index_mapping": None,
             "thread_count": 1,
@@ -109,7 +109,7 @@ def test_signatures_begin_as_upstreams() -> None:
         },
         HuggingFaceStorageReader: {"thread_count": 1},
     }
-    for cls, defaults in wanted.items():
+    for cls, defaults in expected.items():
         parameters = inspect.signature(cls).parameters
         assert list(parameters)[: 1 + len(defaults)] == ["path", *defaults]
         assert {name: parameters[name].default for name in defaults} == defaults
@@ -135,7 +135,7 @@ def test_a_missing_tensor_and_a_broken_file_are_errors(tmp_path: Path) -> None:
         load(tmp_path, STATE)
 
 
-@ours
+@ours_only
 def test_integers_and_scalars_are_consolidated_and_read_in_parts(tmp_path: Path) -> None:
     state = {**STATE, "step": torch.tensor(3)}
     save(state, writer(tmp_path, save_distributed=True, enable_consolidation=True, thread_count_consolidation=3))
@@ -143,7 +143,7 @@ def test_integers_and_scalars_are_consolidated_and_read_in_parts(tmp_path: Path)
     assert same(load(tmp_path, state, thread_count=2), state)
 
 
-@ours
+@ours_only
 def test_what_torch_itself_takes_is_taken(tmp_path: Path, environment: Environment) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -158,14 +158,14 @@ def test_what_torch_itself_takes_is_taken(tmp_path: Path, environment: Environme
     ]
 
 
-@ours
+@ours_only
 def test_a_remote_place_is_written_and_read_as_torch_does() -> None:
     place = "memory://checkpoint"
     save(STATE, writer(place))
     assert same(load(place, STATE), STATE)
 
 
-@ours
+@ours_only
 def test_a_pickled_writer_consolidates_where_nothing_was_activated(tmp_path: Path, run_python) -> None:
     (tmp_path / "writer.pickle").write_bytes(pickle.dumps(writer(tmp_path, save_distributed=True, enable_consolidation=True)))
     run_python(

@@ -56,18 +56,18 @@ def test_a_compiled_region_is_one_operator_for_selective_checkpointing(
     expected, seen = gradients_and_operators(program, saves=True)
     assert "inductor_compiled_code" not in seen and "aten.mm.default" in seen
     for saves in (True, False):  # compiled inside the checkpoint, and called in it again
-        found, seen = gradients_and_operators(compiled, saves)
+        actual, seen = gradients_and_operators(compiled, saves)
         assert seen.count("inductor_compiled_code") == 2 and "aten.mm.default" not in seen
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
     if is_lacking(BACKPORT):
         assert any(OPTION in decision.subject for decision in environment.report.decisions)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    found, seen = gradients_and_operators(torch.compile(program, options={OPTION: True}), saves=True)
+    actual, seen = gradients_and_operators(torch.compile(program, options={OPTION: True}), saves=True)
     counters = torch._dynamo.utils.counters
     assert counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"], "out of the cache"
     assert seen.count("inductor_compiled_code") == 2
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_mode_without_a_rule_sees_what_compiled_code_calls(environment: Environment) -> None:
@@ -80,8 +80,8 @@ def test_a_mode_without_a_rule_sees_what_compiled_code_calls(environment: Enviro
     expected = program(x, weight)
     torch.testing.assert_close(compiled(x, weight), expected)
     with FlopCounterMode(display=False) as counter:
-        found = compiled(x, weight)
-    torch.testing.assert_close(found, expected)
+        actual = compiled(x, weight)
+    torch.testing.assert_close(actual, expected)
     assert counter.get_total_flops() == 2 * 2 * 27
 
 

@@ -35,9 +35,9 @@ def test_the_compilers_that_are_given_compile_and_others_are_torchs_own() -> Non
         with ExitStack() as stack:
             joint = aot_export_joint_with_descriptors(stack, model, (x,))
             function = aot_compile_joint_with_descriptors(joint, **options)
-        found = function(*model.parameters(), x)
-        torch.testing.assert_close(found, model(x))
-        found.sum().backward()
+        result = function(*model.parameters(), x)
+        torch.testing.assert_close(result, model(x))
+        result.sum().backward()
     assert seen == ["partition", "forward", "backward"]
 
 

@@ -77,10 +77,10 @@ def test_what_the_pass_says_of_recomputation_holds(environment: Environment) -> 
         return tag
 
     def matrix_products_of_backward(policy: CheckpointPolicy) -> int:
-        found: list[int] = []
+        results: list[int] = []
 
         def count(graph: GraphModule, inputs: Any) -> Any:
-            found.append(len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)))
+            results.append(len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)))
             return make_boxed_func(graph)
 
         backend = aot_autograd(
@@ -92,7 +92,7 @@ def test_what_the_pass_says_of_recomputation_holds(environment: Environment) -> 
         x, w = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
         with config().patch("joint_custom_pass", recompute(policy)):
             torch.compile(lambda x, w: (x @ w).sin().sum(), backend=backend)(x, w).backward()
-        return found[0]
+        return results[0]
 
     saved, recomputed = map(matrix_products_of_backward, (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE))
     assert recomputed == saved + 1

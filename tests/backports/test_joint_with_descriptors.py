@@ -84,12 +84,12 @@ def test_the_compiled_function_does_what_the_module_does_bitwise() -> None:
     function = compile_joint(joint, fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
     assert called == ["forward", "backward"]
     for _ in range(2):  # the buffers are written each time
-        found = function(*state_of(joint, model), x, scale=scale)
+        actual = function(*state_of(joint, model), x, scale=scale)
         expected = reference(x, scale=scale)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     gradients = [
         torch.autograd.grad(result["out"].sum() + result["flat"].sin().sum(), [*module.parameters(), scale])
-        for result, module in ((found, model), (expected, reference))
+        for result, module in ((actual, model), (expected, reference))
     ]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()), rtol=0, atol=0)
@@ -167,10 +167,10 @@ def test_without_gradients_the_graph_is_a_forward() -> None:
     with torch.no_grad():
         joint = export(model, x)
         inputs, outputs = meanings(joint)
-        found = compile_joint(joint)(*state_of(joint, model), x)
+        result = compile_joint(joint)(*state_of(joint, model), x)
     assert "args[0]" in inputs and outputs[-1] == "output[0]" and not any("grad" in name for name in outputs if name)
     model.reset_running_stats()
-    torch.testing.assert_close(found, model(x))
+    torch.testing.assert_close(result, model(x))
 
 
 def test_decompositions_replace_operators_and_compilers_may_compile_themselves() -> None:
@@ -193,8 +193,8 @@ def test_decompositions_replace_operators_and_compilers_may_compile_themselves()
             torch.testing.assert_close(inner(torch.ones(2))[0], torch.ones(2).sin())
         return make_boxed_func(module.forward)
 
-    found = compile_joint(joint, fw_compiler=compiler, bw_compiler=compiler)(*model.parameters(), x)
-    torch.testing.assert_close(found, model(x))
+    result = compile_joint(joint, fw_compiler=compiler, bw_compiler=compiler)(*model.parameters(), x)
+    torch.testing.assert_close(result, model(x))
 
 
 def test_capture_export_and_compile_in_a_row_as_torchtitan_does() -> None:
@@ -233,9 +233,9 @@ def test_capture_export_and_compile_in_a_row_as_torchtitan_does() -> None:
     assert len(backward) == 2 and all(node.meta["custom"] == {"part": "block"} for node in backward)
     with tracing(captured.meta["tracing_context"]):
         function = compile_joint(joint)
-    found, expected = function(*model.parameters(), x, mask=mask), model(x, mask=mask)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    gradients = [torch.autograd.grad(out.sum(), [*model.parameters()]) for out in (found, expected)]
+    actual, expected = function(*model.parameters(), x, mask=mask), model(x, mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(out.sum(), [*model.parameters()]) for out in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 

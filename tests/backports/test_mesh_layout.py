@@ -80,10 +80,10 @@ def test_a_layout_takes_ranks_out_of_another(layouts: Any) -> None:
     whole = layouts._FlatLayout((6, 2), (4, 1))
     for sizes, strides in [((12,), (1,)), ((3,), (2,)), ((3, 2), (4, 2)), ((6, 2), (2, 1)), ((2, 3), (6, 2))]:
         selection = layouts._MeshLayout.from_sizes_strides(sizes, strides)
-        found = whole.composition(selection)
-        assert found.top_level_sizes == sizes and len(found) == len(sizes)
+        result = whole.composition(selection)
+        assert result.top_level_sizes == sizes and len(result) == len(sizes)
         ranks = whole.all_ranks_from_zero()
-        for axis, chosen in zip(found, selection):
+        for axis, chosen in zip(result, selection):
             assert axis.all_ranks_from_zero() == [ranks[position] for position in chosen.all_ranks_from_zero()]
 
 

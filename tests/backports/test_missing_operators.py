@@ -22,12 +22,12 @@ def test_the_gradients_are_autograds(dtype: torch.dtype, has_weight: bool) -> No
     torch.nn.functional.rms_norm(x, (8,), weight, 1e-5).backward(grad)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rstd = torch.rsqrt(x.detach().to(wide).square().mean(-1, keepdim=True) + 1e-5)
-    given = (grad, x.detach(), [8], rstd, None if weight is None else weight.detach(), [True, has_weight])
-    found = torch.ops.aten._fused_rms_norm_backward(*given)
+    arguments = (grad, x.detach(), [8], rstd, None if weight is None else weight.detach(), [True, has_weight])
+    result = torch.ops.aten._fused_rms_norm_backward(*arguments)
     tolerance = {"rtol": 3e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(found[0], x.grad, **tolerance)
+    torch.testing.assert_close(result[0], x.grad, **tolerance)
     if weight is not None:
-        torch.testing.assert_close(found[1], weight.grad, **tolerance)
+        torch.testing.assert_close(result[1], weight.grad, **tolerance)
 
 
 def test_it_is_an_operator() -> None:

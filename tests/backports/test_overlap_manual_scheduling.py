@@ -119,17 +119,17 @@ def test_collectives_are_merged_and_overlap_and_no_number_changes(run_python: An
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = str(server.getsockname()[1])
-    found = json.loads(run_python(PROGRAM, port, "manual", "auto", "order").stdout.strip().splitlines()[-1])
-    forward, backward = found["manual"]
+    answer = json.loads(run_python(PROGRAM, port, "manual", "auto", "order").stdout.strip().splitlines()[-1])
+    forward, backward = answer["manual"]
     assert forward["before"].count("gather") == 14 and backward["before"].count("scatter") == 14
     assert forward["after"].count("gather") == 3, "one for each part of the plan"
     assert backward["after"].count("scatter") == 3
     assert forward["after"][:3] == ["gather", "gather", "wait"], "the second begins before the wait for the first"
     scatters = [name for name in backward["after"] if name != "gather"]
     assert scatters[-1] == "wait" and ["scatter", "scatter"] in [scatters[at : at + 2] for at in range(len(scatters))]
-    forward, backward = found["auto"]
+    forward, backward = answer["auto"]
     assert forward["after"].count("gather") == 1 and backward["after"].count("scatter") == 1
-    forward, backward = found["order"]
+    forward, backward = answer["order"]
     assert forward["after"].count("gather") == 14
     assert forward["after"][:4] == ["gather", "gather", "wait", "gather"]
 

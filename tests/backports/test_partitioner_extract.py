@@ -33,14 +33,14 @@ def test_marks_count_unless_they_are_ignored() -> None:
     graph, x, _, end = joint()
     with pytest.raises(AssertionError, match="was invalid, but is output"):
         extract(graph, [x], [end], [None])
-    found = extract(graph, [x], [end], [None], ignore_must_be_in_fw_bw=True)
-    assert targets(found) == [torch.ops.aten.sin.default, torch.ops.aten.cos.default]
-    assert targets(extract(graph, [x], [end], [None], "backward")) == targets(found)
+    result = extract(graph, [x], [end], [None], ignore_must_be_in_fw_bw=True)
+    assert targets(result) == [torch.ops.aten.sin.default, torch.ops.aten.cos.default]
+    assert targets(extract(graph, [x], [end], [None], "backward")) == targets(result)
 
 
 def test_a_marked_node_can_be_an_input_and_outputs_say_what_they_are() -> None:
     graph, _, middle, end = joint()
-    found = extract(graph, [middle], [end], ["the end"])
-    assert targets(found) == [torch.ops.aten.cos.default]
-    (output,) = found.find_nodes(op="output")
+    result = extract(graph, [middle], [end], ["the end"])
+    assert targets(result) == [torch.ops.aten.cos.default]
+    (output,) = result.find_nodes(op="output")
     assert output.meta["desc"] == ["the end"]

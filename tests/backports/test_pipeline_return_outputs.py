@@ -35,25 +35,25 @@ def run(kind: Any, **options: Any) -> tuple[Any, list[torch.Tensor], list[Any], 
 def outputs_are_given_only_if_wanted() -> None:
     for kind in NUM_STAGES:
         given, losses, gradients, _ = run(kind)
-        wanted, _, _, _ = run(kind, return_outputs=True)
+        expected, _, _, _ = run(kind, return_outputs=True)
         nothing, same_losses, same_gradients, kept = run(kind, return_outputs=False)
         assert nothing is None and not any(kept), kind
-        torch.testing.assert_close((given, losses, gradients), (wanted, same_losses, same_gradients))
+        torch.testing.assert_close((given, losses, gradients), (expected, same_losses, same_gradients))
         assert (given is None) == (dist.get_rank() == 0) and len(losses) == (4 if dist.get_rank() else 0)
 
 
 def one_step_may_want_them_and_the_next_not() -> None:
     layer = torch.nn.Linear(4, 4)
     schedule = ScheduleGPipe(PipelineStage(layer, dist.get_rank(), 2, torch.device("cpu")), 2)
-    for wanted in (True, False, True):
-        given = schedule.step(*([torch.ones(2, 4)] if dist.get_rank() == 0 else []), return_outputs=wanted)
-        assert (given is not None) == (wanted and dist.get_rank() == 1)
+    for return_outputs in (True, False, True):
+        given = schedule.step(*([torch.ones(2, 4)] if dist.get_rank() == 0 else []), return_outputs=return_outputs)
+        assert (given is not None) == (return_outputs and dist.get_rank() == 1)
 
 
 QUESTIONS = {2: [outputs_are_given_only_if_wanted, one_step_may_want_them_and_the_next_not]}
 
 
-@pytest.mark.parametrize("question", [one.__name__ for one in QUESTIONS[2]])
+@pytest.mark.parametrize("question", [question.__name__ for question in QUESTIONS[2]])
 def test_on_ranks(failures: dict[str, dict[str, list[str]]], question: str) -> None:
     assert not failures["2"][question], failures["2"][question][0]
 

@@ -17,7 +17,9 @@ pytestmark = [
     pytest.mark.usefixtures("environment"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
 ]
-ours = pytest.mark.skipif(not is_lacking(REGISTRY.get("quantized_hf_storage").BACKPORT), reason="torch's own does otherwise")
+ours_only = pytest.mark.skipif(
+    not is_lacking(REGISTRY.get("quantized_hf_storage").BACKPORT), reason="torch's own does otherwise"
+)
 
 BLOCK = 4
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -58,8 +60,8 @@ def test_block_scaled_weights_are_multiplied_and_others_left(tmp_path: Path, dty
     first = {"a.weight": weight, "norm.weight": norm}
     write(tmp_path, *([first, {"a.weight_scale_inv": scale}] if num_files == 2 else [{**first, "a.weight_scale_inv": scale}]))
     into = {"a.weight": torch.zeros(10, 7, dtype=dtype), "norm.weight": torch.zeros(5)}
-    found = load(tmp_path, into, thread_count=2, target_dtype=dtype, block_size=BLOCK)
-    assert torch.equal(found["a.weight"], meant.to(dtype)) and torch.equal(found["norm.weight"], norm)
+    result = load(tmp_path, into, thread_count=2, target_dtype=dtype, block_size=BLOCK)
+    assert torch.equal(result["a.weight"], meant.to(dtype)) and torch.equal(result["norm.weight"], norm)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -110,16 +112,16 @@ def test_metadata_of_mxfp4_has_the_size_that_it_unpacks_to(tmp_path: Path) -> No
     assert metadata.state_dict_metadata["experts_blocks"].size == meant.shape
 
 
-@ours  # torch 2.13 and 2.15 load the first values of each row only: the chunk in their metadata has the packed size
+@ours_only  # torch 2.13 and 2.15 load the first values of each row only: the chunk in their metadata has the packed size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mxfp4_is_unpacked(tmp_path: Path, dtype: torch.dtype) -> None:
     blocks, scales, meant = mxfp4()
     write(tmp_path, {"experts_blocks": blocks, "experts_scales": scales})
-    found = load(tmp_path, {"experts_blocks": torch.zeros(2, 3, 128, dtype=dtype)}, target_dtype=dtype)
-    assert torch.equal(found["experts_blocks"], meant.to(dtype))
+    result = load(tmp_path, {"experts_blocks": torch.zeros(2, 3, 128, dtype=dtype)}, target_dtype=dtype)
+    assert torch.equal(result["experts_blocks"], meant.to(dtype))
 
 
-@ours
+@ours_only
 @pytest.mark.parametrize(("begin", "length"), [(0, 128), (5, 7), (30, 40), (96, 32)])
 def test_a_part_of_mxfp4_is_unpacked(tmp_path: Path, begin: int, length: int) -> None:
     from types import SimpleNamespace
@@ -131,14 +133,14 @@ def test_a_part_of_mxfp4_is_unpacked(tmp_path: Path, begin: int, length: int) ->
     write(tmp_path, {"experts_blocks": blocks, "experts_scales": scales})
     reader = QuantizedHuggingFaceStorageReader(str(tmp_path))
     reader.read_metadata()
-    wanted = torch.zeros(1, 2, length)
-    planner = SimpleNamespace(resolve_tensor=lambda item: wanted, commit_tensor=lambda item, tensor: None)
+    expected = torch.zeros(1, 2, length)
+    planner = SimpleNamespace(resolve_tensor=lambda item: expected, commit_tensor=lambda item, tensor: None)
     item = SimpleNamespace(
         storage_index=SimpleNamespace(fqn="experts_blocks"), storage_offsets=[1, 1, begin], lengths=[1, 2, length]
     )
     with safe_open(tmp_path / "model-00001-of-00001.safetensors", framework="pt") as file:
         reader._read_item(planner, file, item)
-    assert torch.equal(wanted, meant[1:2, 1:3, begin : begin + length])
+    assert torch.equal(expected, meant[1:2, 1:3, begin : begin + length])
 
 
 def test_the_signature_is_upstreams_and_no_index_is_an_error(tmp_path: Path) -> None:

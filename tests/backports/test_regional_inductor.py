@@ -63,15 +63,15 @@ def test_two_parts_are_compiled_forward_and_backward_with_eagers_gradients(compi
     torch.manual_seed(0)
     model, x = Model(), torch.randn(3, 4)
     compiled = torch.compile(model, backend=backend(), fullgraph=True)
-    found = compiled(x)
+    actual = compiled(x)
     assert compiles == [False, True]
-    found.sum().backward()
+    actual.sum().backward()
     assert len(compiles) == 4 and compiles[2]  # upstream gives the fourth a node of the second part, and so its option
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     expected = model(x)
     expected.sum().backward()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])
 
 

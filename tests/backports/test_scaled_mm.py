@@ -54,26 +54,26 @@ def expected(mats: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_product_is_that_of_the_matrices_times_their_scales(recipe: str, output_dtype: torch.dtype) -> None:
     mats = operands(recipe)
-    found = multiply(recipe, mats, output_dtype=output_dtype)
-    assert found.dtype == output_dtype
+    actual = multiply(recipe, mats, output_dtype=output_dtype)
+    assert actual.dtype == output_dtype
     tolerance = TOLERANCE[output_dtype]
-    torch.testing.assert_close(found.float(), expected(mats), rtol=tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(actual.float(), expected(mats), rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_without_an_output_dtype_it_is_bfloat16_and_none_is_that_of_the_first_factor(recipe: str) -> None:
     mats = operands(recipe)
     assert multiply(recipe, mats).dtype == torch.bfloat16
-    found = multiply(recipe, mats, output_dtype=None)
-    assert found.dtype == torch.float8_e4m3fn
-    torch.testing.assert_close(found.float(), expected(mats), rtol=0.13, atol=0.05)
+    actual = multiply(recipe, mats, output_dtype=None)
+    assert actual.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(actual.float(), expected(mats), rtol=0.13, atol=0.05)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_bias_is_added(recipe: str) -> None:
     mats, bias = operands(recipe), torch.randn(48)
-    found = multiply(recipe, mats, bias=bias, output_dtype=torch.float32)
-    torch.testing.assert_close(found, expected(mats) + bias, rtol=1e-5, atol=1e-4)
+    actual = multiply(recipe, mats, bias=bias, output_dtype=torch.float32)
+    torch.testing.assert_close(actual, expected(mats) + bias, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -82,10 +82,10 @@ def test_the_wide_float8_and_lists_of_one_and_a_spelt_out_contraction_are_taken(
     scaling = getattr(F.ScalingType, recipe)
     none = F.SwizzleType.NO_SWIZZLE
     for dims in ((1, 0), [-1, -2], ()):
-        found = F.scaled_mm(
+        actual = F.scaled_mm(
             mat_a, mat_b, [scale_a], [scaling], [scale_b], [scaling], [none], none, None, torch.float32, dims, True
         )
-        torch.testing.assert_close(found, expected((mat_a, mat_b, scale_a, scale_b)), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(actual, expected((mat_a, mat_b, scale_a, scale_b)), rtol=1e-5, atol=1e-4)
 
 
 def test_it_compiles_in_one_graph() -> None:

@@ -73,12 +73,12 @@ def test_output_statistics_and_gradients_are_those_of_plain_attention(lengths: s
         sizes = (ends(num_q), ends(num_k), max(num_q), max(num_k))
         options = {"window_size": window, "enable_gqa": num_heads_k != 4}
         out, lse = varlen_attn(query, key, value, *sizes, return_aux=AuxRequest(lse=True), **options)
-        wanted, wanted_lse = expected(query, key, value, num_q, num_k, window)
-        close(out, wanted)
+        reference, wanted_lse = expected(query, key, value, num_q, num_k, window)
+        close(out, reference)
         close(lse, wanted_lse)
         weights = torch.randn_like(out)
-        found = torch.autograd.grad(out, (query, key, value), weights)
-        close(found, torch.autograd.grad(wanted, (query, key, value), weights))
+        actual = torch.autograd.grad(out, (query, key, value), weights)
+        close(actual, torch.autograd.grad(reference, (query, key, value), weights))
 
 
 @needs_kernel
@@ -110,13 +110,13 @@ def test_compiled_and_checkpointed_as_torchtitan_does() -> None:
     query, key, value = (packed(lengths, 2) for _ in range(3))
     compiled = torch.compile(varlen_attn, backend="aot_eager", fullgraph=True)
     out = compiled(query, key, value, ends(lengths), ends(lengths), 7, 7, scale=0.5)
-    wanted = torch.autograd.grad(out.square().sum(), query)[0]
+    expected = torch.autograd.grad(out.square().sum(), query)[0]
 
     def block(query: Tensor) -> Tensor:
         return varlen_attn(query * 1, key, value, ends(lengths), ends(lengths), 7, 7, scale=0.5).square()
 
     saved = checkpoint(block, query, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
-    close(torch.autograd.grad(saved.sum(), query)[0], wanted)
+    close(torch.autograd.grad(saved.sum(), query)[0], expected)
     assert seen.count("torch_attn._varlen_attn.default") == (2 if OURS else 1), "asked again in the backward on old torch"
 
 
@@ -193,9 +193,9 @@ def test_the_output_can_be_written_to_a_tensor_that_is_there() -> None:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn, varlen_attn_out
 
     q, k, v = (packed([3, 5], 2) for _ in range(3))
-    given = (q, k, v, ends([3, 5]), ends([3, 5]), 5, 5)
-    wanted, wanted_lse = varlen_attn(*given, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    arguments = (q, k, v, ends([3, 5]), ends([3, 5]), 5, 5)
+    expected, wanted_lse = varlen_attn(*arguments, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
     out = torch.full_like(q, torch.nan).detach()
-    assert varlen_attn_out(out, *given, window_size=(-1, 0)) is out and torch.equal(out, wanted)
-    _, lse = varlen_attn_out(out, *given, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    assert varlen_attn_out(out, *arguments, window_size=(-1, 0)) is out and torch.equal(out, expected)
+    _, lse = varlen_attn_out(out, *arguments, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
     assert torch.equal(lse, wanted_lse)

@@ -87,8 +87,10 @@ def _assert_bitwise(graph: Graph, name: str, program: Loss) -> None:
         loss = eager(_batch(index))
         loss.backward()
         assert torch.equal(step(_batch(index)), loss), index
-        for (path, theirs), ours in zip(eager.named_parameters(), program.parameters()):
-            assert theirs.grad is not None and ours.grad is not None and torch.equal(ours.grad, theirs.grad), path
+        for (path, reference), parameter in zip(eager.named_parameters(), program.parameters()):
+            assert reference.grad is not None and parameter.grad is not None and torch.equal(parameter.grad, reference.grad), (
+                path
+            )
 
 
 @pytest.mark.parametrize("capture", CAPTURES)

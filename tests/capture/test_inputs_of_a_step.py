@@ -86,8 +86,8 @@ def test_nested_inputs_and_keywords_give_what_eager_gives(capture: Callable[[Pro
         loss.backward()
         swapped = (args[0], dict(reversed(args[1].items())))  # a dict is the same one in any order
         assert torch.equal(step(*swapped, **dict(reversed(kwargs.items()))), loss)
-        for found, expected in zip(module.parameters(), eager.parameters()):
-            assert torch.equal(found.grad, expected.grad)  # type: ignore[arg-type]
+        for actual, expected in zip(module.parameters(), eager.parameters()):
+            assert torch.equal(actual.grad, expected.grad)  # type: ignore[arg-type]
 
 
 def _changed(**options: Any) -> Callable[[Any, Any], Any]:
@@ -163,8 +163,8 @@ def test_a_tangent_is_one_in_the_precision_and_on_the_device_of_the_loss() -> No
         options = {"scale": args[1]["scale"].to(**placement), "factor": 2}
         loss = eager(batch, options)
         loss.backward()
-        found = BoundGraph(capture_joint(Program(captured, (batch, options))), captured)(batch, options)
-        assert (found.dtype, found.device) == (loss.dtype, loss.device)
+        actual = BoundGraph(capture_joint(Program(captured, (batch, options))), captured)(batch, options)
+        assert (actual.dtype, actual.device) == (loss.dtype, loss.device)
         gradient, expected = captured.linear.weight.grad, eager.linear.weight.grad
         assert gradient is not None and expected is not None and gradient.device == expected.device
         assert gradient.is_meta or torch.equal(gradient, expected)

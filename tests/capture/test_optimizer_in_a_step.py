@@ -191,9 +191,11 @@ def test_an_optimizer_of_a_sharded_model_is_elementwise_and_scatters_are_still_m
     merged = Pipeline.parse("transformer_block_bucketing").run(graph)
     fewer = graph.num_collectives() - merged.num_collectives()
     assert fewer["reduce_scatter_tensor"] == fewer["all_gather_into_tensor"] > 10
-    for one in (graph, merged):
-        assert one.count_targets()["aten.addcdiv.default"] == len(list(module.parameters())) == 21
-        assert not any(node.target._schema.is_mutable for node in one.module.graph.nodes if hasattr(node.target, "_schema"))
+    for each_graph in (graph, merged):
+        assert each_graph.count_targets()["aten.addcdiv.default"] == len(list(module.parameters())) == 21
+        assert not any(
+            node.target._schema.is_mutable for node in each_graph.module.graph.nodes if hasattr(node.target, "_schema")
+        )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_an_optimizer_that_is_no_longer_as_captured_is_told_and_nothing_is_updat
     step(TOKENS[0])
     optimizer.state[module.mix]["step"] += 1
     with pytest.raises(
-        GuardError, match=r"parameters embed\.weight and mix have not taken as many steps|parameters mix and embed"
+        GuardError, match=r"parameters embed\.weight and mix have taken different numbers of steps|parameters mix and embed"
     ):
         step(TOKENS[0])
     optimizer.state[module.mix]["step"] -= 1

@@ -54,7 +54,7 @@ def test_the_capture_is_real_and_runs_nothing(net: Net) -> None:
     inputs = example()
     gm, bytecode, guards, example_inputs = Precompile.dynamo(net, *inputs, shift=torch.ones(4))
     assert isinstance(gm, GraphModule) and isinstance(bytecode, types.CodeType) and bytecode.co_argcount == 3
-    assert len(example_inputs) == 2 and all(found is given for found, given in zip(example_inputs, inputs))
+    assert len(example_inputs) == 2 and all(result is given for result, given in zip(example_inputs, inputs))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert len(guards) > 20 and all(isinstance(guard, Guard) for guard in guards)
@@ -83,8 +83,8 @@ def test_results_gradients_and_buffers_are_those_of_eager(net: Net) -> None:
         results.append(
             [result["logits"].detach(), inputs[1]["a"].grad, *(p.grad for p in module.parameters()), *module.buffers()]
         )
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_transformed_graph_is_what_is_compiled() -> None:
@@ -165,13 +165,13 @@ def test_what_is_not_one_graph_is_refused_with_the_line_and_the_way_out() -> Non
 
 def test_inputs_that_the_program_refuses_are_refused_in_its_words(capfd: pytest.CaptureFixture[str]) -> None:
     linear = nn.Linear(4, 2)
-    for args, kwargs, said in (
+    for args, kwargs, message in (
         ((torch.ones(3, 5),), {}, "Linear does not take these inputs: RuntimeError: "),
         ((), {}, r"missing a required argument: 'input'; it takes \(input"),
         ((torch.ones(3, 4),), {"other": 1}, "unexpected keyword argument 'other'"),
         ((torch.ones(3, 4).numpy(),), {}, r"args\[0\] is a numpy ndarray; give a tensor"),
     ):
-        with pytest.raises(CaptureError, match=said):
+        with pytest.raises(CaptureError, match=message):
             Precompile.dynamo(linear, *args, **kwargs)
     assert "Traceback" not in capfd.readouterr().err
 

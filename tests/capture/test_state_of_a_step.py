@@ -268,7 +268,7 @@ def test_a_tied_dtensor_is_one_input_with_one_gradient_that_adds_up(capture: Cap
         loss = eager(x)
         loss.backward()
         assert torch.equal(step(x), loss)
-        found, expected = captured.first.weight.grad, eager.first.weight.grad
-        assert isinstance(found, DTensor) and found.placements == (Shard(0),) and isinstance(expected, DTensor)
-        assert torch.equal(found.to_local(), expected.to_local())
+        actual, expected = captured.first.weight.grad, eager.first.weight.grad
+        assert isinstance(actual, DTensor) and actual.placements == (Shard(0),) and isinstance(expected, DTensor)
+        assert torch.equal(actual.to_local(), expected.to_local())
         assert torch.equal(captured.seen.to_local(), eager.seen.to_local())  # type: ignore[operator, union-attr]

@@ -68,8 +68,8 @@ def test_nan_and_infinity_must_be_where_eager_has_them() -> None:
     ],
 )
 def test_a_difference_is_said_with_its_place(actual: Any, expected: Any, message: str) -> None:
-    found = difference(actual, expected)
-    assert found is not None and found.startswith(message.replace("NoneType instead of a tensor", "NoneType instead of"))
+    result = difference(actual, expected)
+    assert result is not None and result.startswith(message.replace("NoneType instead of a tensor", "NoneType instead of"))
 
 
 def test_tensors_are_found_in_order() -> None:

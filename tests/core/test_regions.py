@@ -52,8 +52,8 @@ def test_any_graph_is_cut_without_circles_and_computes_the_same(seed: int) -> No
     text = str(gm.graph)
     inputs = [torch.randn(4, dtype=torch.float64) / 2 for _ in range(3)]
     cut = cut_regions(gm)
-    for found, expected in zip(cut(*inputs), gm(*inputs), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(cut(*inputs), gm(*inputs), strict=True):
+        assert torch.equal(actual, expected)
     annotated = [node for node in gm.graph.nodes if "custom" in node.meta]
     inside = [node for region in list_regions(cut) for node in region.module.graph.nodes if node.op == "call_function"]
     assert len(inside) == len(annotated)
@@ -111,8 +111,8 @@ def test_outputs_of_one_node_stay_with_it() -> None:
     (region,) = list_regions(cut)
     assert [node.target for node in region.module.graph.nodes if node.op == "call_function"][1:] == [operator.getitem] * 2
     assert all(isinstance(value, torch.Tensor) for value in region.call.meta["val"])
-    for found, expected in zip(cut(torch.arange(6.0)), program(torch.arange(6.0)), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(cut(torch.arange(6.0)), program(torch.arange(6.0)), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_an_unpacked_output_that_is_annotated_alone_stays_outside() -> None:

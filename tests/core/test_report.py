@@ -18,7 +18,7 @@ def test_the_same_choice_is_counted_and_another_site_is_another_entry() -> None:
     report = Report()
     for site in ("a.py:1", "a.py:1", "a.py:2"):
         report.decide("device", "cuda", "cpu", "no CUDA device here", site)
-    assert [(one.site, one.count) for one in report.decisions] == [("a.py:1", 2), ("a.py:2", 1)]
+    assert [(decision.site, decision.count) for decision in report.decisions] == [("a.py:1", 2), ("a.py:2", 1)]
 
 
 def test_entries_reach_the_parent_and_a_tally_counts_on_there() -> None:
@@ -42,7 +42,7 @@ def test_threads_lose_no_count() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one.count for one in report.decisions] == [1600]
+    assert [decision.count for decision in report.decisions] == [1600]
 
 
 def test_json_and_back_gives_the_same_decisions() -> None:

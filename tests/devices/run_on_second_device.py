@@ -51,13 +51,13 @@ def lines_of(name: str, *arguments: str, is_second: bool) -> list[str]:
 def run_program(name: str) -> str:
     """What came of a program."""
     try:
-        found = lines_of(name, is_second=True)
+        result = lines_of(name, is_second=True)
         if not PROGRAMS[name]:
             return "runs to its end; draws on the device"
         other = lines_of(name, *(["cpu"] if PROGRAMS[name] == "cpu" else []), is_second=False)
     except RuntimeError as failed:
         return f"FAILED: {failed}"
-    return "the CPU's numbers, to the last bit" if found == other else f"OTHER NUMBERS: {found} {other}"
+    return "the CPU's numbers, to the last bit" if result == other else f"OTHER NUMBERS: {result} {other}"
 
 
 def run_constructs() -> list[tuple[str, str]]:
@@ -65,10 +65,10 @@ def run_constructs() -> list[tuple[str, str]]:
     command = [sys.executable, "-W", "ignore", str(HERE / "run_constructs.py"), str(HERE / "cuda_constructs.jsonl"), "--second"]
     kept = environ(is_second=False) | {"TORCHSPAN": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=kept, check=True)
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    failed = {name: text for name, text in found.items() if text}
+    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    failed = {name: text for name, text in answer.items() if text}
     told = [(name, KNOWN.get(name, f"FAILED: {text[-500:]}")) for name, text in failed.items()]
-    return [("constructs", f"{len(found) - len(failed)} of {len(found)} pass"), *told]
+    return [("constructs", f"{len(answer) - len(failed)} of {len(answer)} pass"), *told]
 
 
 def main() -> None:

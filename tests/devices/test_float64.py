@@ -32,9 +32,9 @@ def test_on_mps_double_precision_becomes_single_and_is_reported(call: Callable[[
         else:  # the request has gone to MPS, which is not here
             with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)mps"):
                 call()
-    found = {decision.subject: (decision.choice, decision.reason) for decision in environment.report.decisions}
+    results = {decision.subject: (decision.choice, decision.reason) for decision in environment.report.decisions}
     narrow = "torch.complex64" if "complex" in subject else "torch.float32"
-    assert found[subject] == (narrow, "MPS has no double precision")
+    assert results[subject] == (narrow, "MPS has no double precision")
 
 
 def test_on_the_cpu_it_stays_double() -> None:

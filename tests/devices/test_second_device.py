@@ -26,8 +26,8 @@ ENVIRON = {"SECOND_DEVICE_COUNT": "2", "PYTHONPATH": os.pathsep.join([str(FOLDER
 def asked_of(run: Run, program: Path, **environ: str) -> dict[str, str]:
     """What a program of checks says of each."""
     done = run(None, "-W", "ignore", str(program), env=ENVIRON | environ, timeout=900)
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,8 +47,8 @@ def test_a_program_for_cuda_reaches_the_device(name: str, outcomes: dict[str, st
 
 
 def test_double_precision_becomes_single_in_every_spelling_where_the_device_has_none(run_python: Run) -> None:
-    found = asked_of(run_python, FOLDER / "checks_in_single.py", SECOND_DEVICE_FLOAT64="0")
-    assert len(found) > 30 and {name: what for name, what in found.items() if what} == {}
+    result = asked_of(run_python, FOLDER / "checks_in_single.py", SECOND_DEVICE_FLOAT64="0")
+    assert len(result) > 30 and {name: what for name, what in result.items() if what} == {}
 
 
 def test_a_sample_of_the_constructs_runs(run_python: Run, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_a_sample_of_the_constructs_runs(run_python: Run, tmp_path: Path) -> Non
     sample = [named[name] for name in sorted(chosen)]
     (tmp_path / "sample.jsonl").write_text("\n".join(sample))
     done = run_python(None, "-W", "ignore", str(HERE / "run_constructs.py"), str(tmp_path / "sample.jsonl"), "--second")
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) > 15 and {name: what for name, what in found.items() if what} == {}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert len(answer) > 15 and {name: what for name, what in answer.items() if what} == {}
 
 
 def test_torchspan_run_sends_a_program_there_which_gives_the_numbers_of_the_cpu(run_python: Run) -> None:

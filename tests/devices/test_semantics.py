@@ -247,7 +247,7 @@ class TestWrongPrograms:
 def test_what_would_fail_is_on_the_report_with_the_programs_line(followed: Report) -> None:
     with pytest.raises(RuntimeError):
         on_gpu(3) + torch.ones(3)
-    (decision,) = [one for one in followed.decisions if one.standing is Standing.UNSUPPORTED]
+    (decision,) = [decision for decision in followed.decisions if decision.standing is Standing.UNSUPPORTED]
     assert decision.subject == "aten::add" and str(decision.site).startswith(__file__)
 
 
@@ -375,11 +375,11 @@ RIGHT: dict[str, Callable[[], list[torch.Tensor]]] = {
 @pytest.fixture(scope="module")
 def numbers() -> dict[str, dict[str, list[torch.Tensor]]]:
     """What each right program gives, by mode."""
-    found = {}
+    results = {}
     for mode in ("auto", "cuda-semantics"):
         with in_mode(mode):
-            found[mode] = {name: [tensor.detach().cpu() for tensor in program()] for name, program in RIGHT.items()}
-    return found
+            results[mode] = {name: [tensor.detach().cpu() for tensor in program()] for name, program in RIGHT.items()}
+    return results
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -42,7 +42,7 @@ def drawn() -> torch.Tensor:
 def test_every_seed_and_state_of_cuda_reaches_the_devices_stream(followed: Report) -> None:
     torch.cuda.manual_seed(1)
     state = torch.cuda.get_rng_state()
-    wanted = drawn()
+    expected = drawn()
     again = []
     for restart in (
         lambda: torch.cuda.manual_seed_all(1),
@@ -53,8 +53,8 @@ def test_every_seed_and_state_of_cuda_reaches_the_devices_stream(followed: Repor
         drawn()
         restart()
         again.append(drawn())
-    assert all(torch.equal(one, wanted) for one in again)
-    assert torch.equal(torch.rand(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).cpu(), wanted)
+    assert all(torch.equal(one, expected) for one in again)
+    assert torch.equal(torch.rand(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).cpu(), expected)
     assert torch.cuda.initial_seed() == 1
 
 
@@ -110,7 +110,7 @@ def test_torch_compile_runs_eagerly_and_the_report_says_so(followed: Report) -> 
     assert double(on_gpu(3)).is_cuda
     with pytest.raises(RuntimeError, match=re.escape(TWO)):
         torch.compile(lambda x, y: x + y, backend="eager")(on_gpu(3), torch.ones(3))
-    assert [one.choice for one in followed.decisions if one.subject == "torch.compile"] == ["eager", "eager"]
+    assert [decision.choice for decision in followed.decisions if decision.subject == "torch.compile"] == ["eager", "eager"]
 
 
 def test_where_cuda_is_here_nothing_is_patched() -> None:

@@ -200,7 +200,7 @@ def names() -> dict[str, Any]:
     import numpy as np
 
     there = torch.zeros(3, device="cuda")
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "__name__": "program",
         "torch": torch,
         "np": np,
@@ -209,9 +209,15 @@ def names() -> dict[str, Any]:
         "cpu": CPU,
         "there": there,
     }
-    found |= {"here": torch.zeros(3), "computed": there + 1}
-    found |= {"boxed": boxed, "packed": packed, "saved": saved, "under": under, "by_default": lambda make: under("cuda", make)}
-    return found
+    results |= {"here": torch.zeros(3), "computed": there + 1}
+    results |= {
+        "boxed": boxed,
+        "packed": packed,
+        "saved": saved,
+        "under": under,
+        "by_default": lambda make: under("cuda", make),
+    }
+    return results
 
 
 def is_apart(moved: torch.Tensor, source: torch.Tensor) -> bool:
@@ -234,27 +240,27 @@ def test_gradients_that_were_brought_back_do_not_follow_the_next_step(redirected
 class TestEachSpelling:
     @pytest.mark.parametrize("spelling", BACK)
     def test_what_is_brought_back_is_a_copy(self, spelling: str) -> None:
-        found = names()
+        result = names()
         for x in (torch.ones(3, device="cuda"), torch.ones(3, device="cuda") * 1, torch.ones(3).cuda()[:]):
-            assert is_apart(eval(spelling, {**found, "x": x}), x)
+            assert is_apart(eval(spelling, {**result, "x": x}), x)
 
     @pytest.mark.parametrize("spelling", THERE)
     def test_what_is_moved_there_is_a_copy(self, spelling: str) -> None:
-        found = names()
+        result = names()
         for x in (torch.ones(3), torch.ones(3) * 1, torch.ones(3).detach()[:]):
-            assert is_apart(eval(spelling, {**found, "x": x}), x)
+            assert is_apart(eval(spelling, {**result, "x": x}), x)
 
     @pytest.mark.parametrize("spelling", STAYS_HERE)
     def test_what_is_known_to_be_on_the_host_is_given_back_by_a_move_there(self, spelling: str) -> None:
-        found = names()
-        for x in (found["here"], torch.ones(3), torch.ones(6)[3:]):
-            assert eval(spelling, {**found, "x": x}) is x
+        result = names()
+        for x in (result["here"], torch.ones(3), torch.ones(6)[3:]):
+            assert eval(spelling, {**result, "x": x}) is x
 
     @pytest.mark.parametrize("spelling", STAYS_THERE)
     def test_what_is_known_to_be_on_the_device_is_given_back_by_a_move_there(self, spelling: str) -> None:
-        found = names()
-        for x in (found["there"], torch.ones(3).cuda(), torch.ones(6, device="cuda")[3:]):
-            assert eval(spelling, {**found, "x": x}) is x
+        result = names()
+        for x in (result["there"], torch.ones(3).cuda(), torch.ones(6, device="cuda")[3:]):
+            assert eval(spelling, {**result, "x": x}) is x
 
     @pytest.mark.parametrize("spelling", MADE_HERE)
     def test_what_is_made_on_the_host_is_known_to_be_there(self, spelling: str) -> None:

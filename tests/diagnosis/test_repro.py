@@ -86,12 +86,12 @@ def test_a_failed_compile_leaves_a_small_program_that_fails_alike(run_python: Ru
 def test_explain_names_graphs_breaks_and_recompiles(run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(BREAKING))
     done = run_python(None, "-m", "torchspan", "explain", "--json", "program.py")
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert found["num_calls"] == 1
-    assert [one["num_operations"] for one in found["graphs"]] == [1, 2, 2]
-    assert [Path(one["site"]).name for one in found["breaks"]] == ["program.py:6"]
-    assert found["graphs"][0]["site"].endswith("program.py:5") and found["graphs"][0]["num_guards"] > 0
-    assert found["recompiles"] and all("n" in one["reason"] for one in found["recompiles"])
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert answer["num_calls"] == 1
+    assert [one["num_operations"] for one in answer["graphs"]] == [1, 2, 2]
+    assert [Path(one["site"]).name for one in answer["breaks"]] == ["program.py:6"]
+    assert answer["graphs"][0]["site"].endswith("program.py:5") and answer["graphs"][0]["num_guards"] > 0
+    assert answer["recompiles"] and all("n" in one["reason"] for one in answer["recompiles"])
     drawn = run_python(None, "-m", "torchspan", "explain", "program.py").stdout
     assert "1 graph breaks" in drawn and "program.py:6" in drawn
 

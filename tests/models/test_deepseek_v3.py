@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchspan.core.errors import InputError, UnsupportedError
 from torchspan.models._base import get_model
-from torchspan.models.deepseek_v3 import FLAVOURS, Attention, Balance, DeepSeekV3, Experts, ModelConfig, MoE, attention_scale
+from torchspan.models._moe import Balance, Experts, MoE
+from torchspan.models.deepseek_v3 import FLAVOURS, Attention, DeepSeekV3, ModelConfig, attention_scale
 
 TINY = FLAVOURS["tiny"]
 SOFTMAX = replace(TINY, score_function="softmax", balance_rate=0.0, normalize_weights=False, top_k=3)
@@ -36,9 +37,9 @@ def _draw(*shape: int, seed: int = 1) -> Tensor:
 def test_attention_is_that_of_each_head_written_out(config: ModelConfig) -> None:
     model = DeepSeekV3(config).init_weights(0)
     x_BSD = _draw(2, 5, config.dim)
-    found = model.layers[0].attention(x_BSD, model.cos_SP[:5], model.sin_SP[:5])
+    actual = model.layers[0].attention(x_BSD, model.cos_SP[:5], model.sin_SP[:5])
     expected = torch.stack([_attention_by_hand(model.layers[0].attention, x_SD, model) for x_SD in x_BSD])
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(actual, expected, atol=1e-6)
 
 
 def _attention_by_hand(attention: Attention, x_SD: Tensor, model: DeepSeekV3) -> Tensor:
@@ -127,8 +128,8 @@ def test_experts_work_with_a_share_of_the_weights() -> None:
     for name in ("w1", "w2", "w3"):
         setattr(share, name, nn.Parameter(getattr(whole, name)[2:5]))
     x_ND = _draw(6, TINY.dim)
-    found = share(x_ND, torch.tensor([1, 0, 5]))
-    assert torch.equal(found, whole(x_ND, torch.tensor([0, 0, 1, 0, 5, 0, 0, 0])))
+    result = share(x_ND, torch.tensor([1, 0, 5]))
+    assert torch.equal(result, whole(x_ND, torch.tensor([0, 0, 1, 0, 5, 0, 0, 0])))
     assert share(x_ND[:0], torch.zeros(3, dtype=torch.int64)).shape == (0, TINY.dim)
 
 
@@ -207,9 +208,9 @@ def test_a_training_step_traces_on_fake_tensors_and_gives_eagers_numbers() -> No
 
     traced = make_fx(step, tracing_mode="fake")(parameters, copies(), tokens)
     ours, eagers = copies(), copies()
-    for found, expected in zip(traced(parameters, ours, tokens), step(parameters, eagers, tokens)):
+    for actual, expected in zip(traced(parameters, ours, tokens), step(parameters, eagers, tokens)):
         # torch 2.8 traces the composite of silu's gradient, which rounds otherwise than the kernel
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 if torch.__version__ < "2.9" else 0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7 if torch.__version__ < "2.9" else 0)
     assert all(torch.equal(ours[name], eagers[name]) for name in ours)
     assert any(buffer.any() for name, buffer in ours.items() if name.endswith("bias_E"))
     names = {str(node.target) for node in traced.graph.nodes}

@@ -178,7 +178,7 @@ def _public_gradients(theirs: nn.Module) -> dict[str, Tensor]:
 def test_what_transformers_saves_is_what_it_was_given(pair: Pair, tmp_path: Path) -> None:
     pair.theirs.save_pretrained(tmp_path)  # type: ignore[operator]
     state_dict = pair.spec.from_hf(pair.config, load_file(tmp_path / "model.safetensors"))
-    assert list(state_dict) == [w.ours for w in pair.spec.hf_weights(pair.config)]  # type: ignore[misc]
+    assert list(state_dict) == [w.name for w in pair.spec.hf_weights(pair.config)]  # type: ignore[misc]
     for name, tensor in pair.saved.items():
         assert torch.equal(state_dict[name].to(tensor.dtype), tensor), name
     pair.ours.load_state_dict(state_dict)

@@ -60,9 +60,11 @@ def differing(program: Program, graph: Graph, eager: nn.Module) -> list[str]:
     names = [] if torch.equal(loss, ours) else ["loss"]
     module = program.target
     names += [
-        n for (n, one), other in zip(eager.named_parameters(), module.parameters()) if not torch.equal(one.grad, other.grad)
+        n
+        for (n, actual), other in zip(eager.named_parameters(), module.parameters())
+        if not torch.equal(actual.grad, other.grad)
     ]
-    return names + [n for (n, one), other in zip(eager.named_buffers(), module.buffers()) if not torch.equal(one, other)]
+    return names + [n for (n, actual), other in zip(eager.named_buffers(), module.buffers()) if not torch.equal(actual, other)]
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -196,11 +198,11 @@ def test_random_numbers_are_drawn_once() -> None:
     assert drawn and {name: after.count_targets()[name] for name in drawn} == drawn
     assert len(after.module.graph.nodes) > len(graph.module.graph.nodes)
     gradients = []
-    for one in (graph, after):
+    for each_graph in (graph, after):
         torch.manual_seed(5)
-        BoundGraph(one, module)(x)
+        BoundGraph(each_graph, module)(x)
         gradients.append([parameter.grad for parameter in module.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+    assert all(torch.equal(actual, other) for actual, other in zip(*gradients))
 
 
 def test_collectives_run_once_unless_asked_and_parameters_are_gathered_once_even_then(sharded: Callable[..., Graph]) -> None:

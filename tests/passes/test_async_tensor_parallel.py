@@ -27,11 +27,11 @@ GROUP = "0"
 
 def run(graph: Graph, **options: int) -> tuple[Graph, list[str]]:
     """The graph after the pass, and what was decided."""
-    one, report = AsyncTensorParallel(**{"min_rows": 2, **options}), Report()
-    one.require(graph)
-    after = one.run(graph, PassContext(report))
+    pass_, report = AsyncTensorParallel(**{"min_rows": 2, **options}), Report()
+    pass_.require(graph)
+    after = pass_.run(graph, PassContext(report))
     after.verify()
-    one.ensure(graph, after)
+    pass_.ensure(graph, after)
     return after, [f"{decision.choice}: {decision.reason}" for decision in report.decisions]
 
 

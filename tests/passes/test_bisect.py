@@ -123,9 +123,9 @@ def test_the_pass_and_the_node_are_named_where_an_argument_is_changed(graph: Gra
         node.args = (node.args[0], 1.01 * node.args[1])
 
     (expected,) = [calls(graph.module, aten.mul.Scalar)[1].name]
-    found = find(graph, program, scaled)
-    assert isinstance(found, Finding) and found.one.name == "wrong" and found.node == expected
-    lines = found.text.splitlines()
+    actual = find(graph, program, scaled)
+    assert isinstance(actual, Finding) and actual.pass_.name == "wrong" and actual.node == expected
+    lines = actual.text.splitlines()
     assert lines[0] == "bisect: numbers differ first after pass 2 of 3, wrong, which claims bitwise"
     assert f"first node: {expected} (aten.mul.Scalar) of model." in lines[1]  # which one is the second differs by torch
     assert "all that it reads is equal" in lines[1] and "of 22 outputs differ, the first, " in lines[2]
@@ -137,8 +137,11 @@ def test_a_node_that_reads_another_value_is_named_with_both(graph: Graph, progra
         (reader,) = [user for user in second.users if user.target is aten.mul.Tensor and second.args[0] in user.args][:1]
         reader.replace_input_with(second, first)
 
-    found = find(graph, program, rewired)
-    assert found.one.name == "wrong" and "it reads sigmoid_default where the graph before reads sigmoid_default_1" in found.text
+    result = find(graph, program, rewired)
+    assert (
+        result.pass_.name == "wrong"
+        and "it reads sigmoid_default where the graph before reads sigmoid_default_1" in result.text
+    )
 
 
 def test_what_a_pass_wrote_in_place_of_a_node_is_named_with_what_it_stands_for(graph: Graph, program: Program) -> None:
@@ -151,18 +154,18 @@ def test_what_a_pass_wrote_in_place_of_a_node_is_named_with_what_it_stands_for(g
         node.replace_all_uses_with(last)
         module.graph.erase_node(node)
 
-    found = find(graph, program, replaced)
+    result = find(graph, program, replaced)
     assert (
-        found.node == "tanh_default"
-        and "it stands for sigmoid_default (aten.sigmoid.default); 2 nodes that the pass wrote" in found.text
+        result.node == "tanh_default"
+        and "it stands for sigmoid_default (aten.sigmoid.default); 2 nodes that the pass wrote" in result.text
     )
 
 
 def test_a_claim_with_a_tolerance_is_held_to_it(graph: Graph, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keeps, "tolerance", 1e-12)
-    found = find(graph, program, lambda module: None)
-    assert found.one.name == "keeps" and "pass 1 of 3, keeps, which claims within 1e-12" in found.text
-    assert "it stands for silu" in found.text
+    result = find(graph, program, lambda module: None)
+    assert result.pass_.name == "keeps" and "pass 1 of 3, keeps, which claims within 1e-12" in result.text
+    assert "it stands for silu" in result.text
 
 
 def test_a_step_that_gives_other_numbers_each_time_is_told(graph: Graph, program: Program) -> None:
@@ -194,5 +197,5 @@ def test_ranks_agree_on_the_node_that_comes_first_on_any(graph: Graph, program: 
         node = calls(module, aten.mul.Scalar)[1]
         node.args = (node.args[0], 1.01 * node.args[1])
 
-    found = find(graph, program, scaled, gather=gather)
-    assert found.node == "earlier" and "on ranks [0]: " in found.text
+    result = find(graph, program, scaled, gather=gather)
+    assert result.node == "earlier" and "on ranks [0]: " in result.text

@@ -104,7 +104,7 @@ def test_dense_operators_in_a_region_of_a_cpu_have_the_bits_of_flex_attention(ca
     assert _num_flex(graph.module) == 4 and _num_flex(after.module) == sum(map(_num_flex, recorder.modules)) == 0
     eager, ours = _results(graph, program), _results(after, program)
     assert len(eager) == len(ours) == 22
-    assert all(torch.equal(one, other) for one, other in zip(eager, ours))
+    assert all(torch.equal(actual, other) for actual, other in zip(eager, ours))
     decision = next(d for d in report.decisions if d.subject == "regional_inductor: FlexAttention")
     assert decision.choice == "4 → dense operators" and "no backward of it for a CPU" in decision.reason
 
@@ -120,7 +120,7 @@ def test_flex_attention_in_no_region_stays_as_it_is(capture: Any) -> None:
     graph, program = capture(annotate=False)
     after, _, report = _regional(graph, "*.feed_forward")
     assert _num_flex(after.module) == 4 and len(report.decisions) == 1
-    assert all(torch.equal(one, other) for one, other in zip(_results(graph, program), _results(after, program)))
+    assert all(torch.equal(actual, other) for actual, other in zip(_results(graph, program), _results(after, program)))
 
 
 def test_elsewhere_it_is_whole_in_its_region_and_can_be_sent_to_the_compiler(
@@ -143,8 +143,8 @@ def test_compiled_dense_attention_gives_the_gradients_of_eager(capture: Any) -> 
     report = Report()
     after = Pipeline.parse("regional_inductor").run(graph, PassContext(report))
     assert [attempt.outcome for attempt in report.attempts] == ["compiled"] * 4
-    for ours, theirs in zip(_results(after, program), _results(graph, program)):
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    for actual, reference in zip(_results(after, program), _results(graph, program)):
+        assert (actual - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 # validate_flex_attn_annotation

@@ -23,11 +23,11 @@ CAPTURES = [capture_train_step, *([capture_joint] if is_supported() else [])]
 def _gathered(graph: Graph) -> dict[str, list[tuple[int, Node]]]:
     """Each parameter's gathers, with their places."""
     names = {node: spec.name for node, spec in zip(graph.placeholders(), graph.inputs)}
-    found: dict[str, list[tuple[int, Node]]] = {}
+    results: dict[str, list[tuple[int, Node]]] = {}
     for index, node in enumerate(graph.module.graph.nodes):
         if is_call(node, "all_gather_into_tensor") and (origin := origin_of(node.args[0])) is not None:
-            found.setdefault(names[origin], []).append((index, node))
-    return found
+            results.setdefault(names[origin], []).append((index, node))
+    return results
 
 
 def _twice(graph: Graph) -> set[str]:

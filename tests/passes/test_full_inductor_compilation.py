@@ -95,5 +95,5 @@ def test_inductor_in_this_process_gives_the_numbers_of_the_graph(tmp_path: Any, 
     graph = _graph(lambda x: (x @ x.t()).relu().sum(1), x)
     after = PIPELINE.run(graph, PassContext(report))
     assert [(attempt.region, attempt.outcome) for attempt in report.attempts] == [("step", "compiled")]
-    (found,) = after.module(x)
-    assert torch.allclose(found, graph.module(x), rtol=1e-5)
+    (result,) = after.module(x)
+    assert torch.allclose(result, graph.module(x), rtol=1e-5)

@@ -22,15 +22,17 @@ PIPELINE = Pipeline.parse("inductor_decomposition")
 
 
 def _within(found: Any, expected: Any, tolerance: float = 1e-5) -> bool:
-    return all((one - other).abs().max() <= tolerance * other.abs().max() for one, other in zip(found, expected, strict=True))
+    return all(
+        (actual - other).abs().max() <= tolerance * other.abs().max() for actual, other in zip(found, expected, strict=True)
+    )
 
 
 def test_operators_of_the_table_are_taken_apart_and_numbers_stay(program: Program, graph: Graph, tokens: Any) -> None:
     report = Report()
     after = PIPELINE.run(graph, PassContext(report))
-    before, found = graph.count_targets(), after.count_targets()
-    assert before["aten.t.default"] and not found["aten.t.default"] and found["aten.permute.default"]
-    assert not found["aten.silu_backward.default"] or not before["aten.silu_backward.default"]
+    before, result = graph.count_targets(), after.count_targets()
+    assert before["aten.t.default"] and not result["aten.t.default"] and result["aten.permute.default"]
+    assert not result["aten.silu_backward.default"] or not before["aten.silu_backward.default"]
     (decision,) = report.decisions
     assert "operators taken apart" in decision.choice
     state = [*program.state().values()]
@@ -62,9 +64,9 @@ def test_random_numbers_are_those_of_the_graph_before() -> None:
     after = PIPELINE.run(graph)
     assert {"aten.native_dropout.default", "aten.bernoulli.default", "aten.permute.default"} <= set(after.count_targets())
     results = []
-    for one in (graph, after):
+    for each_graph in (graph, after):
         torch.manual_seed(3)
-        results.append(one.module(x))
+        results.append(each_graph.module(x))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -90,8 +92,8 @@ def test_sizes_that_depend_on_data_stay_symbols() -> None:
     assert after.count_targets()["aten.gelu.default"] == 0 < graph.count_targets()["aten.gelu.default"]
     state = [one.detach() for one in module.parameters()]
     for count in (2, 5):
-        given = (torch.randn(8, 4), torch.tensor([count]))
-        assert _within(after.module(*state, *given), graph.module(*state, *given))
+        arguments = (torch.randn(8, 4), torch.tensor([count]))
+        assert _within(after.module(*state, *arguments), graph.module(*state, *arguments))
 
 
 def test_collectives_stay(sharded: Any) -> None:

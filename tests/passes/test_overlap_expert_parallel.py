@@ -20,7 +20,8 @@ from torchspan.capture.train_step import capture_train_step
 from torchspan.core.graph import Graph
 from torchspan.core.program import Program
 from torchspan.core.report import Report
-from torchspan.models.deepseek_v3 import FLAVOURS, MoE
+from torchspan.models._moe import MoE
+from torchspan.models.deepseek_v3 import FLAVOURS
 from torchspan.parallel.expert_parallel import apply_expert_parallel
 from torchspan.passes._base import PassContext
 from torchspan.passes.overlap_expert_parallel import OverlapExpertParallel
@@ -83,19 +84,19 @@ def one_of_two() -> Iterator[None]:
 
 def run(graph: Graph, **options: bool) -> tuple[Graph, list[str]]:
     """The graph after the pass, and what was decided."""
-    one, report = OverlapExpertParallel(**options), Report()
-    one.require(graph)
-    after = one.run(graph, PassContext(report))
+    pass_, report = OverlapExpertParallel(**options), Report()
+    pass_.require(graph)
+    after = pass_.run(graph, PassContext(report))
     after.verify()
-    one.ensure(graph, after)
+    pass_.ensure(graph, after)
     return after, [f"{decision.choice}: {decision.reason}" for decision in report.decisions]
 
 
 def order_of(graph: Graph) -> list[str]:
     """The exchanges and products of a graph, in order."""
-    wanted = ("all_to_all_rows", "grouped_rows_mm", "grouped_rows_mm_weight", "mm")
+    expected = ("all_to_all_rows", "grouped_rows_mm", "grouped_rows_mm_weight", "mm")
     called = [str(node.target).split(".") for node in graph.module.graph.nodes if node.op == "call_function"]
-    return [name[1] for name in called if len(name) == 3 and name[1] in wanted]
+    return [name[1] for name in called if len(name) == 3 and name[1] in expected]
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -112,9 +113,9 @@ def test_every_bit_of_a_step_is_eagers_whatever_the_experts_get(alone: None, cap
         loss = eager(batch(seed))
         loss.backward()
         assert torch.equal(step(batch(seed)), loss)
-        for (name, theirs), mine in zip(eager.named_parameters(), program.parameters()):
-            assert theirs.grad is not None and mine.grad is not None, name
-            assert torch.equal(mine.grad, theirs.grad), (seed, name)
+        for (name, reference), parameter in zip(eager.named_parameters(), program.parameters()):
+            assert reference.grad is not None and parameter.grad is not None, name
+            assert torch.equal(parameter.grad, reference.grad), (seed, name)
     assert torch.count_nonzero(program.moe.experts.get_parameter("w1").grad[:4]) == 0  # type: ignore[index]
 
 

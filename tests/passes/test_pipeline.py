@@ -57,8 +57,8 @@ def test_every_pass_leaves_the_graph_it_is_given_as_it_is_and_keeps_its_claim_of
     state = [*program.state().values()]
     before, result = graph.module(*state, *tokens), after.module(*state, *tokens)
     tolerance = REGISTRY.get(name).PASS.tolerance
-    for one, other in zip(before, result):
-        assert torch.equal(one, other) or (one - other).abs().max() <= tolerance * one.abs().max()
+    for actual, other in zip(before, result):
+        assert torch.equal(actual, other) or (actual - other).abs().max() <= tolerance * actual.abs().max()
 
 
 @pytest.mark.parametrize("name", REGISTRY.names())

@@ -81,5 +81,5 @@ def test_inductor_in_this_process_gives_the_gradients_of_eager(
     assert report.attempts and all(attempt.outcome == "compiled" for attempt in report.attempts)
     state = [*program.state().values()]
     with torch.no_grad():
-        expected, found = graph.module(*state, *tokens), after.module(*state, *tokens)
-    assert all(torch.allclose(one, other, atol=1e-6, rtol=1e-4) for one, other in zip(expected, found))
+        expected, actual = graph.module(*state, *tokens), after.module(*state, *tokens)
+    assert all(torch.allclose(actual, other, atol=1e-6, rtol=1e-4) for actual, other in zip(expected, actual))

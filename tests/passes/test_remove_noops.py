@@ -34,9 +34,9 @@ def _removed(graph: Graph) -> dict[str, int]:
     """What the pass removes, after the results were compared."""
     after = Pipeline((RemoveNoops(),)).run(graph)
     before, result = graph.module(X.clone()), after.module(X.clone())
-    for one, other in zip(*(value if isinstance(value, (tuple, list)) else [value] for value in (before, result))):
-        assert torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
-        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+    for actual, other in zip(*(value if isinstance(value, (tuple, list)) else [value] for value in (before, result))):
+        assert torch.equal(actual, other) and torch.equal(actual.signbit(), other.signbit())
+        assert (actual.dtype, actual.stride()) == (other.dtype, other.stride())
     removed = graph.count_targets() - after.count_targets()
     return {name.removeprefix("aten.").split(".")[0]: count for name, count in removed.items()}
 
@@ -112,8 +112,8 @@ def test_a_training_step_gives_the_same_bits_with_fewer_nodes(program: Program, 
     assert isinstance(program.target, torch.nn.Module)
     arguments = [*program.target.parameters(), *program.target.buffers(), *program.args]
     with torch.no_grad():
-        for one, other in zip(graph.module(*arguments), after.module(*arguments), strict=True):
-            assert torch.equal(one, other)
+        for actual, other in zip(graph.module(*arguments), after.module(*arguments), strict=True):
+            assert torch.equal(actual, other)
     removed = len(graph.module.graph.nodes) - len(after.module.graph.nodes)
     (decision,) = context.report.decisions
     assert decision.choice.startswith("removed ") and removed > 10

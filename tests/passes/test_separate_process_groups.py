@@ -18,11 +18,11 @@ from torchspan.private import distributed
 
 def _talks(graph: Graph) -> dict[str, set[str]]:
     """The kinds of collectives in each group."""
-    found: dict[str, set[str]] = {}
+    results: dict[str, set[str]] = {}
     for node in graph.module.graph.nodes:
         if str(node.target).startswith(("_c10d_functional.", "torchspan.")) and isinstance(node.args[-1], str):
-            found.setdefault(node.args[-1], set()).add(str(node.target).split(".")[1])
-    return found
+            results.setdefault(node.args[-1], set()).add(str(node.target).split(".")[1])
+    return results
 
 
 def test_parameters_and_gradients_get_groups_of_the_same_ranks_and_nothing_else_does(experts: Any) -> None:

@@ -21,11 +21,11 @@ CAPTURES = [capture_train_step, *([capture_joint] if is_supported() else [])]
 
 
 def _run(graph: Graph, **options: bool) -> Graph:
-    one = TransformerBlockBucketing(**options)
-    one.require(graph)
-    after = one.run(graph, PassContext())
+    pass_ = TransformerBlockBucketing(**options)
+    pass_.require(graph)
+    after = pass_.run(graph, PassContext())
     after.verify()
-    one.ensure(graph, after)
+    pass_.ensure(graph, after)
     return after
 
 

@@ -28,7 +28,7 @@ def names_of(place: str) -> tuple[PrivateName, ...]:
 
 def mistakes(names: tuple[PrivateName, ...], release: str) -> list[str]:
     """What the installed torch, of that release, has and should not have, or the other way round."""
-    found = []
+    results = []
     for name in names:
         try:
             name.find()
@@ -37,8 +37,8 @@ def mistakes(names: tuple[PrivateName, ...], release: str) -> list[str]:
             is_there = False
         if is_there != name.is_in(release):
             said = f"listed since {name.since or 'ever'}, until {name.until or 'now'}"
-            found.append(f"torch {release} has {'' if is_there else 'no '}{name.place}, {said}")
-    return found
+            results.append(f"torch {release} has {'' if is_there else 'no '}{name.place}, {said}")
+    return results
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -62,7 +62,7 @@ def test_one_key_is_one_thing(place: str) -> None:
     for name in names_of(place):
         if name.key:
             places.setdefault(name.key, set()).add(name.place.partition(f"{name.key}.")[0].partition(":")[0])
-    assert {key: found for key, found in places.items() if len(found) > 1} == {}
+    assert {key: result for key, result in places.items() if len(result) > 1} == {}
     assert set(places) & set(vars(importlib.import_module(f"torchspan.private.{place}"))) == set()
 
 
@@ -71,14 +71,14 @@ def private_uses(tree: ast.AST) -> Iterator[str]:
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            results = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found = [f"{node.module}.{alias.name}" for alias in node.names]
+            results = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute) and id(node) not in inner:
-            found = [ast.unparse(node)]
+            results = [ast.unparse(node)]
         else:
             continue
-        yield from (name for name in found if PRIVATE.match(name))
+        yield from (name for name in results if PRIVATE.match(name))
 
 
 def is_listed(use: str, places: set[str]) -> bool:

@@ -13,23 +13,23 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def read() -> dict[str, Provided]:
-    return {one.backport: one for one in provided()}
+    return {entry.backport: entry for entry in provided()}
 
 
 @pytest.mark.parametrize("name", REGISTRY.names())
 def test_a_backport_is_read_as_it_declares_itself(read: dict[str, Provided], name: str) -> None:
-    one = read[name] if read[name].is_read else imported(read[name])
+    entry = read[name] if read[name].is_read else imported(read[name])
     backport: Backport = REGISTRY.get(name).BACKPORT
-    assert {f"{backport.target}.{attribute}" for attribute in backport.names} <= one.names
+    assert {f"{backport.target}.{attribute}" for attribute in backport.names} <= entry.names
     for patch in backport.patches():
         if isinstance(patch, MissingModule):
-            assert patch.target in one.modules
+            assert patch.target in entry.modules
         else:
-            assert f"{patch.target}.{patch.attribute}" in one.names | one.changed
+            assert f"{patch.target}.{patch.attribute}" in entry.names | entry.changed
 
 
 def test_most_backports_are_read_without_an_import(read: dict[str, Provided]) -> None:
-    assert sum(one.is_read for one in read.values()) > 0.8 * len(read)
+    assert sum(entry.is_read for entry in read.values()) > 0.8 * len(read)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,17 @@ def test_a_backport_that_is_not_possible_says_why() -> None:
 
 def test_a_single_name_may_be_refused() -> None:
     names = '{"y": f, "z": lambda: unavailable("torch.x.z", "no pass", "2.10")}'
-    one = read_backport("x", f'BACKPORT = Backport(name="x", target="torch.x", names={names})\n')
-    assert (one.refuses("torch.x.y"), one.refuses("torch.x.z")) == ("", "no pass")
+    entry = read_backport("x", f'BACKPORT = Backport(name="x", target="torch.x", names={names})\n')
+    assert (entry.refuses("torch.x.y"), entry.refuses("torch.x.z")) == ("", "no pass")
 
 
 def test_arguments_and_members_of_what_is_changed_are_covered_where_the_code_names_them() -> None:
-    one = read_backport(
+    entry = read_backport(
         "x",
         '_PLACE = "torch.x"\n'
         "def _with(old):\n"
         "  def f(a, *, new): ...\n"
         'BACKPORT = Backport(name="x", target=_PLACE, replaces={"f": _with, "C.__init__": _with})\n',
     )
-    assert one.covers_keyword("torch.x.f", "new") and one.covers_keyword("torch.x.C", "new")
-    assert not one.covers_keyword("torch.x.f", "other") and not one.covers_keyword("torch.x.g", "new")
+    assert entry.covers_keyword("torch.x.f", "new") and entry.covers_keyword("torch.x.C", "new")
+    assert not entry.covers_keyword("torch.x.f", "other") and not entry.covers_keyword("torch.x.g", "new")

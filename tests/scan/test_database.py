@@ -66,10 +66,10 @@ def test_every_public_name_is_in_the_database(names: Names, here: int, modules: 
     missing, num_untold = [], 0
     public = [(module, name) for module in modules for name in _public_names(module)]
     for module, name in public:
-        found = names.look_up(f"{module.__name__}.{name}")
-        if found.mask == 0 and not found.is_known:
+        result = names.look_up(f"{module.__name__}.{name}")
+        if result.mask == 0 and not result.is_known:
             num_untold += 1  # the database says that it cannot tell
-        elif not found.mask & here:
+        elif not result.mask & here:
             missing.append(f"{module.__name__}.{name}")
     assert len(public) > 10_000
     assert missing == []
@@ -78,10 +78,10 @@ def test_every_public_name_is_in_the_database(names: Names, here: int, modules: 
 
 def _public_names(module: ModuleType) -> set[str]:
     listed = {name for name in getattr(module, "__all__", ()) if hasattr(module, name)}  # some list what they lack
-    found = {name for name in vars(module) if not name.startswith("_")}
+    results = {name for name in vars(module) if not name.startswith("_")}
     if sys.version_info >= (3, 12):  # with ``from typing import *`` a module has what a Python later than the database's adds
-        found -= {name for name in found.intersection(typing.__all__) if vars(module)[name] is getattr(typing, name)}
-    return listed | found
+        results -= {name for name in results.intersection(typing.__all__) if vars(module)[name] is getattr(typing, name)}
+    return listed | results
 
 
 def test_every_argument_of_a_public_function_is_in_the_database(names: Names, here: int, modules: list[ModuleType]) -> None:
@@ -91,8 +91,8 @@ def test_every_argument_of_a_public_function_is_in_the_database(names: Names, he
         for name in getattr(module, "__all__", ()):
             for keyword in _keywords(getattr(module, name, None)):
                 num_arguments += 1
-                found = names.accepting(f"{module.__name__}.{name}", keyword)
-                if found.is_known and not found.mask & here:
+                result = names.accepting(f"{module.__name__}.{name}", keyword)
+                if result.is_known and not result.mask & here:
                     missing.append(f"{module.__name__}.{name}({keyword}=)")
     assert num_arguments > 3000
     assert missing == []

@@ -70,8 +70,8 @@ def test_a_module_has_the_names_that_its_text_makes(made: Made, text: str, names
     )
     assert all(database.look_up(f"torch.m.{name}").mask for name in names)
     for absent in ("hidden", "absent"):
-        found = database.look_up(f"torch.m.{absent}")
-        assert found.mask == 0 and found.is_known
+        result = database.look_up(f"torch.m.{absent}")
+        assert result.mask == 0 and result.is_known
 
 
 @pytest.mark.parametrize(

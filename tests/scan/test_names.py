@@ -65,8 +65,8 @@ def names() -> Names:
     ],
 )
 def test_a_name_is_looked_up_through_aliases_classes_and_instances(small: Names, name: str, mask: int, judged: str) -> None:
-    found = small.look_up(name)
-    assert (found.mask, found.name) == (mask, judged)
+    result = small.look_up(name)
+    assert (result.mask, result.name) == (mask, judged)
 
 
 def test_what_an_open_module_lacks_tells_nothing(small: Names) -> None:
@@ -129,8 +129,8 @@ FACTS = {
 @pytest.mark.parametrize("name", FACTS)
 def test_the_database_knows_what_was_measured(names: Names, name: str) -> None:
     """Names that were read off released torches by importing them."""
-    found = names.look_up(name)
-    assert (names.text(found.mask) if found.is_known else "2.6 and newer") == FACTS[name]
+    result = names.look_up(name)
+    assert (names.text(result.mask) if result.is_known else "2.6 and newer") == FACTS[name]
 
 
 @pytest.mark.once

@@ -89,5 +89,5 @@ def test_an_installed_package_is_scanned_by_its_name(tmp_path: Path, monkeypatch
     for name in ("some-package", "some_package"):
         (finding,) = scan([name]).findings
         assert Path(finding.path).name == "module.py"
-    found = scan(["safetensors"])  # by its distribution
-    assert found.num_files > 5 and "some_package" not in sys.modules
+    result = scan(["safetensors"])  # by its distribution
+    assert result.num_files > 5 and "some_package" not in sys.modules

@@ -32,38 +32,38 @@ def scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scanned:
 
 
 def test_a_need_is_said_with_file_line_release_and_backport(scanned: Scanned) -> None:
-    found = scanned(program="import torch\n\nfrom torch.fx.traceback import annotate\n")
-    (finding,) = found.findings
+    result = scanned(program="import torch\n\nfrom torch.fx.traceback import annotate\n")
+    (finding,) = result.findings
     assert str(finding) == "program.py:3: torch.fx.traceback.annotate needs torch ≥ 2.10 — covered by backport annotate"
-    assert found.summary == "1 file, 3 lines: needs torch ≥ 2.10; with torchspan runs on ≥ 2.8"
-    assert (found.needs[0], found.runs[0], found.exit_code) == ("2.10", "2.8", 0)
+    assert result.summary == "1 file, 3 lines: needs torch ≥ 2.10; with torchspan runs on ≥ 2.8"
+    assert (result.needs[0], result.runs[0], result.exit_code) == ("2.10", "2.8", 0)
 
 
 def test_what_no_backport_covers_stands_in_the_way(scanned: Scanned) -> None:
-    found = scanned(program="import torch\ntorch.compiler.keep_portable_guards_unsafe\n")
-    (finding,) = found.uncovered
+    result = scanned(program="import torch\ntorch.compiler.keep_portable_guards_unsafe\n")
+    (finding,) = result.uncovered
     assert finding.says == "needs torch ≥ 2.11 — not covered"
-    assert found.exit_code == 1 and found.summary.endswith("needs torch ≥ 2.11")
+    assert result.exit_code == 1 and result.summary.endswith("needs torch ≥ 2.11")
 
 
 def test_an_argument_is_a_need_and_is_covered_through_every_alias(scanned: Scanned) -> None:
-    found = scanned(
+    result = scanned(
         program="import torch.distributed.checkpoint as dcp\n"
         "dcp.async_save({}, async_stager=None)\n"
         "dcp.HuggingFaceStorageWriter('x', save_distributed=True)\n"
     )
-    assert [(finding.line, finding.backport) for finding in found.of("covered")] == [(2, "async_save"), (3, "hf_storage")]
-    assert found.findings[0].name == "torch.distributed.checkpoint.async_save(async_stager=)"
+    assert [(finding.line, finding.backport) for finding in result.of("covered")] == [(2, "async_save"), (3, "hf_storage")]
+    assert result.findings[0].name == "torch.distributed.checkpoint.async_save(async_stager=)"
 
 
 def test_an_argument_that_is_passed_on_is_judged_by_what_takes_it(scanned: Scanned) -> None:
-    found = scanned(
+    result = scanned(
         program="from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper\n"
         "checkpoint_wrapper(m, early_stop=False, anything=1)\n"
         "from torch.utils.checkpoint import checkpoint\n"
         "checkpoint(f, early_stop=False)\n"
     )
-    assert [(finding.line, finding.backport) for finding in found.findings] == [(2, "checkpoint_early_stop"), (4, "")]
+    assert [(finding.line, finding.backport) for finding in result.findings] == [(2, "checkpoint_early_stop"), (4, "")]
 
 
 def test_only_what_the_given_release_lacks_is_found(scanned: Scanned) -> None:
@@ -79,22 +79,22 @@ def test_only_what_the_given_release_lacks_is_found(scanned: Scanned) -> None:
 
 def test_a_name_that_newer_releases_lack_is_said_to_be_gone(scanned: Scanned) -> None:
     name = "torch._functorch._aot_autograd.autograd_cache.BundledAOTAutogradCacheEntry"
-    found = scanned(program=f"from {name.rpartition('.')[0]} import {name.rpartition('.')[2]}\n")
-    assert found.findings[0].says.startswith("is in torch 2.8 to 2.9 only")
-    assert found.exit_code == 1
+    result = scanned(program=f"from {name.rpartition('.')[0]} import {name.rpartition('.')[2]}\n")
+    assert result.findings[0].says.startswith("is in torch 2.8 to 2.9 only")
+    assert result.exit_code == 1
 
 
 def test_a_guarded_use_is_no_need(scanned: Scanned) -> None:
-    found = scanned(program="try:\n  from torch.compiler import precompile\nexcept ImportError:\n  precompile = None\n")
-    (finding,) = found.findings
-    assert (finding.standing, finding.guard, found.exit_code) == ("guarded", "except ImportError", 0)
-    assert "needs any torch" in found.summary
+    result = scanned(program="try:\n  from torch.compiler import precompile\nexcept ImportError:\n  precompile = None\n")
+    (finding,) = result.findings
+    assert (finding.standing, finding.guard, result.exit_code) == ("guarded", "except ImportError", 0)
+    assert "needs any torch" in result.summary
 
 
 def test_a_name_of_no_release_is_unknown_and_does_not_fail(scanned: Scanned) -> None:
-    found = scanned(program="import torch\ntorch.no_such_name\ntorch.zeros(1, no_such_argument=2)\n")
-    (finding,) = found.findings
-    assert (finding.name, finding.standing, found.exit_code) == ("torch.no_such_name", "unknown", 0)
+    result = scanned(program="import torch\ntorch.no_such_name\ntorch.zeros(1, no_such_argument=2)\n")
+    (finding,) = result.findings
+    assert (finding.name, finding.standing, result.exit_code) == ("torch.no_such_name", "unknown", 0)
 
 
 def test_a_device_of_another_package_is_no_finding(scanned: Scanned) -> None:
@@ -102,16 +102,16 @@ def test_a_device_of_another_package_is_no_finding(scanned: Scanned) -> None:
 
 
 def test_the_same_name_in_a_file_is_one_line(scanned: Scanned) -> None:
-    found = scanned(program="import torch\n" + "torch.compiler.keep_portable_guards_unsafe\n" * 3)
-    assert len(found.uncovered) == 3
-    (text,) = found.texts("uncovered")
+    result = scanned(program="import torch\n" + "torch.compiler.keep_portable_guards_unsafe\n" * 3)
+    assert len(result.uncovered) == 3
+    (text,) = result.texts("uncovered")
     assert text.startswith("program.py:2: ") and text.endswith(" — not covered; also on lines 3, 4")
 
 
 def test_names_of_a_module_that_a_backport_provides_are_covered(scanned: Scanned) -> None:
-    found = scanned(program="from torch.compiler.precompile import capture\nimport torch\ntorch.compiler.precompile.load\n")
-    assert found.exit_code == 0 and found.runs[0] == "2.8"
-    assert {finding.backport for finding in found.findings} == {"compiler_precompile"}
+    result = scanned(program="from torch.compiler.precompile import capture\nimport torch\ntorch.compiler.precompile.load\n")
+    assert result.exit_code == 0 and result.runs[0] == "2.8"
+    assert {finding.backport for finding in result.findings} == {"compiler_precompile"}
 
 
 def test_of_what_is_written_anew_it_says_how(scanned: Scanned) -> None:
@@ -120,27 +120,27 @@ def test_of_what_is_written_anew_it_says_how(scanned: Scanned) -> None:
 
 
 def test_what_torchspan_alone_has_is_covered(scanned: Scanned) -> None:
-    found = scanned(program="import torch\ntorch.Precompile\n")
-    assert (found.findings[0].standing, found.runs[0], found.needs) == ("covered", "2.8", ())
+    result = scanned(program="import torch\ntorch.Precompile\n")
+    assert (result.findings[0].standing, result.runs[0], result.needs) == ("covered", "2.8", ())
 
 
 def test_what_the_program_sets_itself_is_no_need(scanned: Scanned) -> None:
-    found = scanned(one="import torch\ntorch.my_own = 1\n", two="import torch\nprint(torch.my_own)\n")
-    assert found.findings == ()
+    result = scanned(one="import torch\ntorch.my_own = 1\n", two="import torch\nprint(torch.my_own)\n")
+    assert result.findings == ()
 
 
 def test_an_option_that_is_set_is_a_need(scanned: Scanned) -> None:
-    found = scanned(program="import torch\ntorch._inductor.config.wrap_inductor_compiled_regions = True\n")
-    assert [finding.backport for finding in found.findings] == ["inductor_compiled_code"]
+    result = scanned(program="import torch\ntorch._inductor.config.wrap_inductor_compiled_regions = True\n")
+    assert [finding.backport for finding in result.findings] == ["inductor_compiled_code"]
 
 
 def test_an_operator_that_a_backport_registers_is_covered(scanned: Scanned) -> None:
-    found = scanned(program="import torch\nop = torch.ops.torch_attn._varlen_attn.default\n")
-    assert [(f.name, f.backport) for f in found.findings] == [("torch.ops.torch_attn._varlen_attn", "varlen_attn")]
+    result = scanned(program="import torch\nop = torch.ops.torch_attn._varlen_attn.default\n")
+    assert [(f.name, f.backport) for f in result.findings] == [("torch.ops.torch_attn._varlen_attn", "varlen_attn")]
 
 
 def test_what_a_backport_cannot_carry_is_not_covered(scanned: Scanned) -> None:
-    refused = [(name, one.refuses(name)) for one in provided() for name in sorted(one.names) if one.refuses(name)]
+    refused = [(name, entry.refuses(name)) for entry in provided() for name in sorted(entry.names) if entry.refuses(name)]
     if not refused:
         pytest.skip("every name of every backport works")
     place, _, name = refused[0][0].rpartition(".")
@@ -149,9 +149,9 @@ def test_what_a_backport_cannot_carry_is_not_covered(scanned: Scanned) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_said_and_the_others_are_scanned(scanned: Scanned) -> None:
-    found = scanned(bad="import torch\nprint 'torch'\n", good="import torch\n", other="print 'nothing to see'\n")
-    assert list(found.unreadable) == ["bad.py"] and found.unreadable["bad.py"].startswith("line 2:")
-    assert (found.num_files, found.exit_code) == (3, 0)
+    result = scanned(bad="import torch\nprint 'torch'\n", good="import torch\n", other="print 'nothing to see'\n")
+    assert list(result.unreadable) == ["bad.py"] and result.unreadable["bad.py"].startswith("line 2:")
+    assert (result.num_files, result.exit_code) == (3, 0)
 
 
 def test_hidden_folders_and_environments_are_not_scanned(scanned: Scanned, tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_a_scan_imports_no_torch(run_python: Callable[..., object], tmp_path: Pa
 
 def test_the_example_of_this_project_runs_with_torchspan() -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "newer_cuda_gpt.py"
-    found = scan([example], "2.8")
-    assert found.exit_code == 0 and {finding.backport for finding in found.findings} == {"annotate", "checkpoint_early_stop"}
+    result = scan([example], "2.8")
+    assert result.exit_code == 0 and {finding.backport for finding in result.findings} == {"annotate", "checkpoint_early_stop"}
 
 
 def test_no_torch_release_in_the_python_api_is_an_error() -> None:

@@ -151,8 +151,8 @@ def test_members_of_instances_are_followed_by_annotation_and_by_making() -> None
     program = (
         "from torch import C\ndef f(x: C, y=None, *z: C):\n  a = C(1)\n  a.p(k=2)\n  x.q.beyond\n  y.r\n  z.s\n  a.set = 1\n"
     )
-    found = [(use.line, use.name + use.keyword) for use in read_uses(program).uses if use.line > 3]
-    assert found == [
+    results = [(use.line, use.name + use.keyword) for use in read_uses(program).uses if use.line > 3]
+    assert results == [
         (4, "torch.C().p"),
         (4, "torch.C().pk"),
         (5, "torch.C().q.beyond"),

@@ -89,7 +89,7 @@ def compare(config: TrainConfig, job: Job, capture: str, num_batches: int, passe
     check_same_collectives(graph, job)
     step = BoundGraph(graph, program)
     counts = _watch_counts(eager)
-    found: dict[str, Any] = {"losses": [], "differing": [], "counts": [], "collectives": dict(graph.num_collectives())}
+    results: dict[str, Any] = {"losses": [], "differing": [], "counts": [], "collectives": dict(graph.num_collectives())}
     optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (eager, program)]
     for index, batch in enumerate(batches):
         for one in (eager, program):
@@ -99,21 +99,21 @@ def compare(config: TrainConfig, job: Job, capture: str, num_batches: int, passe
         counts.clear()
         loss = eager(*batch)
         loss.backward()
-        found["differing"] += [f"{index}: {name}" for name in differing(eager, program, loss, step(*batch))]
-        found["losses"].append(loss.item())
-        found["counts"].append([row.tolist() for row in counts])
+        results["differing"] += [f"{index}: {name}" for name in differing(eager, program, loss, step(*batch))]
+        results["losses"].append(loss.item())
+        results["counts"].append([row.tolist() for row in counts])
         for optimizer in optimizers:
             optimizer.step()
-    return found
+    return results
 
 
 def differing(eager: Loss, program: Loss, loss: Tensor, ours: Tensor) -> list[str]:
     """The names of what is not equal in every bit."""
     names = [] if torch.equal(loss, ours) else ["loss"]
-    for (name, theirs), mine in zip(eager.named_parameters(), program.parameters()):
-        if theirs.grad is None or mine.grad is None:
-            names += [] if theirs.grad is mine.grad else [f"whether {name} has a gradient"]
-        elif not torch.equal(_local(theirs.grad), _local(mine.grad)):
+    for (name, reference), parameter in zip(eager.named_parameters(), program.parameters()):
+        if reference.grad is None or parameter.grad is None:
+            names += [] if reference.grad is parameter.grad else [f"whether {name} has a gradient"]
+        elif not torch.equal(_local(reference.grad), _local(parameter.grad)):
             names.append(f"gradient of {name}")
     buffers = zip(eager.named_buffers(), program.buffers())
     return names + [f"buffer {name}" for (name, theirs), mine in buffers if not torch.equal(theirs, mine)]

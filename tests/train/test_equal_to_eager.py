@@ -64,9 +64,9 @@ def answers_of_two(tmp_path_factory: pytest.TempPathFactory, launch: Any) -> dic
 
 @pytest.mark.parametrize("name", OF_TWO_RANKS)
 def test_passes_give_eagers_bits_on_both_of_two_ranks(answers_of_two: dict[str, Any], name: str) -> None:
-    for capture, found in answers_of_two[name].items():
-        assert found["differing"] == [], capture
-        counts = found["collectives"]
+    for capture, result in answers_of_two[name].items():
+        assert result["differing"] == [], capture
+        counts = result["collectives"]
         assert all(counts[kind] <= most for kind, most in AT_MOST.get(name, {}).items()), counts
         assert counts.items() >= EXACTLY.get(name, {}).items()
 
@@ -75,34 +75,34 @@ def test_one_process_gives_eagers_bits_for_ten_batches(tmp_path: Path) -> None:
     out = tmp_path / "answers.json"
     question = f"model=deepseek_v3 captures={CAPTURES} batches=10"
     subprocess.run([sys.executable, str(SCRIPT), str(out), *question.split()], check=True, timeout=400)
-    for capture, found in json.loads(out.read_text())[0].items():
-        assert found["differing"] == [], capture
-        assert found["losses"][-1] < found["losses"][0] - 0.3
+    for capture, answer in json.loads(out.read_text())[0].items():
+        assert answer["differing"] == [], capture
+        assert answer["losses"][-1] < answer["losses"][0] - 0.3
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_four_ranks_give_eagers_bits_on_every_rank(answers: dict[str, Any], name: str) -> None:
-    for capture, found in answers[name].items():
-        assert found["differing"] == [], capture
+    for capture, result in answers[name].items():
+        assert result["differing"] == [], capture
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_experts_get_other_numbers_of_tokens_in_each_batch_and_one_gets_none(answers: dict[str, Any], name: str) -> None:
-    for found in answers[name].values():
-        first, starved = found["counts"][0], found["counts"][-1]
+    for result in answers[name].values():
+        first, starved = result["counts"][0], result["counts"][-1]
         assert first != starved and all(0 not in layer for layer in first[:1])
         assert all(layer[1] == 0 for layer in starved)
         assert {sum(layer) for layer in first + starved} == {4 * 16 * 2}, "two experts for each of all ranks' tokens"
 
 
 def test_ranks_exchange_tokens_by_one_operator_however_many_there_are(answers: dict[str, Any]) -> None:
-    found = answers["fsdp, tensor and expert parallel"]["train_step"]
+    result = answers["fsdp, tensor and expert parallel"]["train_step"]
     # two layers of experts, forward and backward, there and back; once for the numbers of rows of each
-    assert found["collectives"]["all_to_all_rows"] == 8 and found["collectives"]["all_to_all_single"] == 2
+    assert result["collectives"]["all_to_all_rows"] == 8 and result["collectives"]["all_to_all_single"] == 2
 
 
 def test_the_backward_gathers_again_and_blocks_move_together(answers: dict[str, Any]) -> None:
-    found = answers["copies, experts, bfloat16, gathered again"]["train_step"]
-    assert found["collectives"]["all_gather_into_tensor"] == 11 and found["collectives"]["reduce_scatter_tensor"] == 6
+    result = answers["copies, experts, bfloat16, gathered again"]["train_step"]
+    assert result["collectives"]["all_gather_into_tensor"] == 11 and result["collectives"]["reduce_scatter_tensor"] == 6
     # two ranks hold copies: the sums of gradients over them move together, too; the others are of counts of tokens
-    assert found["collectives"]["all_reduce"] == 12
+    assert result["collectives"]["all_reduce"] == 12

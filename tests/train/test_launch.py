@@ -92,8 +92,8 @@ def _check(num_ranks: int, argv: str) -> None:
 def test_the_same_check_stands_before_a_launch_and_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["llama3", "tiny", TP, "4"]
     assert launch_main(["4", *argv], {}) == 2
-    told = capsys.readouterr().err
-    assert told == "torchspan: num_kv_heads is 2, which tp 4 does not divide; expected a multiple of 4\n"
+    output = capsys.readouterr().err
+    assert output == "torchspan: num_kv_heads is 2, which tp 4 does not divide; expected a multiple of 4\n"
     with pytest.raises(InputError, match="num_kv_heads is 2, which tp 4 does not divide"):
         main([*argv, "--check-for", "4"])
     assert launch_main(["many"], {}) == 2 and "the number of ranks is 'many'; expected 1 or more" in capsys.readouterr().err
@@ -285,14 +285,14 @@ def test_the_first_rank_that_fails_is_shown_and_the_others_end(
     last_line: str,
 ) -> None:
     code, seconds = launched(how, tmp_path)
-    told = capfd.readouterr().err
-    lines = told.splitlines()
+    output = capfd.readouterr().err
+    lines = output.splitlines()
     assert code == exit_code and lines[-1].startswith(last_line) and seconds < 20
-    assert "Connection closed" not in told, "that is what the others saw of it"
+    assert "Connection closed" not in output, "that is what the others saw of it"
     if how == "foreign":
-        assert told.count("Traceback (most recent call last)") == 1 and 'raise ZeroDivisionError("by nothing")' in told
+        assert output.count("Traceback (most recent call last)") == 1 and 'raise ZeroDivisionError("by nothing")' in output
     else:
-        assert len(lines) == (2 if "above" in last_line or how == "aborts late" else 1), told
+        assert len(lines) == (2 if "above" in last_line or how == "aborts late" else 1), output
 
 
 def test_ranks_that_do_well_end_well_and_rank_0_alone_writes_to_the_terminal(
@@ -305,10 +305,10 @@ def test_ranks_that_do_well_end_well_and_rank_0_alone_writes_to_the_terminal(
 def test_an_interrupt_ends_ranks_that_refuse_to_and_what_they_started(
     launched: Callable[..., tuple[int, float]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = [tmp_path / f"{rank}.pids" for rank in (0, 2)]
+    results = [tmp_path / f"{rank}.pids" for rank in (0, 2)]
 
     def interrupt() -> None:
-        while not all(path.exists() for path in found):
+        while not all(path.exists() for path in results):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -318,7 +318,7 @@ def test_an_interrupt_ends_ranks_that_refuse_to_and_what_they_started(
     thread.join()
     assert code == 128 + signal.SIGTERM and seconds < 20
     assert capfd.readouterr().err == "torchspan: interrupted by SIGTERM; the ranks are ended\n"
-    pids = [int(pid) for path in found for pid in path.read_text().split()]
+    pids = [int(pid) for path in results for pid in path.read_text().split()]
     left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert len(pids) == 4 and not left
 
@@ -396,5 +396,5 @@ def test_a_rank_that_fails_in_a_step_is_the_one_that_is_shown(
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
     assert launch([sys.executable, str(script), how], 2, {**os.environ, "OMP_NUM_THREADS": "1"}) == exit_code
-    told = capfd.readouterr().err.splitlines()
-    assert told[0].startswith("step 1  loss 5.5") and told[1].startswith(line) and len(told) == 2
+    output = capfd.readouterr().err.splitlines()
+    assert output[0].startswith("step 1  loss 5.5") and output[1].startswith(line) and len(output) == 2

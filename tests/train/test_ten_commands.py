@@ -63,10 +63,10 @@ def run(commands: dict[str, Any], folder: Path, launch: Any) -> None:
     answers = json.loads((folder / "answers.json").read_text())
     for name, (_, _, _, joint_passes, passes) in commands.items():
         pipeline = Pipeline.parse(f"{joint_passes},{passes}".strip(","))
-        tolerance = max((REGISTRY.get(one.name).PASS.tolerance for one in pipeline.passes), default=0.0)
-        found = answers[name]
-        assert found["losses"] == (found["eager"] if not tolerance else pytest.approx(found["eager"], rel=tolerance)), name
-        assert {one.name for one in pipeline.passes} <= {subject for subject, _ in found["decisions"]}, name
+        tolerance = max((REGISTRY.get(pass_.name).PASS.tolerance for pass_ in pipeline.passes), default=0.0)
+        result = answers[name]
+        assert result["losses"] == (result["eager"] if not tolerance else pytest.approx(result["eager"], rel=tolerance)), name
+        assert {pass_.name for pass_ in pipeline.passes} <= {subject for subject, _ in result["decisions"]}, name
 
 
 def test_the_six_commands_that_compile_nothing_give_eagers_losses(tmp_path: Path, launch: Any) -> None:

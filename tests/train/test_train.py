@@ -63,15 +63,15 @@ def test_annotated_regions_are_compiled_in_a_child_within_the_budget(tmp_path: P
         *("-m", "torchspan", "train", "llama3", "tiny", "--compile.passes", "regional_inductor", *flags),
         env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
     )
-    found = json.loads(out.read_text())
-    attempts = found["report"]["attempts"]
+    answer = json.loads(out.read_text())
+    attempts = answer["report"]["attempts"]
     assert attempts and {attempt["outcome"] for attempt in attempts} <= {"compiled", "loaded"}, attempts
     assert any("feed_forward" in attempt["region"] for attempt in attempts)
     assert any("attention" in attempt["region"] for attempt in attempts)
     eager = train(replace(TINY, training=replace(TINY.training, steps=2), compile=Compile(enable=False)))
-    assert found["losses"] == pytest.approx(eager.losses, abs=1e-5)
+    assert answer["losses"] == pytest.approx(eager.losses, abs=1e-5)
     if not is_supported():  # and no annotate either
-        assert any(decision["topic"] == "backport" for decision in found["report"]["decisions"])
+        assert any(decision["topic"] == "backport" for decision in answer["report"]["decisions"])
 
 
 @pytest.mark.slow

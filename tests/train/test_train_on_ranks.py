@@ -160,8 +160,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory, launch: Any) -> dict[str, 
     script, out = folder / "ranks.py", folder / "answers.json"
     script.write_text(RANKS)
     launch(4, str(script), str(out))
-    found: dict[str, Any] = json.loads(Path(out).read_text())
-    return found
+    answer: dict[str, Any] = json.loads(Path(out).read_text())
+    return answer
 
 
 def test_every_rank_sees_the_same_losses_and_they_fall(answers: dict[str, Any]) -> None:

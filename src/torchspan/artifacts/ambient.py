@@ -31,7 +31,7 @@ def ambient_state() -> dict[str, Any]:
 
 
 def ambient_key() -> tuple[Any, ...]:
-    """The same, as it is: quick to take and to compare, and equal only where `ambient_state` is equal."""
+    """The state as a key that is quick to take and to compare; keys are equal only where `ambient_state` is equal."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -48,7 +48,7 @@ def ambient_key() -> tuple[Any, ...]:
 
 
 def is_plain_state(key: tuple[Any, ...]) -> bool:
-    """Whether a key says all: without autocast and without modes, of which `ambient_state` has more to say."""
+    """Whether a key tells the whole state: no autocast and no modes are on, of which `ambient_state` says more."""
     return not key[2] and key[7:10] == (0, 0, None)
 
 

@@ -35,7 +35,7 @@ from torchspan.artifacts.two_stages import Compiler, naming_the_compiler
 
 @dataclass
 class Artifact:
-    """A compiled program that can be saved: what it stands on (`entries`), its `programs` and their `payloads`."""
+    """A compiled program that can be saved: what it depends on (`entries`), its `programs` and their `payloads`."""
 
     entries: dict[str, Any]
     programs: list[Mapping[str, Any]] = field(default_factory=list)
@@ -181,7 +181,7 @@ def precompile(
     """
     program = Program(model, args, {} if kwargs is None else kwargs)
     pipeline = pipeline_of(passes)
-    entries = {**_entries(program, compiler_name(compiler)), "passes": [str(one) for one in pipeline.passes]}
+    entries = {**_entries(program, compiler_name(compiler)), "passes": [str(pass_) for pass_ in pipeline.passes]}
     if entries["passes"]:
         entries["rebuild"] += f" --passes '{pipeline}'"
     report = report or Report(parent=current_report())
@@ -206,7 +206,7 @@ def _entries(program: Program, compiler: str) -> dict[str, Any]:
 
 
 def _rebuild(command: str, args: tuple[Any, ...], marks: Marks) -> str:
-    """The command that makes the artifact again, for one entry more."""
+    """The command that makes the artifact again, with one entry more."""
     return command.replace(" --compiler", f" --inputs '{_inputs_text(args, marks)}' --compiler", 1)
 
 

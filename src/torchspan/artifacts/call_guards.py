@@ -19,14 +19,14 @@ from torchspan.core.errors import UnsupportedError
 
 
 def call_guards(call: CapturedCall, args: tuple[object, ...], parts: Any) -> dict[str, Any]:
-    """The guards of an entry: of modules their kinds, code, parts and modes; of tensors their form; of all else its value.
+    """The guards of an entry: on the class, code, parts and mode of modules, on the form of tensors, on all other values.
 
-    What torch is set to (gradients, autocast, default dtype) is not held: the captured operators do not ask for it.
+    Torch's own settings (gradients, autocast, default dtype) are not guarded: the captured operators do not depend on them.
     """
     guarded: dict[str, Any] = json.loads(parts.payloads[parts.program["guards"]])
     guarded["always"] = [*_of_arguments(args), *_of_tensors(call, args)]
     guarded["at_load"], guarded["ambient"] = [], {}
-    guarded["same"] = [[encode_path(parse_path(one)), encode_path(parse_path(two))] for one, two in call.same]
+    guarded["same"] = [[encode_path(parse_path(first)), encode_path(parse_path(second))] for first, second in call.same]
     return guarded
 
 

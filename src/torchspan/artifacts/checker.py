@@ -26,7 +26,7 @@ from torchspan.core.errors import IntegrityError
 
 
 class _Place:
-    """One object on the way: what is checked of it, as which input it is wanted, and what lies behind it."""
+    """An object that guards or inputs are reached through: its checks, the inputs that it is, and the places behind it."""
 
     __slots__ = ("behind", "checks", "inputs", "number", "path")
 
@@ -72,12 +72,12 @@ class Checker:
         for index, steps in enumerate((sizes or {}).get("variables", {}).values(), start=len(inputs)):
             self._place(steps).inputs.append(index)
         self._steps = _flatten(self._root)
-        wanted = {index: place.number for _, _, place in self._steps for index in place.inputs}
-        self._wanted = [wanted[index] for index in range(len(wanted))]
+        numbers = {index: place.number for _, _, place in self._steps for index in place.inputs}
+        self._input_numbers = [numbers[index] for index in range(len(numbers))]
         self._same = [(group[0], place) for group in groups for place in group[1:]]
 
     def _place(self, steps: Sequence[Sequence[Any]]) -> _Place:
-        """The place that encoded `steps` lead to; what many lead through is decoded once."""
+        """The place that encoded `steps` lead to; steps that several paths have in common are decoded once."""
         if not steps:
             raise IntegrityError("an artifact holds an empty path")
         place = self._root
@@ -90,7 +90,7 @@ class Checker:
         return place
 
     def check(self, target: Any) -> None:
-        """Raise Failed unless the guards that stand on `target` and on modules hold."""
+        """Raise Failed unless the guards on `target` and on modules hold."""
         _walk(self._steps, {"target": target})
 
     def gather(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, int]]:
@@ -99,11 +99,11 @@ class Checker:
         Raises:
             Failed: a guard does not hold; says which, what was expected and what was found.
         """
-        found = self._find({"target": target, "args": args, "kwargs": kwargs})
-        gathered = [found[number] for number in self._wanted]
-        for one, other in self._same:
-            if found[one.number] is not found[other.number]:
-                raise Failed(f"{show_path(one.path)} and {show_path(other.path)} are no longer the same object")
+        objects = self._find({"target": target, "args": args, "kwargs": kwargs})
+        gathered = [objects[number] for number in self._input_numbers]
+        for first, second in self._same:
+            if objects[first.number] is not objects[second.number]:
+                raise Failed(f"{show_path(first.path)} and {show_path(second.path)} are no longer the same object")
         inputs, symbols = gathered[: self._num_inputs], dict(zip(self._sizes.names, gathered[self._num_inputs :]))
         self._refuse_aliases(inputs)
         failed = self._sizes.failed(symbols)
@@ -112,18 +112,18 @@ class Checker:
         return inputs, symbols
 
     def _find(self, root: Mapping[str, Any]) -> list[Any]:
-        """The objects at all places, by number, all of whose guards hold, with torch as it has to be set."""
+        """The objects at all places, by number; raises Failed unless every guard holds and torch is set as expected."""
         key = ambient_key()
         quick = self._quick.get(key)
-        found = None if quick is None else quick.find(root)
-        if found is not None:
-            return found
+        objects = None if quick is None else quick.find(root)
+        if objects is not None:
+            return objects
         if quick is None:
             self._check_state()
-        found = _walk(self._steps, root)
+        objects = _walk(self._steps, root)
         if is_plain_state(key):
-            self._quick[key] = _Quick(self._steps, found)
-        return found
+            self._quick[key] = _Quick(self._steps, objects)
+        return objects
 
     def _check_state(self) -> None:
         state = ambient_state()
@@ -150,7 +150,7 @@ _Step = tuple[int, Callable[[Any], Any], _Place]
 
 
 def _flatten(root: _Place) -> list[_Step]:
-    """What leads to each place behind `root`, those behind one beside each other; numbers them in this order, from 1."""
+    """The step to each place behind `root`; places behind the same one are neighbours. Numbers them in this order, from 1."""
     steps: list[_Step] = []
     places = [root]
     for place in places:
@@ -163,29 +163,30 @@ def _flatten(root: _Place) -> list[_Step]:
 
 def _walk(steps: Sequence[_Step], root: Any) -> list[Any]:
     """The objects at all places, by number, `root` first; raises Failed at the first check that does not hold."""
-    found = [root]
+    objects = [root]
     for above, step, place in steps:
         try:
-            value = step(found[above])
+            value = step(objects[above])
         except (AttributeError, LookupError, TypeError) as cause:
             raise Failed(f"{show_path(place.path)} is not there ({type(cause).__name__}: {cause})") from None
-        found.append(value)
+        objects.append(value)
         try:
-            said = next((said for _, _, check in place.checks if (said := check(value)) is not None), None)
+            failure = next((failure for _, _, check in place.checks if (failure := check(value)) is not None), None)
         except (AttributeError, LookupError, TypeError, ValueError, OSError) as cause:  # a check of what is of another kind
-            said = f"is a {type(value).__qualname__} and was something else when the artifact was made ({cause})"
-        if said is not None:
-            raise Failed(f"{show_path(place.path)} {said}")
-    return found
+            failure = f"is a {type(value).__qualname__} and was something else when the artifact was made ({cause})"
+        if failure is not None:
+            raise Failed(f"{show_path(place.path)} {failure}")
+    return objects
 
 
 class _Quick:
-    """What `_walk` does, once all has held: checks of one kind are one comparison of many objects, most of it in C.
+    """A faster `_walk`, for when one has succeeded: all checks of one kind are one comparison, most of it in C.
 
-    It holds for what is like what was `found`, which is narrower than the guards are: where it does not, `_walk` has the word.
+    It accepts what is like the `objects` that were found once, which is less than the guards accept: what it does not accept,
+    `_walk` decides.
     """
 
-    def __init__(self, steps: Sequence[_Step], found: Sequence[Any]) -> None:
+    def __init__(self, steps: Sequence[_Step], objects: Sequence[Any]) -> None:
         self._fetches = list(_fetches(steps))
         of_kind: dict[str, dict[int, Any]] = {kind: {} for kind in CHECKS}
         self._others: list[tuple[int, Check]] = []
@@ -200,33 +201,33 @@ class _Quick:
         self._lack, self._lacking = _pick(lacking), list(lacking.values())
         self._constant, self._constants = _pick(constants), tuple(map(decode, constants.values()))
         self._typed = _pick([*of_kind["type"], *constants])
-        self._types = list(map(type, self._typed(found)))
+        self._types = list(map(type, self._typed(objects)))
         self._forwards = [(kind, getattr(kind, "forward", None)) for kind in dict.fromkeys(self._types)]
-        self._given, guards = _pick(tensors), torch._C._dynamo.guards
-        self._fit = guards.TensorGuards(*self._given(found), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self._tensors, guards = _pick(tensors), torch._C._dynamo.guards
+        self._fit = guards.TensorGuards(*self._tensors(objects), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
     def find(self, root: Any) -> list[Any] | None:
-        """What `_walk` gives, or None where that has the word."""
-        found = [root]
+        """What `_walk` gives, or None where `_walk` has to decide."""
+        objects = [root]
         try:
             for above, fetch, is_many in self._fetches:
                 if is_many:
-                    found += fetch(found[above])
+                    objects += fetch(objects[above])
                 else:
-                    found.append(fetch(found[above]))
-            return found if self._holds(found) else None
+                    objects.append(fetch(objects[above]))
+            return objects if self._holds(objects) else None
         except (AttributeError, LookupError, TypeError):
             return None
 
-    def _holds(self, found: list[Any]) -> bool:
+    def _holds(self, objects: list[Any]) -> bool:
         return (
-            list(map(len, self._sized(found))) == self._lengths
-            and list(map(type, self._typed(found))) == self._types
-            and self._constant(found) == self._constants
-            and not any(map(contains, map(vars, self._lack(found)), self._lacking))
+            list(map(len, self._sized(objects))) == self._lengths
+            and list(map(type, self._typed(objects))) == self._types
+            and self._constant(objects) == self._constants
+            and not any(map(contains, map(vars, self._lack(objects)), self._lacking))
             and all(getattr(kind, "forward", None) is forward for kind, forward in self._forwards)
-            and self._fit(*self._given(found))
-            and all(check(found[at]) is None for at, check in self._others)
+            and self._fit(*self._tensors(objects))
+            and all(check(objects[at]) is None for at, check in self._others)
         )
 
 
@@ -244,13 +245,13 @@ def _is_static(expected: Mapping[str, Any]) -> bool:
 
 
 def _pick(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes the objects at `places` out of all that were found."""
+    """A function that picks the objects at `places` out of all objects."""
     numbers = tuple(places)
-    return itemgetter(*numbers) if len(numbers) > 1 else lambda found: tuple(found[at] for at in numbers)
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda objects: tuple(objects[at] for at in numbers)
 
 
 def _fetches(steps: Sequence[_Step]) -> Iterator[tuple[int, Callable[[Any], Any], bool]]:
-    """The `steps`, those that take several attributes, or items, of one object as one; whether it is several."""
+    """The `steps`, where those that take attributes, or items, of the same object are one; and whether it is several."""
     for (above, kind), group in groupby(steps, lambda step: (step[0], type(step[1]))):
         alike = list(group)
         if len(alike) > 1 and kind in (attrgetter, itemgetter):

@@ -1,4 +1,4 @@
-"""The kinds of guards: what each asks of a value, and what it says of one that is another."""
+"""The kinds of guards: what each checks of a value, and what it says when the check fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Check = Callable[[Any], "str | None"]
 
 
 class Failed(Exception):
-    """A guard does not hold; carries what to say. Never leaves this folder."""
+    """A guard does not hold; its text says which, and why. It is caught in this folder."""
 
 
 def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
@@ -54,28 +54,30 @@ def _tensor(expected: Any) -> Check:
         same = same and (wants_grad is None or value.requires_grad is wants_grad)
         if same and plain and value.layout is torch.strided and value.stride() == stride and not _is_lazy(value):
             return None
-        found = describe_tensor(value)
+        actual = describe_tensor(value)
         compared = [key for key in expected if key != "requires_grad" or wants_grad is not None]
-        differ = [f"{key} {found[key]} (expected {expected[key]})" for key in compared if found[key] != expected[key]]
+        differ = [f"{key} {actual[key]} (expected {expected[key]})" for key in compared if actual[key] != expected[key]]
         return f"has {', '.join(differ)}" if differ else None
 
     return check
 
 
 def _tensor_of_any_size(expected: Any) -> Check:
-    """Of a tensor with dynamic dimensions, which are None in its shape and strides: conditions on sizes hold those."""
+    """The check of a tensor with dynamic dimensions: None in its shape and strides; conditions on sizes check those."""
 
-    def fits(name: str, found: Any) -> bool:
-        wanted = expected[name]
+    def fits(name: str, actual_value: Any) -> bool:
+        expected_value = expected[name]
         if name not in ("shape", "stride"):
-            return bool(found == wanted)
-        return len(found) == len(wanted) and all(size in (None, is_now) for size, is_now in zip(wanted, found))
+            return bool(actual_value == expected_value)
+        return len(actual_value) == len(expected_value) and all(
+            size in (None, is_now) for size, is_now in zip(expected_value, actual_value)
+        )
 
     def check(value: Any) -> str | None:
         if not isinstance(value, torch.Tensor):
             return f"expected a tensor, found a {type(value).__qualname__}"
-        found = describe_tensor(value)
-        differ = [f"{key} {found[key]} (expected {_any(expected[key])})" for key in expected if not fits(key, found[key])]
+        actual = describe_tensor(value)
+        differ = [f"{key} {actual[key]} (expected {_any(expected[key])})" for key in expected if not fits(key, actual[key])]
         return f"has {', '.join(differ)}" if differ else None
 
     return check
@@ -93,19 +95,19 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _constant(expected: Any) -> Check:
-    wanted = decode(expected)
-    kind, is_nan, written = type(wanted), wanted != wanted, repr(wanted) if is_equal_to_others(wanted) else None
+    constant = decode(expected)
+    kind, is_nan, written = type(constant), constant != constant, repr(constant) if is_equal_to_others(constant) else None
 
     def check(value: Any) -> str | None:
-        if type(value) is kind and (value == wanted or (is_nan and value != value)) and written in (None, repr(value)):
+        if type(value) is kind and (value == constant or (is_nan and value != value)) and written in (None, repr(value)):
             return None
-        return f"is {value!r:.80}, expected {wanted!r:.80}"
+        return f"is {value!r:.80}, expected {constant!r:.80}"
 
     return check
 
 
 def is_equal_to_others(constant: Any) -> bool:
-    """Whether something of the same type is equal and yet another constant, such as -0.0, or (True,) beside (1,)."""
+    """Whether ``==`` cannot tell a constant from another one of its type: -0.0 from 0.0, or (True,) from (1,)."""
     return isinstance(constant, (tuple, list, dict)) or (isinstance(constant, (float, complex)) and not constant)
 
 
@@ -117,10 +119,10 @@ def _type(expected: Any) -> Check:
         kind = type(value)
         if kind in known:
             changed = known[kind] is not getattr(kind, "forward", None)
-            return f"its class {kind.__qualname__} got another forward" if changed else None
-        found = name_of(kind) if ":" in name else kind.__qualname__  # without a module: wherever the class is defined
-        if found != name:
-            return f"is a {found}, expected a {name}"
+            return f"the forward of its class {kind.__qualname__} was replaced" if changed else None
+        actual_name = name_of(kind) if ":" in name else kind.__qualname__  # without a module: wherever the class is defined
+        if actual_name != name:
+            return f"is a {actual_name}, expected a {name}"
         is_module = hasattr(kind, "forward")  # also one of torch, whose forward somebody may have replaced
         if (digest is not None or is_module) and digest_class(kind) != digest:
             return f"the code of its class {name} is not what it was when the artifact was made"
@@ -131,17 +133,17 @@ def _type(expected: Any) -> Check:
 
 
 def _remembering(check: Check, key: Callable[[Any], Any] = lambda value: value) -> Check:
-    """`check`, which is not made again of an object (by its `key`) that it has held for."""
+    """`check`, which accepts an object again without looking if it accepted it before; `key` tells objects apart."""
     known: list[Any] = []
 
     def remembered(value: Any) -> str | None:
         seen = key(value)
-        if any(seen is one for one in known):
+        if any(seen is entry for entry in known):
             return None
-        said = check(value)
-        if said is None:
+        failure = check(value)
+        if failure is None:
             known.append(seen)
-        return said
+        return failure
 
     return remembered
 
@@ -157,14 +159,14 @@ def _function(expected: Any) -> Check:
 
 def _named(expected: Any) -> Check:
     def check(value: Any) -> str | None:
-        found = identity_of(value)
-        return None if found == expected else f"is {found}, expected {expected}"
+        actual = identity_of(value)
+        return None if actual == expected else f"is {actual}, expected {expected}"
 
     return _remembering(check)
 
 
 def _torch_function(expected: Any) -> Check:
-    """Of a function that torch has by that name: it is still torch's, or torchspan's in its place; not anybody else's."""
+    """The check that torch's function of that name is still torch's own, or torchspan's replacement of it."""
     module, name = expected
 
     def check(value: Any) -> str | None:
@@ -209,19 +211,19 @@ def _length(expected: Any) -> Check:
 
 
 def _keys(expected: Any) -> Check:
-    wanted = decode(expected)
+    keys = decode(expected)
 
     def check(value: Any) -> str | None:
-        return None if list(value) == wanted else f"has the keys {list(value)!r:.120}, expected {wanted!r:.120}"
+        return None if list(value) == keys else f"has the keys {list(value)!r:.120}, expected {keys!r:.120}"
 
     return check
 
 
 def _contains(expected: Any) -> Check:
-    key, wanted = decode(expected[0]), expected[1]
+    key, is_there = decode(expected[0]), expected[1]
 
     def check(value: Any) -> str | None:
-        return None if (key in value) is wanted else f"{'lacks' if wanted else 'has'} {key!r}"
+        return None if (key in value) is is_there else f"{'lacks' if is_there else 'has'} {key!r}"
 
     return check
 
@@ -234,10 +236,10 @@ def _own_attribute(expected: Any) -> Check:
 
 
 def _has_attribute(expected: Any) -> Check:
-    name, wanted = expected
+    name, is_there = expected
 
     def check(value: Any) -> str | None:
-        return None if hasattr(value, name) is wanted else f"{'lacks' if wanted else 'has'} the attribute {name!r}"
+        return None if hasattr(value, name) is is_there else f"{'lacks' if is_there else 'has'} the attribute {name!r}"
 
     return check
 

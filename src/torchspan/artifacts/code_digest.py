@@ -1,4 +1,4 @@
-"""Digests of Python code: the same in every process, other when what the code does may be other."""
+"""Digests of Python code: equal in every process, and different when the code may do something different."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Seen:
 
 
 def is_torch_code(code: CodeType) -> bool:
-    """Whether code is torch's own: an artifact is held to one torch, which covers it."""
+    """Whether code is torch's own: an artifact is for one release of torch, so it needs no digest."""
     return code.co_filename.startswith(_TORCH_ROOT)
 
 
 def is_own_code(code: CodeType) -> bool:
-    """Whether code is torchspan's: what a capture calls the program through, backports and wrappers of device rules."""
+    """Whether code is torchspan's own: a backport, a device rule's wrapper, or what a capture calls the program through."""
     return code.co_filename.startswith(_OWN_ROOT)
 
 
@@ -81,7 +81,7 @@ def digest_class(cls: type, seen: Seen | None = None) -> str | None:
 
 
 def _is_of_torch_or_python(cls: type) -> bool:
-    """Whether the versions that an artifact is held to cover a class, whatever others add to it, as Transformers to Logger."""
+    """Whether a class is torch's or Python's, whose versions an artifact checks; what other packages add to it is ignored."""
     top = cls.__module__.partition(".")[0]
     if top == "torch":
         return True
@@ -90,7 +90,7 @@ def _is_of_torch_or_python(cls: type) -> bool:
 
 
 def _replaced(forward: Any) -> list[str]:
-    """The digest of what somebody put in the place of a ``forward`` of torch's; nothing of torch's own."""
+    """The digest of the function that replaces torch's own ``forward``; nothing where it was not replaced."""
     code = getattr(forward, "__code__", None)
     is_own = code is None or is_torch_code(code) or is_own_code(code) or code.co_filename == contextlib.__file__
     return [] if is_own else [f"forward {digest_function(forward)}"]
@@ -110,7 +110,7 @@ _KNOWN: dict[type, tuple[list[Any], list[str]]] = {}
 
 
 def _known_methods(cls: type) -> list[str]:
-    """The same, made once for as long as the class has the same attributes: the classes of a model have bases in common."""
+    """`_methods`, computed again only when the attributes of the class change: the classes of a model share bases."""
     members = list(vars(cls).values())
     known, parts = _KNOWN.get(cls, ([], []))
     if len(known) != len(members) or not all(map(is_, known, members)):

@@ -38,9 +38,9 @@ def _boxing(compiler: Callable[..., Any]) -> Callable[..., Any]:
             return compiled
 
         def boxed(inputs: list[Any]) -> Any:
-            given = tuple(inputs)
+            arguments = tuple(inputs)
             inputs.clear()
-            return compiled(*given)
+            return compiled(*arguments)
 
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed

@@ -105,15 +105,15 @@ class Store:
         Raises:
             IntegrityError: a payload is not what was written; names it.
         """
-        found = {}
+        contents = {}
         for listed in self.manifest["payloads"]:
             data = self._read(self._archive.getinfo(listed["name"]))
             if hashlib.sha256(data).hexdigest() != listed["sha256"]:
                 raise IntegrityError(
                     f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); make it again"
                 )
-            found[listed["name"]] = data
-        return found
+            contents[listed["name"]] = data
+        return contents
 
     def _read(self, member: zipfile.ZipInfo) -> bytes:
         try:

@@ -34,8 +34,8 @@ def marks_of(program: Program, dynamic: Any) -> Marks:
         return []
     if dynamic is True:
         wish = Dynamic(is_wish=True)
-        found = [*tensors(program.args), *tensors(dict(program.kwargs))]
-        return [(tensor, {dim: wish for dim, size in enumerate(tensor.shape) if size > 1}) for tensor in found]
+        examples = [*tensors(program.args), *tensors(dict(program.kwargs))]
+        return [(tensor, {dim: wish for dim, size in enumerate(tensor.shape) if size > 1}) for tensor in examples]
     marks: Marks = []
     for value, spec, place in _top(program, dynamic):
         _collect(value, spec, place, marks)
@@ -44,7 +44,7 @@ def marks_of(program: Program, dynamic: Any) -> Marks:
 
 @contextmanager
 def marked(marks: Marks) -> Iterator[None]:
-    """Have dynamo take the dimensions as symbols in what it captures inside; the tensors forget it after."""
+    """Inside, dynamo captures the dimensions as symbols; at the end the marks on the tensors are removed."""
     with dynamic_dims([tensor for tensor, _ in marks], [dims for _, dims in marks]):
         yield
 
@@ -96,10 +96,10 @@ def _collect(value: Any, spec: Any, place: str, marks: Marks) -> None:
         raise InputError(f"dynamic= says {spec!r:.80} of {place}, which is a {type(value).__name__}; expected a tensor there")
     for key, inner in items.items():
         try:
-            found = value[key]
+            member = value[key]
         except (LookupError, TypeError) as cause:
             raise InputError(f"dynamic= names {key!r} in {place}, which has none ({type(cause).__name__})") from cause
-        _collect(found, inner, f"{place}[{key!r}]", marks)
+        _collect(member, inner, f"{place}[{key!r}]", marks)
 
 
 def _dims(tensor: torch.Tensor, spec: Any, place: str) -> dict[int, Dynamic]:
@@ -109,35 +109,35 @@ def _dims(tensor: torch.Tensor, spec: Any, place: str) -> dict[int, Dynamic]:
         spec = dict(enumerate(spec))
     if not isinstance(spec, Mapping):
         raise InputError(f"dynamic= says {spec!r:.80} of {place}, a tensor; expected its dimensions, such as {{0: 'batch'}}")
-    found = {}
-    for dim, asked in spec.items():
+    dims = {}
+    for dim, request in spec.items():
         if type(dim) is not int or not -tensor.dim() <= dim < tensor.dim():
             raise InputError(f"dynamic= names dimension {dim!r} of {place}, which has {tensor.dim()}")
-        known = _dimension(asked, place)
+        known = _dimension(request, place)
         if known is not None:
-            found[dim % tensor.dim()] = known
+            dims[dim % tensor.dim()] = known
             _check_example(tensor.shape[dim], known, f"dimension {dim} of {place}")
-    return found
+    return dims
 
 
-def _dimension(asked: Any, place: str) -> Dynamic | None:
+def _dimension(request: Any, place: str) -> Dynamic | None:
     """What is asked of one dimension; None if it is static."""
-    if asked is None or asked is False or type(asked) is int:
+    if request is None or request is False or type(request) is int:
         return None
-    if asked is True or isinstance(asked, str):
+    if request is True or isinstance(request, str):
         return Dynamic()
-    if isinstance(asked, tuple) and len(asked) == 2:
-        return Dynamic(*asked)
-    kind = str(getattr(getattr(asked, "type", None), "name", ""))  # Dim.AUTO, Dim.DYNAMIC, Dim.STATIC of torch.export
+    if isinstance(request, tuple) and len(request) == 2:
+        return Dynamic(*request)
+    kind = str(getattr(getattr(request, "type", None), "name", ""))  # Dim.AUTO, Dim.DYNAMIC, Dim.STATIC of torch.export
     if kind:
-        return None if kind == "STATIC" else Dynamic(asked.min, asked.max, is_wish=kind == "AUTO")
-    if hasattr(asked, "min") and hasattr(asked, "max"):  # torch.export.Dim("batch", min=2, max=64)
-        return Dynamic(asked.min or None, asked.max if asked.max < torch.iinfo(torch.int64).max else None)
-    raise InputError(f"dynamic= says {asked!r:.80} of {place}; expected a name, (min, max), True or a torch.export.Dim")
+        return None if kind == "STATIC" else Dynamic(request.min, request.max, is_wish=kind == "AUTO")
+    if hasattr(request, "min") and hasattr(request, "max"):  # torch.export.Dim("batch", min=2, max=64)
+        return Dynamic(request.min or None, request.max if request.max < torch.iinfo(torch.int64).max else None)
+    raise InputError(f"dynamic= says {request!r:.80} of {place}; expected a name, (min, max), True or a torch.export.Dim")
 
 
-def _check_example(size: int, wanted: Dynamic, place: str) -> None:
-    if not wanted.is_wish and size < 2:
+def _check_example(size: int, dynamic: Dynamic, place: str) -> None:
+    if not dynamic.is_wish and size < 2:
         raise InputError(f"{place} has size {size} in the example, and is to be dynamic; give an example of 2 or more")
-    if not (wanted.minimum or 0) <= size <= (size if wanted.maximum is None else wanted.maximum):
-        raise InputError(f"{place} has size {size} in the example, outside of {wanted.minimum} to {wanted.maximum}")
+    if not (dynamic.minimum or 0) <= size <= (size if dynamic.maximum is None else dynamic.maximum):
+        raise InputError(f"{place} has size {size} in the example, outside of {dynamic.minimum} to {dynamic.maximum}")

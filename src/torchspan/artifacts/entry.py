@@ -97,9 +97,9 @@ class Entry:
         """The gradients of the inputs, None where there is none."""
         assert self._backward is not None, "a program without a backward has been asked for gradients"
         tangents = [tangent.of(gradients, symbols) for tangent in self._tangents]
-        given = {"saved": saved, "tangent": tangents}
+        values = {"saved": saved, "tangent": tangents}
         with torch._C._DisableAutocast():
-            return self._backward([given[kind][index] for kind, index in self._backward_inputs], symbols)
+            return self._backward([values[kind][index] for kind, index in self._backward_inputs], symbols)
 
     def _all_outputs(self, kept: Sequence[Tensor], inputs: Sequence[Tensor], symbols: Symbols) -> list[Tensor]:
         """The program's outputs: what was computed, and views of it or of inputs, made as views again."""
@@ -193,8 +193,11 @@ def result_builder(structure: Any) -> Builder:
 
 
 def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[Any, Any], Any, Any]]:
-    """A function that finds the dict in which a call stores, and makes the value: by the key in `key`, if it is a list, or the
-    attribute of that name; of the model or its arguments only, and nothing that runs."""
+    """A function that gives the dict that a call stores into, the key, and the value.
+
+    `key` is a list with the key of a dict, or the name of an attribute. Only the model and its arguments are stored on, and
+    only where that runs no code.
+    """
     path = decode_path(steps)
     is_private = any(kind == "attr" and str(name).startswith("__") for kind, name in path)
     if path[0][0] != "local" or is_private or not (isinstance(key, (str, list)) and _is_storable(structure)):
@@ -205,10 +208,12 @@ def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[A
     name = decode(key[0]) if isinstance(key, list) else key
 
     def store(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> tuple[dict[Any, Any], Any, Any]:
-        found = find(values)
-        place = found if isinstance(key, list) else vars(found)
-        if type(found) in (type, ModuleType) or not isinstance(place, dict):
-            raise IntegrityError(f"an artifact stores on {show_path(path)}, a {type(found).__name__}")
+        holder = find(values)
+        place = holder if isinstance(key, list) else vars(holder)
+        if type(holder) in (type, ModuleType) or not isinstance(place, dict):
+            raise IntegrityError(
+                f"the artifact stores on {show_path(path)}, a {type(holder).__name__}, which has no attributes to set"
+            )
         return place, name, build(outputs, values)
 
     return store
@@ -247,7 +252,7 @@ def _calling(function: Callable[..., Any], structure: Mapping[str, Any]) -> Buil
 
 
 def is_plain_class(kind: Any) -> bool:
-    """Whether objects of a class are no more than their attributes: made without its code, and gone without it.
+    """Whether objects of a class consist of their attributes: no code of the class runs when one is made or dies.
 
     >>> from fractions import Fraction
     >>> is_plain_class(Entry), is_plain_class(Fraction), is_plain_class(torch.nn.Linear), is_plain_class(dict)
@@ -261,18 +266,18 @@ def is_plain_class(kind: Any) -> bool:
 
 
 class _Plain:
-    """A class of the least size: what is larger has more than attributes."""
+    """The smallest class: objects that take more memory than its own have more than attributes."""
 
 
 def _filling(kind: Any, structure: Mapping[str, Any]) -> Builder:
     if not is_plain_class(kind):
-        raise IntegrityError(f"an artifact's result has a {structure['object']}, which is more than its attributes")
+        raise IntegrityError(f"an artifact's result has a {structure['object']}, whose objects have more than attributes")
     parts = [(str(name), result_builder(item)) for name, item in structure["attributes"]]
 
     def build(outputs: Sequence[Tensor], values: Mapping[str, Any]) -> Any:
-        made = object.__new__(kind)
-        vars(made).update((name, make(outputs, values)) for name, make in parts)
-        return made
+        instance = object.__new__(kind)
+        vars(instance).update((name, make(outputs, values)) for name, make in parts)
+        return instance
 
     return build
 

@@ -137,8 +137,8 @@ def _line_of_unknown_size(module: GraphModule) -> str | None:
         value = node.meta.get("example_value")
         sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
         if any(is_size(size) and str(size.node.expr).startswith("u") for size in sizes):
-            found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-            return ":".join(found[-1]) if found else None
+            lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+            return ":".join(lines[-1]) if lines else None
     return None
 
 
@@ -271,17 +271,17 @@ class _FunctionPass(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """What the function returns, or the copy that it changed."""
         module = editable(graph)
-        found = self.function(module)
-        if not (found is None or isinstance(found, GraphModule)):
-            raise PassError(f"the pass {self.name} returned a {type(found).__name__}; expected a GraphModule, or None")
-        changed = found or module
+        result = self.function(module)
+        if not (result is None or isinstance(result, GraphModule)):
+            raise PassError(f"the pass {self.name} returned a {type(result).__name__}; expected a GraphModule, or None")
+        changed = result or module
         complete_metadata(changed)
         changed.recompile()
         return graph.with_module(changed, self.name)
 
 
 def pipeline_of(passes: str | Sequence[Any]) -> Pipeline:
-    """The passes that are meant: by text, or passes and functions.
+    """The pipeline of `passes`: text, or passes and functions of a GraphModule.
 
     Raises:
         InputError: something else, or a pass that compiles: what it gives lives in this process only.
@@ -289,14 +289,16 @@ def pipeline_of(passes: str | Sequence[Any]) -> Pipeline:
     if isinstance(passes, str):
         pipeline = Pipeline.parse(passes)
     else:
-        given: Sequence[Any] = passes if isinstance(passes, (list, tuple)) else (passes,)
-        wrong = [one for one in given if not callable(one) and not isinstance(one, Pass)]
+        items: Sequence[Any] = passes if isinstance(passes, (list, tuple)) else (passes,)
+        wrong = [item for item in items if not callable(item) and not isinstance(item, Pass)]
         if wrong:
             raise InputError(f"a pass is a Pass or a function of a GraphModule, not a {type(wrong[0]).__name__}")
-        pipeline = Pipeline(tuple(one if isinstance(one, Pass) else _FunctionPass(one) for one in given))
-    for one in pipeline.passes:
-        if one.compiles:
-            raise InputError(f"the pass {one.name} compiles in this process; for an artifact, say compiler='regional_inductor'")
+        pipeline = Pipeline(tuple(item if isinstance(item, Pass) else _FunctionPass(item) for item in items))
+    for pass_ in pipeline.passes:
+        if pass_.compiles:
+            raise InputError(
+                f"the pass {pass_.name} compiles in this process; for an artifact, say compiler='regional_inductor'"
+            )
     return pipeline
 
 
@@ -308,8 +310,8 @@ def _passed(module: GraphModule, name: str, pipeline: Pipeline, report: Report) 
     outputs = tuple(OutputSpec("output", f"{name}_{index}") for index in range(len(_output_nodes(module))))
     before = Graph(module, inputs, outputs)
     after = pipeline.run(before, PassContext(report))
-    told = f"{len(before.module.graph.nodes)} nodes before, {len(after.module.graph.nodes)} after"
-    report.decide("pass", name, str(pipeline), told)
+    counts = f"{len(before.module.graph.nodes)} nodes before, {len(after.module.graph.nodes)} after"
+    report.decide("pass", name, str(pipeline), counts)
     return after.module
 
 
@@ -373,7 +375,7 @@ def _marked(graph: GraphModule) -> GraphModule:
 
 
 def _is_operator_only(node: Node) -> bool:
-    """Whether an operator does its work only when it is called as one: in a library, it has no workspace for its backward."""
+    """Whether an operator has to be called by itself: inside a library, it keeps no workspace for its backward."""
     return str(node.target).startswith("aten.mkldnn_rnn_layer") or (
         node.target is operator.getitem and isinstance(node.args[0], Node) and _is_operator_only(node.args[0])
     )

@@ -1,4 +1,4 @@
-"""dynamo's guards in a form that outlives the process: each as where, what, and what was expected."""
+"""dynamo's guards in a form that outlives the process: each with its path, its kind of check, and what it expects."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
         UnsupportedError: a guard that a fresh process could not check; names it.
     """
     seen = Seen()
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     tensors = shapes_of(guards.frame.context).tensors
     expected: Any
     same: list[list[Any]] = []
@@ -189,15 +189,15 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
             if guard.source in tensors and check == "tensor":
                 expected = _of_any_size(expected, tensors[guard.source])
             entry = {"at": encode_path(at), "check": check, "expected": expected, "kind": guard.kind}
-            found.setdefault(json.dumps([entry["at"], check, expected]), entry)
+            entries.setdefault(json.dumps([entry["at"], check, expected]), entry)
         for source, value in frame.restored:  # nothing is done about these: they must be what they are put back to
             entry = {"at": encode_path(parse_path(source, frame.scope)), "check": "constant", "expected": encode(value)}
-            found.setdefault(json.dumps([entry["at"], "restored"]), {**entry, "kind": "RESTORED"})
+            entries.setdefault(json.dumps([entry["at"], "restored"]), {**entry, "kind": "RESTORED"})
         for at, value in returned_values(frame, guards.program):
             if is_constant(value):  # of other objects the result has themselves, whatever they hold by then
                 entry = {"at": encode_path(at), "check": "constant", "expected": encode(value)}
-                found.setdefault(json.dumps([entry["at"], "constant", entry["expected"]]), {**entry, "kind": "RETURNED"})
-        _cover_traced(frame, guards.program, seen, found)
+                entries.setdefault(json.dumps([entry["at"], "constant", entry["expected"]]), {**entry, "kind": "RETURNED"})
+        _cover_traced(frame, guards.program, seen, entries)
     ambient = ambient_state()
     _refuse_modes(ambient)
     if len(guards.frames) > 1:
@@ -205,7 +205,7 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
     else:
         ambient["grad_mode"] = guards.frame.grad_mode
     same += [paths for paths in identities.values() if len(paths) > 1]
-    once, always = _split(list(found.values()))
+    once, always = _split(list(entries.values()))
     return {
         "always": always,
         "at_load": once,
@@ -218,8 +218,10 @@ def portable_guards(guards: Guards, paths: list[Path]) -> dict[str, Any]:
 def returned_values(frame: Frame, program: Program) -> list[tuple[Path, Any]]:
     """The parts of the result that the program found and did not make: where, and what is there now."""
     values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
-    found = [source for source in frame.returned if not (re.search(_SIZE, source) or _is_of_a_namedtuple(source, frame.scope))]
-    paths = [parse_path(source, frame.scope) for source in found]
+    sources = [
+        source for source in frame.returned if not (re.search(_SIZE, source) or _is_of_a_namedtuple(source, frame.scope))
+    ]
+    paths = [parse_path(source, frame.scope) for source in sources]
     return [(path, follow(path, values)) for path in paths]
 
 
@@ -240,8 +242,8 @@ def _dotted(path: Path) -> str:
 
 def _is_of_a_namedtuple(source: str, scope: Mapping[str, Any]) -> bool:
     """Whether a source is among the globals of the code that ``namedtuple`` generates: the class is guarded on its own."""
-    found = re.match(r"G\['(___unnamed_scope_\w+)'\]", source)
-    return found is not None and str(scope[found[1]].get("__name__", "")).startswith("namedtuple_")
+    match = re.match(r"G\['(___unnamed_scope_\w+)'\]", source)
+    return match is not None and str(scope[match[1]].get("__name__", "")).startswith("namedtuple_")
 
 
 def _resolved(at: Path, value: Any) -> Path:
@@ -267,16 +269,16 @@ def _of_any_size(expected: Any, fake: Any) -> Any:
 
 
 def portable_sizes(guards: Guards) -> dict[str, Any]:
-    """The conditions on dynamic sizes, as `Sizes` takes them: to be asked for when all is compiled. Empty if all are static.
+    """The conditions on dynamic sizes, as `Sizes` takes them; empty if all are static. Call this when all is compiled.
 
     Raises:
         UnsupportedError: a dynamic dimension was fixed, or a condition cannot be checked elsewhere.
     """
-    found = [shapes_of(frame.context) for frame in guards.frames]
-    if not found[0].symbols:
+    all_shapes = [shapes_of(frame.context) for frame in guards.frames]
+    if not all_shapes[0].symbols:
         return {}
-    conditions = [condition for shapes in found for condition in shapes.conditions()]
-    return write_conditions(conditions, found[0].sources, guards.frame.scope)
+    conditions = [condition for shapes in all_shapes for condition in shapes.conditions()]
+    return write_conditions(conditions, all_shapes[0].sources, guards.frame.scope)
 
 
 def _is_torch_function(value: Any) -> bool:
@@ -286,13 +288,13 @@ def _is_torch_function(value: Any) -> bool:
 
 
 def _passes_own(path: Path) -> bool:
-    """Whether a path leads into a function of torchspan, such as a device rule's wrapper: there with it, absent without."""
+    """Whether a path leads into a function of torchspan, such as a device rule's wrapper, which is not always in force."""
     if path[0][0] != "module":
         return False
-    found: Any = {}
+    holder: Any = {}
     for kind, key in path[:-1]:
-        found = STEPS[kind](key)(found)
-        if isinstance(found, FunctionType) and is_own_code(found.__code__):
+        holder = STEPS[kind](key)(holder)
+        if isinstance(holder, FunctionType) and is_own_code(holder.__code__):
             return True
     return False
 
@@ -339,7 +341,7 @@ def _is_in_torch(at: list[list[Any]]) -> bool:
 # code that was inlined, and that no guard reaches
 
 
-def _cover_traced(frame: Frame, program: Program, seen: Seen, found: dict[str, dict[str, Any]]) -> None:
+def _cover_traced(frame: Frame, program: Program, seen: Seen, entries: dict[str, dict[str, Any]]) -> None:
     """Add a check of the source file of each function that was inlined and that no other guard covers."""
     target = program.target
     if isinstance(target, torch.nn.Module):
@@ -353,7 +355,7 @@ def _cover_traced(frame: Frame, program: Program, seen: Seen, found: dict[str, d
             continue
         name, digest = _source_of(code)
         entry = {"at": [["module", name], ["attr", "__file__"]], "check": "file", "expected": digest, "kind": "INLINED"}
-        found.setdefault(f"file {name}", entry)
+        entries.setdefault(f"file {name}", entry)
 
 
 def _source_of(code: CodeType) -> tuple[str, str]:

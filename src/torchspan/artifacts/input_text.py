@@ -67,5 +67,5 @@ def _make(dtype: torch.dtype, shape: list[int], generator: torch.Generator) -> t
             return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
     except RuntimeError as cause:  # no memory for it, or a dtype that is not for plain tensors
-        said = str(cause).splitlines()[0]
-        raise InputError(f"an example of {str(dtype).removeprefix('torch.')}{shape} cannot be made: {said}") from cause
+        reason = str(cause).splitlines()[0]
+        raise InputError(f"an example of {str(dtype).removeprefix('torch.')}{shape} cannot be made: {reason}") from cause

@@ -66,10 +66,10 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[
     Raises:
         InputError, IntegrityError: as for `describe`.
     """
-    one, other = describe(first), describe(second)
+    left, right = describe(first), describe(second)
     return {
-        "entries": _differing(one["entries"], other["entries"]),
-        "payloads": _differing(_digests(one), _digests(other)),
+        "entries": _differing(left["entries"], right["entries"]),
+        "payloads": _differing(_digests(left), _digests(right)),
     }
 
 
@@ -77,6 +77,6 @@ def _digests(described: Mapping[str, Any]) -> dict[str, str]:
     return {payload["name"]: payload["sha256"] for payload in described["payloads"]}
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    names = dict.fromkeys([*one, *other])
-    return {name: [one.get(name), other.get(name)] for name in names if one.get(name) != other.get(name)}
+def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, list[Any]]:
+    names = dict.fromkeys([*left, *right])
+    return {name: [left.get(name), right.get(name)] for name in names if left.get(name) != right.get(name)}

@@ -221,10 +221,10 @@ def _function(
     step: Mapping[str, Any], libraries: Mapping[str, Library], constants: Mapping[str, torch.Tensor]
 ) -> Callable[..., Any]:
     if "operator" in step:
-        found = find_operator(step["operator"])
-        if found is torch.ops.aten.view.default:  # strides are not always what was foreseen: batch norms of permuted tensors
+        function = find_operator(step["operator"])
+        if function is torch.ops.aten.view.default:  # strides are not always what was foreseen: batch norms of permuted tensors
             return torch.ops.aten.reshape.default
-        return partial(_with_workspace, found) if step["operator"] in WITH_WORKSPACE else found
+        return partial(_with_workspace, function) if step["operator"] in WITH_WORKSPACE else function
     if "item" in step:
         return operator.itemgetter(int(step["item"]))
     if "tensor" in step:
@@ -236,7 +236,7 @@ def _function(
 
 
 def _with_workspace(operator: Any, *args: Any) -> Any:
-    """Call what keeps for its backward what it does not give, and does so only where gradients are on."""
+    """Call an operator that keeps a workspace for its backward, which it does only where gradients are on."""
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
@@ -257,15 +257,15 @@ def find_operator(name: str) -> Any:
         why = "reads files" if ".".join(parts[:2]) in _FORBIDDEN else f"is of none of {', '.join(_NAMESPACES)}"
         raise UnsupportedError(f"an artifact may not name the operator {name:.80}: it {why}")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-    found = getattr(packet, parts[2], None)
-    if not isinstance(found, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(found.name()):
+    overload = getattr(packet, parts[2], None)
+    if not isinstance(overload, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(overload.name()):
         # also: what only TorchScript has, such as aten::set_grad_enabled, is no computation
         if parts[0] not in _NAMESPACES:
             raise UnsupportedError(
                 f"no operator {name:.80} is registered here; import what registers it before the artifact is loaded"
             )
         raise UnsupportedError(f"this torch has no operator {name}; rebuild the artifact with this torch")
-    return found
+    return overload
 
 
 def _read(value: Any) -> Any:

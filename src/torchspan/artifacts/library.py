@@ -32,9 +32,9 @@ def compile_library(module: GraphModule, options: Mapping[str, Any], shapes: Sha
     known = {name: value for name, value in options.items() if name in there}
     with TemporaryDirectory(prefix="torchspan-") as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
-        wanted = str(Path(folder) / "library.so")
-        made = inductor.aot_compile(copy_of(module), inputs, options={**known, "aot_inductor.output_path": wanted})
-        library = Path(str(made))
+        path = str(Path(folder) / "library.so")
+        output = inductor.aot_compile(copy_of(module), inputs, options={**known, "aot_inductor.output_path": path})
+        library = Path(str(output))
         described = next(Path(folder).glob("*.wrapper.json"), None)  # beside the code, and named as that is
         return library.read_bytes(), None if described is None else described.read_bytes(), needed
 
@@ -46,10 +46,10 @@ def _with_sizes_from_tensors(module: GraphModule, shapes: Shapes) -> tuple[Graph
     if not needed:
         return module, []
     graph = torch.fx.Graph()
-    taken = [graph.placeholder(f"size_{name}") for name in needed]  # first: sizes of later inputs may be made of them
+    size_inputs = [graph.placeholder(f"size_{name}") for name in needed]  # first: sizes of later inputs may be made of them
     new = {node: graph.node_copy(node) for node in placeholders if not is_size(node.meta["val"])}
     numbers: dict[str, Node] = {}
-    for name, place in zip(needed, taken):
+    for name, place in zip(needed, size_inputs):
         with shapes.context.fake_mode:
             place.meta["val"] = torch.empty(shapes.symbols[name], 0)
         numbers[name] = graph.call_function(torch.ops.aten.sym_size.int, (place, 0))
@@ -59,9 +59,9 @@ def _with_sizes_from_tensors(module: GraphModule, shapes: Shapes) -> tuple[Graph
     for node in module.graph.nodes:
         if node.op != "placeholder":
             new[node] = graph.node_copy(node, new.__getitem__)
-    made = GraphModule(module, graph)
-    made.meta.update(module.meta)
-    return made, needed
+    result = GraphModule(module, graph)
+    result.meta.update(module.meta)
+    return result, needed
 
 
 def _symbols_in(value: Any) -> set[str]:

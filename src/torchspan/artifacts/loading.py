@@ -109,8 +109,8 @@ def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], mod
         except TorchspanError:
             raise
         except Exception as cause:  # whatever a value leads to that no artifact was written with
-            said = f"{type(cause).__name__}: {cause}"
-            raise IntegrityError(f"the artifact holds data that torchspan does not write ({said})") from cause
+            reason = f"{type(cause).__name__}: {cause}"
+            raise IntegrityError(f"the artifact holds data that torchspan does not write ({reason})") from cause
 
 
 def _load_entry(program: Mapping[str, Any], payloads: Mapping[str, bytes], folder: Path, model: Callable[..., Any]) -> Entry:
@@ -192,12 +192,12 @@ class Dispatcher:
         raise UnsupportedError(f"what was loaded from {self._origin} cannot be copied or sent; load it again there")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        said = []
+        failures = []
         for entry in self.entries:
             try:
                 return entry.call(self._model, args, kwargs)
             except Failed as cause:
-                said.append(str(cause))
+                failures.append(str(cause))
         raise GuardError(
-            f"no entry of {self._origin} is for this call: {'; or '.join(said)}. Add an entry for it, or call the model"
+            f"no entry of {self._origin} is for this call: {'; or '.join(failures)}. Add an entry for it, or call the model"
         )

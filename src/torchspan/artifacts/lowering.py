@@ -173,12 +173,12 @@ def _refuse_uncarried(metadata: Any, forward: GraphModule, num_inputs: int) -> N
             hasattr(meta, "attrs") for meta in (*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta)
         ),
     }
-    for reason, found in reasons.items():
-        if found:
+    for reason, cases in reasons.items():
+        if cases:
             raise UnsupportedError(f"an artifact cannot hold this program: {reason}; compile it with torch.compile")
 
 
 def _ordered(forward: GraphModule) -> str:
     """The operators that are kept in their order for what else they do, by name."""
-    found = [node.args[1] for node in forward.graph.nodes if str(node.target) == "with_effects" and len(node.args) > 1]
-    return ", ".join(sorted(set(map(str, found))))
+    operators = [node.args[1] for node in forward.graph.nodes if str(node.target) == "with_effects" and len(node.args) > 1]
+    return ", ".join(sorted(set(map(str, operators))))

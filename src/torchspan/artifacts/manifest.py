@@ -48,7 +48,7 @@ def platform_entries() -> dict[str, Any]:
 
 
 def making_entries() -> dict[str, Any]:
-    """`platform_entries`, and what is written down for who reads it only: libraries for a CPU hold nothing of triton's."""
+    """`platform_entries`, and entries for readers only, as triton's version: libraries for a CPU do not use it."""
     from torchspan.environment.facts import installed_version
 
     return {**platform_entries(), "triton": installed_version("triton")}
@@ -132,35 +132,37 @@ def check_manifest(manifest: Mapping[str, Any], target: Any) -> None:
     """Raise ManifestMismatchError, with the entries that differ and how to rebuild, unless the artifact fits here."""
     differ = mismatches(manifest, {**platform_entries(), **model_entries(target)})
     if differ:
-        said = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
-        raise ManifestMismatchError(f"the artifact does not fit here: {said}. Rebuild it: {values_of(manifest).get('rebuild')}")
+        differences = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
+        raise ManifestMismatchError(
+            f"the artifact does not fit here: {differences}. Rebuild it: {values_of(manifest).get('rebuild')}"
+        )
 
 
-def mismatches(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
-    """The entries that are not as they were `found` here: for what the artifact was made, and what this is."""
+def mismatches(manifest: Mapping[str, Any], actual: Mapping[str, Any]) -> dict[str, str]:
+    """The entries that differ from the `actual` ones of this machine: what the artifact was made for, and what this is."""
     expected = values_of(manifest)
-    differ = [name for name in found if _differs(name, expected.get(name), found[name])]
-    return {name: f"made for {_show(name, expected.get(name), found[name])}" for name in differ}
+    differ = [name for name in actual if _differs(name, expected.get(name), actual[name])]
+    return {name: f"made for {_show(name, expected.get(name), actual[name])}" for name in differ}
 
 
-def _differs(name: str, expected: Any, found: Any) -> bool:
+def _differs(name: str, expected: Any, actual: Any) -> bool:
     if name == "isa" and isinstance(expected, dict):
-        return expected["capability"] != found["capability"] or not set(expected["flags"]) <= set(found["flags"])
+        return expected["capability"] != actual["capability"] or not set(expected["flags"]) <= set(actual["flags"])
     if name == "format":
         return expected not in (FORMAT, FORMAT_DYNAMIC, FORMAT_OBJECTS)
-    return bool(expected != found)
+    return bool(expected != actual)
 
 
-def _show(name: str, expected: Any, found: Any) -> str:
+def _show(name: str, expected: Any, actual: Any) -> str:
     if name == "isa" and isinstance(expected, dict):
-        lacking = sorted(set(expected["flags"]) - set(found["flags"]))
-        return f"{expected['capability']}, this is {found['capability']}" + (
+        lacking = sorted(set(expected["flags"]) - set(actual["flags"]))
+        return f"{expected['capability']}, this is {actual['capability']}" + (
             f" without {', '.join(lacking)}" if lacking else ""
         )
     if name == "state" and isinstance(expected, dict):
-        names = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
-        parts = [f"{key} {expected.get(key, 'absent')}, this has {found.get(key, 'none')}" for key in names[:3]]
+        names = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
+        parts = [f"{key} {expected.get(key, 'absent')}, this has {actual.get(key, 'none')}" for key in names[:3]]
         return "; ".join(parts) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
     if name == "code":
         return "other code of the model's classes than is here"
-    return f"{expected}, this is {found}"
+    return f"{expected}, this is {actual}"

@@ -42,24 +42,26 @@ def check_numbers(
 
     The tangents of the backward are drawn; nothing of random numbers is left changed.
     """
-    given = [example_of(value) if is_size(value) else value.detach() for value in inputs]
+    examples = [example_of(value) if is_size(value) else value.detach() for value in inputs]
     dtypes = tuple(set().union(*(_dtypes_of(graph) for graph in graphs.values() if graph is not None)))
     forward_graph, backward_graph = graphs["forward"], graphs["backward"]
     with TemporaryDirectory(prefix="torchspan-") as folder, torch.random.fork_rng(devices=()), torch.no_grad():
         forward, backward = open_runners(plan, parts.program, parts.payloads, Path(folder))
-        found, expected = _both(forward, forward_graph, given, symbols)
+        actual, expected = _both(forward, forward_graph, examples, symbols)
         num_results = len(plan["mutated"]) + len(plan["outputs"]) + plan["num_bases"]
         steady = [index < num_results or _is_steady(value) for index, value in enumerate(expected)]
-        mine, theirs = ([value for value, is_kept in zip(values, steady) if is_kept] for values in (found, expected))
-        _refuse(difference(mine, theirs, *dtypes), f"the forward of {name}")
+        steady_actual, steady_expected = (
+            [value for value, is_kept in zip(values, steady) if is_kept] for values in (actual, expected)
+        )
+        _refuse(difference(steady_actual, steady_expected, *dtypes), f"the forward of {name}")
         if backward_graph is not None:
             arguments = _arguments(backward_graph, _named(forward_graph, expected))
-            found, expected = _both(backward, backward_graph, arguments, symbols)
-            _refuse(difference(*but_rounding(found, expected, *dtypes), *dtypes, name="gradient"), f"the backward of {name}")
+            actual, expected = _both(backward, backward_graph, arguments, symbols)
+            _refuse(difference(*but_rounding(actual, expected, *dtypes), *dtypes, name="gradient"), f"the backward of {name}")
 
 
 def _dtypes_of(graph: GraphModule) -> set[torch.dtype]:
-    """Those that a computation passes through: with autocast inside, inputs and outputs do not tell."""
+    """The dtypes that a computation passes through: with autocast inside, inputs and outputs do not show them."""
     values = [value for node in graph.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
     return {value.dtype for value in values if isinstance(value, torch.Tensor)}
 
@@ -67,11 +69,11 @@ def _dtypes_of(graph: GraphModule) -> set[torch.dtype]:
 def _both(runner: Any, graph: Any, inputs: Sequence[Any], symbols: Mapping[str, int]) -> tuple[list[Any], list[Any]]:
     """What was compiled and what the operators give, from the same random numbers."""
     state = torch.get_rng_state()
-    found = runner([value for value in inputs if isinstance(value, torch.Tensor)], symbols)
+    actual = runner([value for value in inputs if isinstance(value, torch.Tensor)], symbols)
     torch.set_rng_state(state)
     needs_workspace = any(str(node.target) in WITH_WORKSPACE for node in graph.graph.nodes)
     with torch.set_grad_enabled(needs_workspace):
-        return found, list(map(_detached, graph(*inputs)))
+        return actual, list(map(_detached, graph(*inputs)))
 
 
 def _detached(value: Any) -> Any:
@@ -79,7 +81,7 @@ def _detached(value: Any) -> Any:
 
 
 def _is_steady(value: Any) -> bool:
-    """Not so is what is saved as integers, such as where an activation is positive: one rounding more turns it over."""
+    """Whether rounding changes a saved value by little; it may flip an integer, such as where an activation is positive."""
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 

@@ -75,9 +75,9 @@ _NUMBERED_KEY = r"list\(dict\.keys\(.*\)\)\[(\d+)\]"
 
 
 def _numbered(node: ast.expr) -> int | None:
-    """Which key of a dict is meant, where a source has a key by its number: such as a hook's, which is another elsewhere."""
-    found = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
-    return None if found is None else int(found[1])
+    """The number of a dict's key, where a source gives that in place of the key, as for a hook's, which differs by process."""
+    match = re.fullmatch(_NUMBERED_KEY, ast.unparse(node))
+    return None if match is None else int(match[1])
 
 
 def _item(function: str, node: ast.expr, within: Path, source: str) -> tuple[str, Any]:
@@ -191,9 +191,9 @@ def following(path: Path) -> Callable[[Mapping[str, Any]], Any]:
     steps = [STEPS[kind](key) for kind, key in path]
 
     def find(values: Mapping[str, Any]) -> Any:
-        found: Any = values
+        value: Any = values
         for step in steps:
-            found = step(found)
-        return found
+            value = step(value)
+        return value
 
     return find

@@ -38,12 +38,12 @@ def result_of(guards: Guards) -> tuple[Any, list[Any]]:
     values = {"target": guards.program.target, "args": guards.program.args, "kwargs": dict(guards.program.kwargs)}
     for source in frame.sources:
         path = parse_path(source, frame.scope)
-        found = follow(path, values)
-        if isinstance(found, torch.Tensor):  # a size is a number, and equal numbers may be one object
-            known.setdefault(id(found), {"path": encode_path(path)})
-    for path, found in returned_values(frame, guards.program):
-        if not is_constant(found):
-            known.setdefault(id(found), {"path": encode_path(path)})
+        value = follow(path, values)
+        if isinstance(value, torch.Tensor):  # a size is a number, and equal numbers may be one object
+            known.setdefault(id(value), {"path": encode_path(path)})
+    for path, value in returned_values(frame, guards.program):
+        if not is_constant(value):
+            known.setdefault(id(value), {"path": encode_path(path)})
     for name in ("args", "kwargs"):
         _remember(values[name], (("local", name),), known)
     structure = _structure(result, known, guards.program.name)
@@ -59,30 +59,32 @@ def result_of(guards: Guards) -> tuple[Any, list[Any]]:
     return structure, stores
 
 
-def _difference(made: Any, wanted: Any, place: str) -> str | None:
-    """Where a result that was made again is another, or None."""
-    if made is wanted:
+def _difference(rebuilt: Any, original: Any, place: str) -> str | None:
+    """Where a rebuilt result differs from the original, or None."""
+    if rebuilt is original:
         return None
-    if type(made) is not type(wanted):
-        return f"{place} is a {type(wanted).__name__}, made again it is a {type(made).__name__}"
-    if isinstance(wanted, torch.Tensor):
+    if type(rebuilt) is not type(original):
+        return f"{place} is a {type(original).__name__}, made again it is a {type(rebuilt).__name__}"
+    if isinstance(original, torch.Tensor):
         return f"{place} is another tensor"
     pairs: list[tuple[Any, Any, str]] = []
-    if isinstance(wanted, Mapping):
-        if list(made) != list(wanted):
-            return f"{place} has the keys {list(wanted)!r:.80}, made again {list(made)!r:.80}"
-        pairs = [(made[key], wanted[key], f"{place}[{key!r}]") for key in wanted]
-    elif isinstance(wanted, (tuple, list)):
-        if len(made) != len(wanted):
-            return f"{place} has length {len(wanted)}, made again {len(made)}"
-        pairs = [(one, other, f"{place}[{index}]") for index, (one, other) in enumerate(zip(made, wanted))]
-    elif is_plain_class(type(wanted)):
-        return _difference(vars(made), vars(wanted), place)
-    elif not is_dataclass(wanted):
-        is_same = bool(made == wanted or (made != made and wanted != wanted))
-        return None if is_same else f"{place} is {wanted!r:.80}, made again {made!r:.80}"
-    names = [field.name for field in fields(wanted)] if is_dataclass(wanted) else []
-    pairs += [(getattr(made, name, None), getattr(wanted, name, None), f"{place}.{name}") for name in names]
+    if isinstance(original, Mapping):
+        if list(rebuilt) != list(original):
+            return f"{place} has the keys {list(original)!r:.80}, made again {list(rebuilt)!r:.80}"
+        pairs = [(rebuilt[key], original[key], f"{place}[{key!r}]") for key in original]
+    elif isinstance(original, (tuple, list)):
+        if len(rebuilt) != len(original):
+            return f"{place} has length {len(original)}, made again {len(rebuilt)}"
+        pairs = [
+            (part, original_part, f"{place}[{index}]") for index, (part, original_part) in enumerate(zip(rebuilt, original))
+        ]
+    elif is_plain_class(type(original)):
+        return _difference(vars(rebuilt), vars(original), place)
+    elif not is_dataclass(original):
+        is_same = bool(rebuilt == original or (rebuilt != rebuilt and original != original))
+        return None if is_same else f"{place} is {original!r:.80}, made again {rebuilt!r:.80}"
+    names = [field.name for field in fields(original)] if is_dataclass(original) else []
+    pairs += [(getattr(rebuilt, name, None), getattr(original, name, None), f"{place}.{name}") for name in names]
     return next(filter(None, (_difference(*pair) for pair in pairs)), None)
 
 

@@ -19,7 +19,7 @@ from torchspan.private.dynamo import source_name
 class Shapes:
     """What a capture knows of dynamic sizes: `symbols` and where each is found; tensors whose shape has any, by source.
 
-    Those of `firm` may not be fixed: somebody said that they are dynamic, and did not only wish it.
+    Those of `firm` may not be fixed: they were marked as dynamic, not only as dimensions that may be.
     """
 
     symbols: Mapping[str, torch.SymInt]
@@ -52,22 +52,22 @@ def shapes_of(context: Any) -> Shapes:
     tensors: dict[str, Any] = {}
     firm: set[str] = set()
     for entry in tracked:
-        found = (
+        sizes = (
             [size for size in (*entry.fake.shape, *entry.fake.stride()) if is_size(size)]
             if isinstance(entry.fake, torch.Tensor)
             else []
         )
-        if found:
+        if sizes:
             tensors[source_name(entry.source)] = entry.fake
-            said = entry.symbolic_context.constraint_sizes
+            constraints = entry.symbolic_context.constraint_sizes
             firm |= {
                 str(size.node._expr)
-                for size, each in zip(entry.fake.shape, said)
+                for size, each in zip(entry.fake.shape, constraints)
                 if each and not each.warn_only and is_size(size)
             }
-        for size in [*found, *([entry.fake] if is_size(entry.fake) else [])]:
+        for size in [*sizes, *([entry.fake] if is_size(entry.fake) else [])]:
             if size.node._expr.is_symbol:
                 symbols.setdefault(str(size.node._expr), size)
-    known = {str(symbol): source_name(found[0]) for symbol, found in getattr(env, "var_to_sources", {}).items() if found}
+    known = {str(symbol): source_name(origins[0]) for symbol, origins in getattr(env, "var_to_sources", {}).items() if origins}
     sources = {name: known[name] for name in symbols if re.search(r"\.(size|stride)\(\)\[", known[name])}
     return Shapes({name: symbols[name] for name in sources}, frozenset(firm), sources, tensors, context)

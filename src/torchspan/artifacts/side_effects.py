@@ -19,26 +19,26 @@ _ABSENT = object()
 
 @contextmanager
 def kept_as_they_were(frame: Frame, program: Program) -> Iterator[list[tuple[Path, Any, Any]]]:
-    """Inside, the captured bytecode may run; then what it changed is put back, and told: where, by which key, the new value.
+    """Inside, the captured bytecode may run. At the end its changes are undone, and listed as path, key and new value.
 
-    A key of a dict stands in a list of its own; a name is that of an attribute.
+    The key of a dict is in a list of its own; a name is that of an attribute.
 
     Raises:
         UnsupportedError: a change of another kind, or of a constant: the next call would find that one.
     """
     values = {"target": program.target, "args": program.args, "kwargs": dict(program.kwargs)}
-    found: list[tuple[Path, Any, Any]] = []
+    changes: list[tuple[Path, Any, Any]] = []
     places = [place for source in frame.changes for place in _places(source, frame, values, program)]
     before = [(path, held, dict(held), is_dict) for path, held, is_dict in places]
     try:
-        yield found
+        yield changes
         for path, held, old, is_dict in before:
             gone = [key for key in old if key not in held]
             for key, value in [*((key, _ABSENT) for key in gone), *held.items()]:
                 if value is not old.get(key, _ABSENT) and not _is_equal(value, old.get(key, _ABSENT)):
                     if value is _ABSENT or not _has_tensors(value):
                         raise _refusal(program, f"{key!r} of {', '.join(frame.changes)}")
-                    found.append((path, [encode(key)] if is_dict else key, value))
+                    changes.append((path, [encode(key)] if is_dict else key, value))
     finally:
         for _, held, old, _ in before:
             held.clear()
@@ -57,13 +57,13 @@ def _places(source: str, frame: Frame, values: Any, program: Program) -> Iterato
         path = parse_path(source, frame.scope)
     except UnsupportedError as cause:
         raise _refusal(program, source) from cause
-    found = follow(path, values) if path[0][0] == "local" else None
-    if isinstance(found, dict):
-        yield path, found, True
-    elif hasattr(found, "__dict__") and not isinstance(found, type):
-        yield path, vars(found), False
-        if isinstance(found, torch.nn.Module):
-            yield (*path, ("attr", "_buffers")), found._buffers, True
+    holder = follow(path, values) if path[0][0] == "local" else None
+    if isinstance(holder, dict):
+        yield path, holder, True
+    elif hasattr(holder, "__dict__") and not isinstance(holder, type):
+        yield path, vars(holder), False
+        if isinstance(holder, torch.nn.Module):
+            yield (*path, ("attr", "_buffers")), holder._buffers, True
     else:
         raise _refusal(program, source)
 

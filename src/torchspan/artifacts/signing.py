@@ -63,12 +63,12 @@ def sign(manifest: bytes, key: Key) -> bytes:
 def check(manifest: bytes, signature: bytes | None, trusted: Sequence[Key]) -> None:
     """Raise UntrustedError unless one of the `trusted` keys signed the manifest."""
     names = {f"{_check(key)} {key_name(key)}": key for key in trusted}
-    wanted = f"trusted are: {', '.join(names) or 'none'}"
+    trusted_names = f"trusted are: {', '.join(names) or 'none'}"
     if signature is None:
-        raise UntrustedError(f"the artifact is not signed, and {wanted}; sign it with Artifact.save(path, key=...)")
+        raise UntrustedError(f"the artifact is not signed, and {trusted_names}; sign it with Artifact.save(path, key=...)")
     name, value = _read(signature)
     if name not in names:
-        raise UntrustedError(f"the artifact is signed by {name[:80]}, and {wanted}")
+        raise UntrustedError(f"the artifact is signed by {name[:80]}, and {trusted_names}")
     if not _holds(names[name], manifest, value):
         raise UntrustedError(f"the artifact's signature by {name} does not hold: it was changed after it was signed")
 
@@ -86,8 +86,8 @@ def signer(signature: bytes | None) -> str | None:
 def _read(signature: bytes) -> tuple[str, bytes]:
     """Who signed, and the value."""
     try:
-        told = json.loads(signature)
-        return f"{told['kind']} {told['key']}", bytes.fromhex(told["signature"])
+        record = json.loads(signature)
+        return f"{record['kind']} {record['key']}", bytes.fromhex(record["signature"])
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise UntrustedError(f"the artifact's signature cannot be read ({type(cause).__name__}); make it again") from cause
 

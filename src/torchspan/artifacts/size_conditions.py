@@ -63,11 +63,11 @@ class Expression:
         return cls(text, compile(tree, "<sizes>", "eval"), frozenset(names - {*_FUNCTIONS, "math"}))
 
     def value(self, symbols: Mapping[str, int]) -> Any:
-        """What it comes to."""
+        """Its value, for these values of the symbols."""
         return eval(self.code, _SCOPE, symbols)  # of what has passed `_is_allowed`
 
     def node(self, graph: Graph, numbers: Mapping[str, Node]) -> Any:
-        """The same as nodes of a graph, of those that stand for its symbols."""
+        """Its value as nodes of a graph, made of the nodes that stand for its symbols."""
         return _node(ast.parse(self.text, mode="eval").body, graph, numbers)
 
 
@@ -114,7 +114,7 @@ _SCOPE: dict[str, Any] = {
 
 
 def _is_small(node: ast.AST) -> bool:
-    """Whether a power, or a number of digits, is one that a computation of sizes has: others take hours, or all memory."""
+    """Whether a power, or a literal, is as small as sizes need: a large one takes hours to compute, or all memory."""
     return isinstance(node, (ast.Constant, ast.UnaryOp)) and abs(ast.literal_eval(node)) <= _MAX_POWER
 
 
@@ -140,7 +140,7 @@ def is_size(value: Any) -> bool:
 
 
 def example_of(value: Any) -> Any:
-    """What a number is for the example inputs, if it was computed of dynamic sizes; asking it by ``int`` would fix it."""
+    """The value of a number for the example inputs; ``int`` of one that was computed of dynamic sizes would fix them."""
     return value.node.hint if is_size(value) else value
 
 
@@ -236,12 +236,12 @@ class Sizes:
             raise IntegrityError(f"an artifact's conditions name {', '.join(sorted(unknown))}, which it does not have")
 
     def failed(self, symbols: Mapping[str, int]) -> str | None:
-        """The first condition that does not hold, and what it was asked of."""
+        """The first condition that does not hold, with the sizes that it is about; None if all hold."""
         for condition in self._conditions:
             if not condition.value(symbols):
                 places = {name: show_path(path) for name, path in zip(self.names, self.paths)}
-                asked = [f"{name} = {places[name]} = {symbols[name]}" for name in sorted(condition.names)]
-                return f"expected {condition.text}, found {', '.join(asked)}"
+                sizes = [f"{name} = {places[name]} = {symbols[name]}" for name in sorted(condition.names)]
+                return f"expected {condition.text}, found {', '.join(sizes)}"
         return None
 
     def failed_for(self, values: Mapping[str, Any]) -> str | None:

@@ -101,14 +101,14 @@ class Precompile:
 
 
 def naming_the_compiler(compile_it: Callable[[], Any], name: str) -> Any:
-    """What a compiler returns; what it raises, as a CompileError."""
+    """The result of a compiler; what it raises becomes a CompileError that names the program."""
     try:
         return compile_it()
     except TorchspanError:
         raise
     except Exception as cause:
-        said = str(cause).strip().splitlines() or [""]
-        raise CompileError(f"the compiler failed on {name}: {type(cause).__name__}: {said[0]}") from cause
+        lines = str(cause).strip().splitlines() or [""]
+        raise CompileError(f"the compiler failed on {name}: {type(cause).__name__}: {lines[0]}") from cause
 
 
 class _Checked:

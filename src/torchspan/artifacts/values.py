@@ -81,10 +81,10 @@ def decode(value: Any) -> Any:
 
 def _torch_constant(kind: type) -> Callable[[str], Any]:
     def find(name: str) -> Any:
-        found = getattr(torch, name, None)
-        if not isinstance(found, kind):
+        value = getattr(torch, name, None)
+        if not isinstance(value, kind):
             raise IntegrityError(f"an artifact names {name!r} as a {kind.__name__}; torch has none of that name")
-        return found
+        return value
 
     return find
 
@@ -132,12 +132,12 @@ def find_name(name: str) -> Any:
         LookupError: there is nothing of that name.
     """
     module_name, _, qualname = name.partition(":")
-    found: Any = loaded_module(module_name)
+    value: Any = loaded_module(module_name)
     for part in qualname.split("."):
-        if part == "<locals>" or not hasattr(found, part):
+        if part == "<locals>" or not hasattr(value, part):
             raise LookupError(f"{name} cannot be found: {module_name} has no {qualname}")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def loaded_module(name: str) -> ModuleType:

@@ -45,8 +45,8 @@ def read_weights(payloads: Mapping[str, bytes], model: Callable[..., Any]) -> No
 
 def _named(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
     """Every parameter and buffer once, with all its names."""
-    found: dict[int, tuple[list[str], torch.Tensor]] = {}
+    entries: dict[int, tuple[list[str], torch.Tensor]] = {}
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in pairs:
-        found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(found.values())
+        entries.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(entries.values())

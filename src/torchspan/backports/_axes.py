@@ -56,17 +56,17 @@ def split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         return [axis_of((size, stride * inner) for size, inner in row) for row in rows_of(sizes)]
     left = list(axis)
     parts: list[Axis] = []
-    for wanted in reversed(sizes):
+    for remaining in reversed(sizes):
         part: list[tuple[int, int]] = []
-        while wanted > 1:
+        while remaining > 1:
             size, stride = left.pop()
-            taken = math.gcd(size, wanted)
-            if taken != min(size, wanted):
+            factor = math.gcd(size, remaining)
+            if factor != min(size, remaining):
                 raise ValueError(f"the axis {axis} of (size, stride) pairs has no parts of the sizes {tuple(sizes)}")
-            part.insert(0, (taken, stride))
-            wanted //= taken
-            if size > taken:
-                left.append((size // taken, stride * taken))
+            part.insert(0, (factor, stride))
+            remaining //= factor
+            if size > factor:
+                left.append((size // factor, stride * factor))
         parts.insert(0, axis_of(part))
     return parts
 
@@ -107,7 +107,7 @@ def selected(axis: Axis, size: int, stride: int) -> Axis:
     """
     if size == 1:
         return ()
-    taken: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for position in reversed(range(len(axis))):
         (length, step), is_outermost = axis[position], position == 0
         if not is_outermost and length <= stride:
@@ -121,8 +121,8 @@ def selected(axis: Axis, size: int, stride: int) -> Axis:
         part = size if is_outermost else min(length, size)
         if size % part:
             break
-        taken.insert(0, (part, step))
+        pairs.insert(0, (part, step))
         size //= part
         if size == 1:
-            return axis_of(taken)
+            return axis_of(pairs)
     raise ValueError(f"{size} ranks, every {stride}-th, cannot be taken from the axis {axis} of (size, stride) pairs")

@@ -132,8 +132,8 @@ class Shim(Backport):
     factory: Callable[[], ModuleType | Mapping[str, object]] = dict
 
     def _build_module(self, module: str = "") -> Mapping[str, object]:
-        made = self.factory()
-        names = vars(made) if isinstance(made, ModuleType) else made
+        content = self.factory()
+        names = vars(content) if isinstance(content, ModuleType) else content
         return {name: value for name, value in names.items() if not (name.startswith("__") and name.endswith("__"))}
 
 
@@ -258,8 +258,8 @@ def index_entry(backport: Backport) -> list[dict[str, Any]]:
 def _late(owner: str, kind: str, **fields: Any) -> Patch:
     def build(*old: Any) -> Any:
         place = fields["target"], fields.get("attribute")
-        found: Iterator[Any] = (patch for patch in get_backport(owner).patches() if type(patch).__name__ == kind)
-        return next(patch for patch in found if (patch.target, getattr(patch, "attribute", None)) == place).build(*old)
+        patches: Iterator[Any] = (patch for patch in get_backport(owner).patches() if type(patch).__name__ == kind)
+        return next(patch for patch in patches if (patch.target, getattr(patch, "attribute", None)) == place).build(*old)
 
     patch: Patch = _KINDS[kind](owner=owner, build=build, **fields)
     return patch
@@ -284,8 +284,8 @@ def get_backport(name: str) -> Backport:
         return _registered[name]
     if name not in REGISTRY.names():
         raise unknown_name("backport", name, backport_names(), "'torchspan doctor' lists them")
-    found: Backport = REGISTRY.get(name).BACKPORT
-    return found
+    backport: Backport = REGISTRY.get(name).BACKPORT
+    return backport
 
 
 def register(backport: Backport) -> Callable[[], None]:

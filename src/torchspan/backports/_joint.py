@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from torchspan.backports import _descriptor_order as descriptor_order
 from torchspan.backports import _descriptors as descriptors
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.replaced import in_calls_with
@@ -143,9 +144,9 @@ def aot_export_joint_with_descriptors(
     config = aot.config_for(flat_args, len(state), decompositions, keep_inference_input_mutations, ignore_shape_env)
     fake_mode, shape_env = entry.construct_fake_mode(flat_args, config)
     fake_args = entry.process_inputs(flat_args, config, fake_mode, shape_env, ignore_shape_env)
-    with aot.compiled_autograd_off(), _stopping_at_the_graph(config) as found:
+    with aot.compiled_autograd_off(), _stopping_at_the_graph(config) as traces:
         entry.create_aot_dispatcher_function(call, fake_args, config, fake_mode, shape_env)
-    traced = found[0]
+    traced = traces[0]
     _enter_contexts(stack, fake_mode, shape_env)
     aot_state = AOTState(
         traced.needs_autograd, traced.flat_args, primals, traced.outer_metadata, config, stack, fake_mode, traced.function
@@ -253,22 +254,22 @@ def _base(index: int, base: Any, inputs: list[tuple[Any, descriptors.AOTInput]])
     return descriptors.DummyAOTInput(index)
 
 
-def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+def _share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two plain tensors are of one memory."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    if dispatch.is_traceable_wrapper_subclass(one) or dispatch.is_traceable_wrapper_subclass(two):
+    if dispatch.is_traceable_wrapper_subclass(first) or dispatch.is_traceable_wrapper_subclass(second):
         return False
-    return StorageWeakRef(one.untyped_storage()) == StorageWeakRef(two.untyped_storage())
+    return StorageWeakRef(first.untyped_storage()) == StorageWeakRef(second.untyped_storage())
 
 
 def _describe(traced: _Traced, primals: list[descriptors.AOTInput]) -> Any:
     """Write ``meta["desc"]`` of the graph; returns the descriptors of its inputs in the structure of its example inputs."""
-    forward = descriptors.forward_outputs(traced, primals)
+    forward = descriptor_order.forward_outputs(traced, primals)
     placeholders, output = traced.graph.graph.find_nodes(op="placeholder"), traced.graph.graph.output_node()
-    inputs: Any = descriptors.joint_inputs(traced, primals)
+    inputs: Any = descriptor_order.joint_inputs(traced, primals)
     flat = [*inputs[0], *inputs[1]] if traced.needs_autograd else inputs[0]
-    outputs = [*forward, *descriptors.gradients(traced, primals)] if traced.needs_autograd else forward
+    outputs = [*forward, *descriptor_order.gradients(traced, primals)] if traced.needs_autograd else forward
     flat += [descriptors.DummyAOTInput(index) for index in range(len(flat), len(placeholders))]
     for node, descriptor in zip(placeholders, flat):
         node.meta["desc"] = descriptor
@@ -303,15 +304,15 @@ class _Traced:
 def _stopping_at_the_graph(config: Any) -> Iterator[list[_Traced]]:
     """Inside, AOTAutograd traces a graph for `config` and returns without compiling it; what it has then is in the list."""
     runtime = aot.jit_compile_runtime_wrappers
-    found: list[_Traced] = []
+    traces: list[_Traced] = []
 
     def trace(needs_autograd: bool, function: Any, flat_args: Any, config: Any, *, fw_metadata: Any) -> tuple[None, Any]:
         wrappers = runtime._create_wrappers_for_dispatch(needs_autograd=needs_autograd)
-        given = [*flat_args]
+        arguments = [*flat_args]
         inner, kept, inner_metadata = runtime.pre_compile(wrappers, function, flat_args, config, fw_metadata=fw_metadata)
         trace_graph = runtime.aot_dispatch_autograd_graph if needs_autograd else runtime.aot_dispatch_base_graph
         parts = trace_graph(inner, kept, config, fw_metadata=inner_metadata)
-        found.append(_Traced(needs_autograd, function, given, fw_metadata, kept, inner_metadata, wrappers, *parts))
+        traces.append(_Traced(needs_autograd, function, arguments, fw_metadata, kept, inner_metadata, wrappers, *parts))
         return None, fw_metadata
 
     changes = {
@@ -319,7 +320,7 @@ def _stopping_at_the_graph(config: Any) -> Iterator[list[_Traced]]:
         "aot_dispatch_base": functools.partial(trace, False),
     }
     with in_calls_with(config, aot.aot_autograd, changes):
-        yield found
+        yield traces
 
 
 @contextmanager
@@ -342,8 +343,8 @@ def _going_on_from(jd: JointWithDescriptors) -> Iterator[None]:
 
 def _with_backward(post_compile: Callable[..., Any], forward: Any, backward: Any, *args: Any, **kwargs: Any) -> Any:
     """AOTAutograd's last step, with the backward compiled now: it would be at the first call of it."""
-    given = inspect.signature(post_compile).bind(forward, backward, *args, **kwargs).arguments
-    lazy, config = given["lazy_backward_info"], given["aot_config"]
+    arguments = inspect.signature(post_compile).bind(forward, backward, *args, **kwargs).arguments
+    lazy, config = arguments["lazy_backward_info"], arguments["aot_config"]
     if backward is None and lazy is not None:
         with aot.compiling_backward(config):
             backward = config.bw_compiler(fx.real_copy(lazy.bw_module), lazy.placeholder_list)

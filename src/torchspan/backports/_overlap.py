@@ -38,11 +38,11 @@ def is_fsdp_scatter(node: Node) -> bool:
 
 
 def _downstream(node: Node) -> Iterator[Node]:
-    found, todo = {node}, [node]
+    nodes, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
-            if user not in found:
-                found.add(user)
+            if user not in nodes:
+                nodes.add(user)
                 todo.append(user)
                 yield user
 
@@ -50,8 +50,8 @@ def _downstream(node: Node) -> Iterator[Node]:
 def fsdp_collectives(nodes: Iterable[Node], kind: str) -> list[Collective]:
     """FSDP's gathers or scatters among `nodes`, each with its one wait, in order."""
     is_wanted = is_fsdp_gather if kind == GATHER else is_fsdp_scatter
-    found = ((node, wait_for(node)) for node in nodes if is_wanted(node))
-    return [Collective(node, wait) for node, wait in found if wait is not None]
+    pairs = ((node, wait_for(node)) for node in nodes if is_wanted(node))
+    return [Collective(node, wait) for node, wait in pairs if wait is not None]
 
 
 # the modules that nodes belong to
@@ -97,8 +97,8 @@ def merge(gm: GraphModule, groups: Sequence[Sequence[Collective]], kind: str, pl
             continue
         at = group[0] if kind == GATHER else group[-1]
         meta = {key: value for key, value in at.node.meta.items() if key in _KEPT}
-        one: Merged = (merge_gathers if kind == GATHER else merge_scatters)(gm.graph, group, places, meta)
-        merged.append(Bucket(one.begin, one.end, size))
+        result: Merged = (merge_gathers if kind == GATHER else merge_scatters)(gm.graph, group, places, meta)
+        merged.append(Bucket(result.begin, result.end, size))
     return merged
 
 

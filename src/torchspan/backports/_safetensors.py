@@ -113,7 +113,7 @@ def write_index(output_dir: str, file_names: Mapping[str, str], sizes: Mapping[s
 
 
 def _find_shards(folder: Path) -> dict[str, list[Shard]]:
-    found: dict[str, list[Shard]] = {}
+    shards: dict[str, list[Shard]] = {}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         with path.open("rb") as stream:
             header, data_start = read_header(stream)
@@ -124,8 +124,8 @@ def _find_shards(folder: Path) -> dict[str, list[Shard]]:
             if name != METADATA:
                 begin, end = entry["data_offsets"]
                 shard = Shard(path, data_start + begin, end - begin, entry["dtype"], tuple(entry["shape"]), offsets[name])
-                found.setdefault(name, []).append(shard)
-    return found
+                shards.setdefault(name, []).append(shard)
+    return shards
 
 
 def _whole(name: str, shards: Iterable[Shard]) -> Whole:
@@ -228,14 +228,14 @@ def read_data(reader: Any, plan: Any, read_item: Callable[[Any, Any], None]) -> 
 def read_box(file: Any, name: str, offsets: Iterable[int], lengths: Iterable[int]) -> Tensor:
     """The part of a tensor at `offsets`, of shape `lengths`, from an open file."""
     box = tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
-    found: Tensor = file.get_slice(name)[box] if box else file.get_tensor(name)
-    return found
+    tensor: Tensor = file.get_slice(name)[box] if box else file.get_tensor(name)
+    return tensor
 
 
-def give(planner: Any, item: Any, found: Tensor) -> None:
+def give(planner: Any, item: Any, tensor: Tensor) -> None:
     """Copy what was read for an item of a load plan to where the planner wants it."""
     target = planner.resolve_tensor(item).detach()
-    if target.size() != found.size():
-        raise AssertionError(f"{item.storage_index} is {tuple(found.size())} in the file, {tuple(target.size())} is wanted")
-    target.copy_(found)
+    if target.size() != tensor.size():
+        raise AssertionError(f"{item.storage_index} is {tuple(tensor.size())} in the file, {tuple(target.size())} is wanted")
+    target.copy_(tensor)
     planner.commit_tensor(item, target)

@@ -81,13 +81,13 @@ def _own_class() -> Any:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = "none" if accelerator is None else accelerator.type
     place, name = _CLASSES.get(kind, ("torch", ""))
-    found = getattr(torch.get_device_module(accelerator), name, None) if name else None
-    if found is None:
+    graph_class = getattr(torch.get_device_module(accelerator), name, None) if name else None
+    if graph_class is None:
         raise UnsupportedError(
             f"torch.accelerator.Graph: the accelerator here is {kind}, and {place} of torch {torch.__version__} has no graphs "
             f"for it; expected CUDA; run the operations themselves instead of a graph's replay"
         )
-    return found
+    return graph_class
 
 
 BACKPORT = Backport(

@@ -27,12 +27,12 @@ _INSTEAD = {
 
 def _saying(name: str) -> Callable[[Any], Any]:
     """What makes of torch's own function one that says what to write instead of `name`, and is the same otherwise."""
-    told: set[str | None] = set()
+    sites: set[str | None] = set()
 
     def wrap(function: Any) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            _say(name, told)
+            _say(name, sites)
             return function(*args, **kwargs)
 
         return call
@@ -40,14 +40,14 @@ def _saying(name: str) -> Callable[[Any], Any]:
     return wrap
 
 
-def _say(name: str, told: set[str | None]) -> None:
+def _say(name: str, sites: set[str | None]) -> None:
     site = user_site()
     report = current_report()
     if report is not None:
         report.decide("deprecated", name, f"torch's own, as before; write {_INSTEAD[name]}", _REASON, site)
-    if site in told:
+    if site in sites:
         return
-    told.add(site)
+    sites.add(site)
     message = f"{name} is the older way to compile ahead of time; write {_INSTEAD[name]} ({_PAGE} says what differs)"
     file, _, line = (site or "?:0").rpartition(":")
     # the module's name is what Python's filters go by: what the main program does is shown, unless they say otherwise

@@ -59,8 +59,8 @@ def _with_stager(async_save: Callable[..., Any]) -> Callable[..., Any]:
         }
         stager = async_stager or _own_stager(storage_writer)
         if stager is None and not no_dist and use_collectives:
-            found: Future[Any] = async_save(state_dict, async_checkpointer_type=async_checkpointer_type, **options)
-            return found
+            future: Future[Any] = async_save(state_dict, async_checkpointer_type=async_checkpointer_type, **options)
+            return future
         in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
         _check_supported(no_dist and in_process, use_collectives, process_group)
         BACKPORT.record_use("async_save(async_stager=…)")

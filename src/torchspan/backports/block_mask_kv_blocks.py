@@ -45,11 +45,11 @@ def _computing(from_kv_blocks: Any) -> Any:
         _check_orders("BlockMask.from_kv_blocks", orders)
         if not compute_q_blocks:
             BACKPORT.record_use("BlockMask.from_kv_blocks(compute_q_blocks=False): they are computed all the same")
-        given = (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE, mask_mod, seq_lengths)
-        return from_kv_blocks.__func__(cls, *given)
+        arguments = (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE, mask_mod, seq_lengths)
+        return from_kv_blocks.__func__(cls, *arguments)
 
-    made: Any = classmethod
-    return made(build)
+    decorator: Any = classmethod
+    return decorator(build)
 
 
 def _without_orders(init: Callable[..., None]) -> Callable[..., None]:

@@ -70,7 +70,7 @@ def _taken_apart(function: Any, within: tuple[Any, ...] = ()) -> tuple[list[Any]
     >>> values, _put_together(recipe, [pow, 2])(5)
     ([<built-in function pow>, 3], 32)
     """
-    is_opaque = not isinstance(function, (FunctionType, functools.partial)) or any(function is one for one in within)
+    is_opaque = not isinstance(function, (FunctionType, functools.partial)) or any(function is outer for outer in within)
     if is_opaque or torch.compiler.is_compiling():  # dynamo lifts what a function holds by itself
         return [], _Whole(function)
     if isinstance(function, functools.partial):
@@ -111,11 +111,11 @@ def _rebuild(function: FunctionType | functools.partial[Any]) -> Callable[[Any],
     more = dict(function.__dict__)
 
     def build(held: Any) -> Any:
-        made = FunctionType(code, names, name, defaults, tuple(CellType(value) for value in held))
+        result = FunctionType(code, names, name, defaults, tuple(CellType(value) for value in held))
         for attribute, value in others.items():
-            setattr(made, attribute, value)
-        vars(made).update(more)
-        return made
+            setattr(result, attribute, value)
+        vars(result).update(more)
+        return result
 
     return build
 

@@ -39,8 +39,8 @@ def _with_members(table: str) -> Change:
 
 def _lacks(module: ModuleType | None) -> bool:
     members = {} if module is None else module.CheckpointPolicy.__members__
-    found = members.get("MUST_CPU_OFFLOAD")
-    return found is None or (_members.cache_info().currsize > 0 and found is _members()["MUST_CPU_OFFLOAD"])
+    member = members.get("MUST_CPU_OFFLOAD")
+    return member is None or (_members.cache_info().currsize > 0 and member is _members()["MUST_CPU_OFFLOAD"])
 
 
 BACKPORT = Backport(

@@ -22,8 +22,8 @@ def _with_early_stop(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def construct(self: Any, mod: torch.nn.Module, *args: Any, **options: Any) -> None:
-        given = inspect.signature(init).bind(self, mod, *args, **options).arguments
-        if "early_stop" not in options or given.get("checkpoint_fn") is not None:
+        arguments = inspect.signature(init).bind(self, mod, *args, **options).arguments
+        if "early_stop" not in options or arguments.get("checkpoint_fn") is not None:
             init(self, mod, *args, **options)
             return
         early_stop = options.pop("early_stop")

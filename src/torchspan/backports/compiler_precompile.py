@@ -15,7 +15,8 @@ _NAMES = ("Capture", "MakeFxTracer", "PrecompileError", "PrecompileSummary", "Pr
 
 def _named(name: str) -> object:
     """One of the names, looked up as a plug-in is: artifacts stand above backports."""
-    return getattr(importlib.import_module("torchspan.artifacts.single_call"), name)
+    file = {"capture": "single_call", "load": "single_call_loading"}.get(name, "single_call_interface")
+    return getattr(importlib.import_module(f"torchspan.artifacts.{file}"), name)
 
 
 class _Submodule(Backport):

@@ -60,8 +60,8 @@ def consolidate_safetensors_files_on_every_rank(
     """
     rank, num_ranks = _rank_and_size(process_group)
     file_names = _safetensors.file_names(fqn_to_index_mapping)
-    mine = {name: file_names[name] for name, index in fqn_to_index_mapping.items() if index % num_ranks == rank}
-    parts = _on_every_rank(lambda: _safetensors.write_files(input_dir, output_dir, mine, num_threads), process_group)
+    own_files = {name: file_names[name] for name, index in fqn_to_index_mapping.items() if index % num_ranks == rank}
+    parts = _on_every_rank(lambda: _safetensors.write_files(input_dir, output_dir, own_files, num_threads), process_group)
     sizes = {name: size for part in parts for name, size in part.items()}
     _on_every_rank(lambda: None if rank else _safetensors.write_index(output_dir, file_names, sizes), process_group)
 

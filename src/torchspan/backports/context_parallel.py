@@ -203,13 +203,13 @@ def _with_load_balancer(unshard: Callable[..., Any]) -> Callable[..., Any]:
     def context_parallel_unshard(
         mesh: Any, buffers: list[Tensor], seq_dims: list[int], load_balancer: _LoadBalancer | None = None
     ) -> list[Tensor]:
-        size, found = mesh.size(), []
+        size, results = mesh.size(), []
         length = buffers[0].size(seq_dims[0]) * size
         balancer = load_balancer or _default_balancer(length, size, buffers[0].device)
         indices = None if balancer is None else balancer._generate_indices(restore=True)
         for buffer, dim in zip(buffers, seq_dims):
-            found.append(_rearranged(_gather(buffer, dim, mesh.get_group().group_name), dim, indices))
-        return found
+            results.append(_rearranged(_gather(buffer, dim, mesh.get_group().group_name), dim, indices))
+        return results
 
     del vars(context_parallel_unshard)["__wrapped__"]  # its signature is its own
     return context_parallel_unshard
@@ -268,11 +268,11 @@ def _context_parallel_style() -> type:
 
         def flex_input_fn(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
             """Gather keys and values."""
-            given = dict(zip(("query", "key", "value"), args)) | kwargs
+            arguments = dict(zip(("query", "key", "value"), args)) | kwargs
             group = mesh.get_group().group_name
-            key, value = _gathering_operator()(given["key"], given["value"], self.seq_dim, group)
+            key, value = _gathering_operator()(arguments["key"], arguments["value"], self.seq_dim, group)
             names = ("query", "key", "value")[: len(args)]
-            changed = given | {"key": key, "value": value}
+            changed = arguments | {"key": key, "value": value}
             return (
                 (*(changed.pop(name) for name in names), *args[3:]),
                 {name: value for name, value in changed.items() if name in kwargs},

@@ -17,11 +17,11 @@ def _moved(name: str) -> Callable[[], object]:
     """What is at the older place, torch's own or torchspan's."""
 
     def build() -> object:
-        found = getattr(importlib.import_module("torch.distributed.tensor.experimental._attention"), name, None)
-        ours = get_backport("context_parallel")
-        if found is None:  # 2.9 has no _LoadBalancer that could be replaced
-            return ours.names[name]() if name in ours.names else ours.replaces[name](None)
-        return found
+        native = getattr(importlib.import_module("torch.distributed.tensor.experimental._attention"), name, None)
+        backport = get_backport("context_parallel")
+        if native is None:  # 2.9 has no _LoadBalancer that could be replaced
+            return backport.names[name]() if name in backport.names else backport.replaces[name](None)
+        return native
 
     return build
 

@@ -87,8 +87,8 @@ def _taking(custom_op: Callable[..., Any]) -> Callable[..., Any]:
         tags: Any = None,
     ) -> Any:
         if fn is None:
-            given = {"mutates_args": mutates_args, "device_types": device_types, "schema": schema, "tags": tags}
-            return functools.partial(define, name, **given)
+            options = {"mutates_args": mutates_args, "device_types": device_types, "schema": schema, "tags": tags}
+            return functools.partial(define, name, **options)
         known, unknown = _sorted(tags)
         for cause, since in (*_meanings(unknown), *_opaque(fn if schema is None else None)):
             return _RefusedOperator(name, fn, cause, since)
@@ -100,8 +100,8 @@ def _taking(custom_op: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sorted(tags: Any) -> tuple[tuple[Any, ...], list[_Tag]]:
     """The tags that this torch knows, and the others."""
-    given = () if tags is None else tuple(tags) if isinstance(tags, Sequence) else (tags,)
-    return tuple(tag for tag in given if not isinstance(tag, _Tag)), [tag for tag in given if isinstance(tag, _Tag)]
+    all_tags = () if tags is None else tuple(tags) if isinstance(tags, Sequence) else (tags,)
+    return tuple(tag for tag in all_tags if not isinstance(tag, _Tag)), [tag for tag in all_tags if isinstance(tag, _Tag)]
 
 
 def _meanings(tags: list[_Tag]) -> Iterator[tuple[str, str]]:

@@ -74,10 +74,10 @@ def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[
 
     with fx.with_real_tensors():
         copies, rank = copies_of(axes, _ranks(root)), root.get_rank()
-        mine = [copy for copy in copies if len(copies) == 1 or rank in copy]
-        if not mine:
+        own_copies = [copy for copy in copies if len(copies) == 1 or rank in copy]
+        if not own_copies:
             raise RuntimeError(f"rank {rank} has no mesh of the dims {tuple(names)}: it is not in {root}")
-        mesh: Any = DeviceMesh(root.device_type, mine[0], mesh_dim_names=tuple(names), _init_backend=False)
+        mesh: Any = DeviceMesh(root.device_type, own_copies[0], mesh_dim_names=tuple(names), _init_backend=False)
     mesh._root_mesh, mesh._axes = root, tuple(axes)
     if groups is not None:
         mesh._dim_group_names = groups
@@ -88,7 +88,7 @@ def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides
     """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
     with fx.with_real_tensors():
         ranks = [copies_of([axis], _ranks(root)).tolist() for axis in axes]
-    groups = [_new_group(*given) for given in zip(ranks, names, overrides)]
+    groups = [_new_group(*arguments) for arguments in zip(ranks, names, overrides)]
     return [group for group in groups if group is not None]
 
 
@@ -109,8 +109,8 @@ def _new_group(ranks: list[list[int]], name: str, override: Override) -> str | N
         part = distributed.split_group(parent_pg=world, split_ranks=ranks, **named)
         return None if part is None else part.group_name
     groups = [distributed.new_group(group, backend=backend, **named) for group in ranks]
-    mine = [group.group_name for group, members in zip(groups, ranks) if distributed.get_rank() in members]
-    return mine[0] if mine else None
+    own_names = [group.group_name for group, members in zip(groups, ranks) if distributed.get_rank() in members]
+    return own_names[0] if own_names else None
 
 
 def _can_split(world: Any, backend: str | None) -> bool:
@@ -120,23 +120,23 @@ def _can_split(world: Any, backend: str | None) -> bool:
     return backend is None or world._get_backend(torch.device("cuda")).name() == backend
 
 
-def _overrides(asked: Mapping[int | str, Any] | None, names: Sequence[str]) -> list[Override]:
+def _overrides(requests: Mapping[int | str, Any] | None, names: Sequence[str]) -> list[Override]:
     """For each name the backend and the options that were asked for, by name or by position."""
-    left, found = dict(asked or {}), []
+    left, overrides = dict(requests or {}), []
     for position, name in enumerate(names):
         if name in left and position in left:
             raise RuntimeError(f"backend_override has both the dim index {position} and its name {name!r}; give one")
         value = left.pop(name, None) or left.pop(position, None)
         if isinstance(value, tuple):
-            found.append(value)
+            overrides.append(value)
         else:
-            found.append((value, None) if value is None or isinstance(value, str) else (None, value))
+            overrides.append((value, None) if value is None or isinstance(value, str) else (None, value))
     if left:
         raise RuntimeError(
             f"backend_override has keys that are no dims: {list(left)}; expected integers below {len(names)} "
             f"or one of {tuple(names)}"
         )
-    return found
+    return overrides
 
 
 def _overriding(init: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,14 +152,14 @@ def _overriding(init: Callable[..., Any]) -> Callable[..., Any]:
 
         BACKPORT.record_use("init_device_mesh(backend_override=…)")
         names = options.get("mesh_dim_names") or [f"dim {index}" for index in range(len(mesh_shape))]
-        given, before = _mesh_resources.mesh_dim_group_options, dict(_mesh_resources.mesh_dim_group_options)
-        asked = enumerate(_overrides(backend_override, names))
-        given.update({dim: override for dim, override in asked if override != (None, None)})
+        group_options, before = _mesh_resources.mesh_dim_group_options, dict(_mesh_resources.mesh_dim_group_options)
+        overrides = enumerate(_overrides(backend_override, names))
+        group_options.update({dim: override for dim, override in overrides if override != (None, None)})
         try:
             return init(device_type, mesh_shape, **options)
         finally:
-            given.clear()
-            given.update(before)
+            group_options.clear()
+            group_options.update(before)
 
     return init_device_mesh
 
@@ -203,8 +203,8 @@ def _unflatten(
     new = split(axes[position], mesh_sizes)
     groups = getattr(self, "_dim_group_names", None)
     if groups is not None:
-        made, groups = _new_groups(root, new, mesh_dim_names, overrides), list(groups)
-        groups[position : position + 1] = made
+        new_groups, groups = _new_groups(root, new, mesh_dim_names, overrides), list(groups)
+        groups[position : position + 1] = new_groups
     axes[position : position + 1] = new
     names[position : position + 1] = mesh_dim_names
     return _derive(root, axes, names, groups)

@@ -35,11 +35,11 @@ def patch(arg1: Any = None, arg2: Any = None, **changes: Any) -> Iterator[None]:
 
     Takes a name and a value, a dict of them, or keywords.
     """
-    given = {arg1: arg2} if isinstance(arg1, str) else {**(arg1 or {}), **changes}
+    values = {arg1: arg2} if isinstance(arg1, str) else {**(arg1 or {}), **changes}
     options = _module()
-    before = {name: getattr(options, name) for name in given}  # an AttributeError names what is no option
+    before = {name: getattr(options, name) for name in values}  # an AttributeError names what is no option
     try:
-        for name, value in given.items():
+        for name, value in values.items():
             setattr(options, name, value)
         yield
     finally:

@@ -30,15 +30,15 @@ def _schedules() -> Any:
     return module
 
 
-def _native(found: type) -> Any:
+def _native(cls: type) -> Any:
     """torch's own class, given that or what stands in its place."""
-    return vars(found).get("_native", found)
+    return vars(cls).get("_native", cls)
 
 
-def _derive(name: str, ours: type, native: Any) -> type:
-    """torch's class `native` with what `ours` adds, under the `name` and in the place where torch has it."""
-    content = {"__module__": _PLACE, "__doc__": ours.__doc__, "_native": native}
-    return types.new_class(name, (ours, native), exec_body=lambda names: names.update(content))
+def _derive(name: str, mixin: type, native: Any) -> type:
+    """torch's class `native` with what `mixin` adds, under the `name` and in the place where torch has it."""
+    content = {"__module__": _PLACE, "__doc__": mixin.__doc__, "_native": native}
+    return types.new_class(name, (mixin, native), exec_body=lambda names: names.update(content))
 
 
 # the computation type
@@ -149,11 +149,11 @@ def _with_unshard(actions: Iterable[_Action | None], max_active_stages: int = 3)
     lowered: list[_Action] = []
     active: list[int] = []
     for position, action in enumerate(computations):
-        wanted = _next_stages(computations[position:], max_active_stages)
-        lowered += [_action(stage, kinds.RESHARD) for stage in active if stage not in wanted]
-        lowered += [_action(stage, kinds.UNSHARD) for stage in wanted if stage not in active]
+        next_stages = _next_stages(computations[position:], max_active_stages)
+        lowered += [_action(stage, kinds.RESHARD) for stage in active if stage not in next_stages]
+        lowered += [_action(stage, kinds.UNSHARD) for stage in next_stages if stage not in active]
         lowered.append(action)
-        active = [stage for stage in active if stage in wanted] + [stage for stage in wanted if stage not in active]
+        active = [stage for stage in active if stage in next_stages] + [stage for stage in next_stages if stage not in active]
     return lowered + [_action(stage, kinds.RESHARD) for stage in active]
 
 
@@ -270,11 +270,11 @@ def _weight_gradients(group: dict[str, Any], retain_graph: bool) -> list[tuple[A
     edges, grads = zip(*starts, strict=True)
     targets = [GradientEdge(node, 0) for node in group["params"]]
     try:
-        found = torch.autograd.grad(edges, targets, grads, retain_graph=retain_graph, allow_unused=True)
+        gradients = torch.autograd.grad(edges, targets, grads, retain_graph=retain_graph, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(zip(group["params"], found, strict=True))
+    return list(zip(group["params"], gradients, strict=True))
 
 
 # the runtime
@@ -569,8 +569,8 @@ class _Runtime:
 def _first_transfers(stages: Iterable[Any]) -> list[Any]:
     """What torch 2.9 sends first so that NCCL connects neighbours; gloo does not need it, nor can it send to its own rank."""
     ask = "_get_init_p2p_neighbors_ops"
-    asked = [stage for stage in stages if hasattr(stage, ask) and torch.device(stage.device).type != "cpu"]
-    return [transfer for stage in asked for transfer in getattr(stage, ask)()]
+    senders = [stage for stage in stages if hasattr(stage, ask) and torch.device(stage.device).type != "cpu"]
+    return [transfer for stage in senders for transfer in getattr(stage, ask)()]
 
 
 def _check_computations(actions: _Order) -> None:
@@ -761,10 +761,10 @@ def _with_export(names: list[str]) -> list[str]:
     return names if "ScheduleDualPipeV" in names else [*names, "ScheduleDualPipeV"]
 
 
-def _rank_to_stages(found: Any) -> Any:
+def _rank_to_stages(native: Any) -> Any:
     """``generate_rank_to_stage_mapping``: torch's own or ours."""
-    if found is not None:
-        return found
+    if native is not None:
+        return native
 
     def generate_rank_to_stage_mapping(pp_size: int, num_stages: int, style: str = "loop") -> dict[int, list[int]]:
         """The stages of each rank, in rising order, where ranks take stages in a loop or in a V."""

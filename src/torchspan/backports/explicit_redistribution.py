@@ -75,8 +75,8 @@ def _observe(op_info: Any, schema: Any) -> None:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.utils import _pytree as pytree
 
-    wanted = pytree.tree_leaves(schema.args_schema) if op_info.args_tree_spec is not None else schema.args_schema
-    for source, target in zip(op_info.flat_args_schema, wanted):
+    targets = pytree.tree_leaves(schema.args_schema) if op_info.args_tree_spec is not None else schema.args_schema
+    for source, target in zip(op_info.flat_args_schema, targets):
         if isinstance(source, DTensorSpec) and source.placements != target.placements:
             message = (
                 f"Implicit redistribution occurred for {op_info.schema} while ExplicitRedistributionContext was active: "

@@ -53,10 +53,10 @@ def _with_aux(flex_attention: Callable[..., Any]) -> Callable[..., Any]:
         if return_lse and return_aux is not None:
             raise ValueError("return_lse and return_aux cannot both be given; use return_aux=AuxRequest(lse=True)")
         wants_lse = return_lse if return_aux is None else return_aux.lse
-        found = flex_attention(query, key, value, score_mod, block_mask, scale, enable_gqa, wants_lse, kernel_options)
+        result = flex_attention(query, key, value, score_mod, block_mask, scale, enable_gqa, wants_lse, kernel_options)
         if return_aux is None:
-            return found
-        out, lse = found if wants_lse else (found, None)
+            return result
+        out, lse = result if wants_lse else (result, None)
         max_scores = _max_scores(query, key, score_mod, block_mask, scale) if return_aux.max_scores else None
         return out, AuxOutput(lse, max_scores)
 

@@ -105,8 +105,8 @@ def _taking_axes(fully_shard: Callable[..., Any]) -> Callable[..., Any]:
         BACKPORT.record_use(f"fully_shard(dp_mesh_dims={dp_mesh_dims})")
         dp_mesh = _data_parallel(mesh, dp_mesh_dims)
         ignored = options.get("ignored_params") or set()
-        for one in module if isinstance(module, (list, tuple)) else [module]:
-            _take_off_axes(one, mesh, {*dp_mesh_dims.shard_names, *dp_mesh_dims.replicate_names}, ignored)
+        for member in module if isinstance(module, (list, tuple)) else [module]:
+            _take_off_axes(member, mesh, {*dp_mesh_dims.shard_names, *dp_mesh_dims.replicate_names}, ignored)
         return fully_shard(module, mesh=dp_mesh, **options)
 
     return shard
@@ -116,7 +116,7 @@ def _take_off_axes(module: nn.Module, mesh: Any, data_parallel: set[str], ignore
     """Make each parameter that lies on the whole mesh one on its other axes, or a plain one where there are none."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    made: dict[int, nn.Parameter] = {}
+    new_params: dict[int, nn.Parameter] = {}
     for holder in _not_sharded_yet(module):
         for name, param in holder.named_parameters(recurse=False):
             if param in ignored or not isinstance(param, DTensor) or param.device_mesh != mesh:
@@ -125,9 +125,9 @@ def _take_off_axes(module: nn.Module, mesh: Any, data_parallel: set[str], ignore
             wrong = [axis for axis in data_parallel if not isinstance(placed[axis], Replicate)]
             if wrong:
                 raise ValueError(f"parameter {name!r} is {param.placements}; expected Replicate() on the data-parallel {wrong}")
-            if id(param) not in made:
-                made[id(param)] = _on(mesh, [axis for axis in placed if axis not in data_parallel], placed, param)
-            setattr(holder, name, made[id(param)])
+            if id(param) not in new_params:
+                new_params[id(param)] = _on(mesh, [axis for axis in placed if axis not in data_parallel], placed, param)
+            setattr(holder, name, new_params[id(param)])
 
 
 def _not_sharded_yet(module: nn.Module) -> Iterator[nn.Module]:

@@ -153,10 +153,10 @@ def _argument_names(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 def _take_state(module: GraphModule, root: torch.nn.Module) -> None:
     """Give the graph's module all that `root` has; hooks have been traced, and do not run again."""
-    taken = set(vars(module)) - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
+    own_names = set(vars(module)) - {"_parameters", "_buffers", "_non_persistent_buffers_set"}
     module._modules.update(root._modules)
     for name, value in vars(root).items():
-        if name not in taken and name not in getattr(torch.nn.Module, "__annotations__", {}):
+        if name not in own_names and name not in getattr(torch.nn.Module, "__annotations__", {}):
             vars(module)[name] = value
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         vars(module)[name] = vars(root)[name]
@@ -187,16 +187,16 @@ class _Call:
         return torch.compiler.disable(self._inputs_of), torch.compiler.disable(self._result_of)
 
     def _inputs_of(self, *arguments: Any) -> tuple[Any, ...]:
-        found: list[tuple[Any, ...]] = []
+        calls: list[tuple[Any, ...]] = []
 
         def stop(*inputs: Any) -> None:
-            found.append(inputs)
+            calls.append(inputs)
             raise _Stopped
 
         try:
             self._run(stop, arguments)
         except _Stopped:
-            return found[0]
+            return calls[0]
         raise AssertionError(f"the bytecode of {self.function.__qualname__} did not call its graph")
 
     def _result_of(self, outputs: Sequence[Any], arguments: tuple[Any, ...]) -> Any:

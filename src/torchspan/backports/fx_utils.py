@@ -15,27 +15,27 @@ def get_all_input_and_grad_nodes(g: Any) -> dict[Any, tuple[Any, Any]]:
 
     Raises RuntimeError where a tensor subclass was taken apart: its parts have no gradients one by one.
     """
-    found: dict[Any, tuple[Any, Any]] = {}
+    pairs: dict[Any, tuple[Any, Any]] = {}
     for node in g.find_nodes(op="placeholder"):
         desc = node.meta["desc"]
         _check(node, desc)
         if isinstance(desc, _descriptors.DifferentiableAOTInput):
-            found[desc] = (node, None)
+            pairs[desc] = (node, None)
     for node, desc in _outputs(g):
         if isinstance(desc, _descriptors.GradAOTOutput):
-            found[desc.grad_of] = (found[desc.grad_of][0], node)
-    return found
+            pairs[desc.grad_of] = (pairs[desc.grad_of][0], node)
+    return pairs
 
 
 def get_all_output_and_tangent_nodes(g: Any) -> dict[Any, tuple[Any, Any]]:
     """Each output that may have a gradient, with the input that is its tangent (None where there is none)."""
-    found = {desc: (node, None) for node, desc in _outputs(g) if isinstance(desc, _descriptors.DifferentiableAOTOutput)}
+    pairs = {desc: (node, None) for node, desc in _outputs(g) if isinstance(desc, _descriptors.DifferentiableAOTOutput)}
     for node in g.find_nodes(op="placeholder"):
         desc = node.meta["desc"]
         _check(node, desc)
         if isinstance(desc, _descriptors.TangentAOTInput):
-            found[desc.output] = (found[desc.output][0], node)
-    return found
+            pairs[desc.output] = (pairs[desc.output][0], node)
+    return pairs
 
 
 def _outputs(g: Any) -> list[tuple[Any, Any]]:
@@ -88,8 +88,8 @@ def get_named_buffer_nodes(graph: Any) -> dict[str, Any]:
     }
 
 
-def _only(found: dict[Any, tuple[Any, Any]], kind: type) -> dict[Any, tuple[Any, Any]]:
-    return {desc: nodes for desc, nodes in found.items() if isinstance(desc, kind)}
+def _only(pairs: dict[Any, tuple[Any, Any]], kind: type) -> dict[Any, tuple[Any, Any]]:
+    return {desc: nodes for desc, nodes in pairs.items() if isinstance(desc, kind)}
 
 
 BACKPORT = Backport(

@@ -70,8 +70,8 @@ def _of_lists(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
 
 def _operation(options: Sequence[Any], named: dict[str, Any]) -> Any:
     """The operation in what a method of ProcessGroup was given after its tensors; None for its default."""
-    given = options[0] if options else named.get("opts", named.get("op"))
-    return getattr(given, "reduceOp", given)
+    operation = options[0] if options else named.get("opts", named.get("op"))
+    return getattr(operation, "reduceOp", operation)
 
 
 def _parts(group: Any, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -160,7 +160,7 @@ def _functional_of_many(reduce_scatter: Callable[..., Any]) -> Callable[..., Any
         if reduceOp.lower() == "avg":
             return [part / _size(name) for part in reduce_scatter(inputs, "sum", scatter_dim, group, tag)]
         whole = [_reduced(tensor, reduceOp, name) for tensor in inputs]
-        return [one.chunk(_size(name), dim)[_rank(name)].contiguous() for one, dim in zip(whole, scatter_dim)]
+        return [tensor.chunk(_size(name), dim)[_rank(name)].contiguous() for tensor, dim in zip(whole, scatter_dim)]
 
     return run
 

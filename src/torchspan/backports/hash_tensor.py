@@ -45,9 +45,9 @@ def hash_tensor(input: Tensor, dim: int | Sequence[int] = (), *, keepdim: bool =
     return _folded(bits).reshape(shape).view(torch.uint64)
 
 
-def _dims(input: Tensor, given: tuple[int, ...]) -> list[int]:
+def _dims(input: Tensor, axes: tuple[int, ...]) -> list[int]:
     """The dimensions to reduce, from the first on."""
-    if not given:
+    if not axes:
         if input.numel() == 0:
             raise RuntimeError(
                 "hash_tensor: Expected reduction dim to be specified for input.numel() == 0. "
@@ -55,12 +55,12 @@ def _dims(input: Tensor, given: tuple[int, ...]) -> list[int]:
             )
         return list(range(input.ndim))
     limit = max(input.ndim, 1)
-    for axis in given:
+    for axis in axes:
         if not -limit <= axis < limit:
             raise IndexError(f"Dimension out of range (expected to be in range of [{-limit}, {limit - 1}], but got {axis})")
-    dims = sorted(axis % limit for axis in given)
+    dims = sorted(axis % limit for axis in axes)
     if len({*dims}) < len(dims):
-        raise RuntimeError(f"a dim appears multiple times in the list of dims {given}")
+        raise RuntimeError(f"a dim appears multiple times in the list of dims {axes}")
     for axis in dims if input.ndim else ():
         if input.shape[axis] == 0:
             raise IndexError(f"hash_tensor: Expected reduction dim {axis} to have non-zero size.")

@@ -59,10 +59,10 @@ class InductorCompiledCallable:
 def _resolve(function: InductorCompiledCallable | int) -> InductorCompiledCallable:
     if isinstance(function, InductorCompiledCallable):
         return function
-    found = InductorCompiledCallable._alive.get(function)
-    if found is None:
+    code = InductorCompiledCallable._alive.get(function)
+    if code is None:
         raise RuntimeError(f"inductor_compiled_code: the compiled code with number {function} is no longer there; trace again")
-    return found
+    return code
 
 
 @functools.cache

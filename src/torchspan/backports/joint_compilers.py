@@ -24,13 +24,13 @@ def _with_compilers(compile_joint: Callable[..., Any]) -> Callable[..., Any]:
         fw_compiler: Callable[..., Any] | None = None,
         bw_compiler: Callable[..., Any] | None = None,
     ) -> Callable[..., Any]:
-        given = {
+        choices = {
             "partition_fn": partition_fn,
             "fw_compiler": fw_compiler,
             "inference_compiler": fw_compiler,
             "bw_compiler": bw_compiler or fw_compiler,
         }
-        for name, value in given.items():
+        for name, value in choices.items():
             if value is not None:
                 setattr(jd._aot_state.aot_config, name, value)
         return compile_joint(jd)
@@ -42,8 +42,8 @@ def _with_compilers(compile_joint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lacks(module: ModuleType | None) -> bool:
-    found = vars(module).get(_NAME)
-    native = getattr(found, _NATIVE, found)
+    function = vars(module).get(_NAME)
+    native = getattr(function, _NATIVE, function)
     if native is None or native.__globals__["__name__"].startswith("torchspan."):
         return True
     return "fw_compiler" not in inspect.signature(native).parameters

@@ -23,11 +23,11 @@ def _numbers(nested: IntTuple) -> tuple[int, ...]:
     return (nested,) if isinstance(nested, int) else tuple(itertools.chain.from_iterable(map(_numbers, nested)))
 
 
-def _is_alike(one: IntTuple, two: IntTuple) -> bool:
+def _is_alike(first: IntTuple, second: IntTuple) -> bool:
     """Whether tuples have numbers and tuples at the same places."""
-    if isinstance(one, int) or isinstance(two, int):
-        return isinstance(one, int) and isinstance(two, int)
-    return len(one) == len(two) and all(map(_is_alike, one, two))
+    if isinstance(first, int) or isinstance(second, int):
+        return isinstance(first, int) and isinstance(second, int)
+    return len(first) == len(second) and all(map(_is_alike, first, second))
 
 
 @dataclass(frozen=True)

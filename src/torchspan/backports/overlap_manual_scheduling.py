@@ -54,13 +54,13 @@ manual_overlap_bucketing.__module__ = _PLACE
 
 def _by_plan(members: list[Collective], plans: list[list[str]], module_stack: Any) -> list[list[Collective]]:
     """The members of each plan that move together; what is in no plan is left out."""
-    found: dict[Hashable, list[Collective]] = defaultdict(list)
+    groups: dict[Hashable, list[Collective]] = defaultdict(list)
     for member in members:
         for index, names in enumerate(plans):
             if _overlap.is_inside(member.node, names, module_stack):
-                found[index, member.key].append(member)
+                groups[index, member.key].append(member)
                 break
-    return list(found.values())
+    return list(groups.values())
 
 
 _VIEWS = {

@@ -77,8 +77,8 @@ def schedule_overlap_bucketing(
     if not _overlap.has_waits(gm):
         return gm
     ignored = {"custom_runtime_estimation": custom_runtime_estimation, **estimation}
-    if given := [name for name, value in ignored.items() if value != _DEFAULTS.get(name, value)]:
-        _overlap.say(BACKPORT.name, ", ".join(sorted(given)), "nothing is estimated", "the order is set by fixed rules")
+    if ignored_names := [name for name, value in ignored.items() if value != _DEFAULTS.get(name, value)]:
+        _overlap.say(BACKPORT.name, ", ".join(sorted(ignored_names)), "nothing is estimated", "the order is set by fixed rules")
     if insert_overlap_deps:
         cause = "this torch's inductor has no control dependencies; it keeps the order of the graph where it does not fuse"
         _overlap.say(BACKPORT.name, "insert_overlap_deps=True", "the order is not enforced", cause)
@@ -88,7 +88,9 @@ def schedule_overlap_bucketing(
     buckets = {}
     for kind in (GATHER, SCATTER):
         members = _overlap.fsdp_collectives(gm.graph.nodes, kind)
-        groups = _neighbours(members, cap_bytes, max_coll_distance) if collective_bucketing else [[one] for one in members]
+        groups = (
+            _neighbours(members, cap_bytes, max_coll_distance) if collective_bucketing else [[member] for member in members]
+        )
         buckets[kind] = _overlap.merge(gm, groups, kind, places)
     sink_waits(gm.graph, places)
     overlap(buckets, places, limit_bytes)

@@ -33,13 +33,13 @@ def _extracting(extract: Callable[..., Any]) -> Callable[..., Any]:
             outputs_descs, subgraph = None, outputs_descs
         is_bound = module._must_be_in_backward
         free: Callable[[Any], bool] = lambda node: not ignore_must_be_in_fw_bw and node not in inputs and is_bound(node)  # noqa: E731
-        given = (outputs_descs,) if "outputs_descs" in own else ()
+        descs = (outputs_descs,) if "outputs_descs" in own else ()
         with patch.object(module, "_must_be_in_backward", free):
-            found = extract(joint_graph, inputs, outputs, *given, subgraph=subgraph)
+            graph = extract(joint_graph, inputs, outputs, *descs, subgraph=subgraph)
         if outputs_descs is not None:
-            (output,) = found.find_nodes(op="output")
+            (output,) = graph.find_nodes(op="output")
             output.meta["desc"] = outputs_descs
-        return found
+        return graph
 
     return extract_graph
 

@@ -56,18 +56,18 @@ def _split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
     if num_batches < num_chunks:
         raise AssertionError(f"Block mask has fewer batch size than the number of chunks: {num_batches} and {num_chunks}")
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    found, begin = [], 0
+    masks, begin = [], 0
     for index in torch.arange(num_batches).tensor_split(num_chunks):
         part = slice(begin, begin + len(index))
         tensors = {name: tensor[part] for name in names if (tensor := getattr(block_mask, name)) is not None}
         mask_mod = _from_batch(block_mask.mask_mod, begin)
-        found.append(
+        masks.append(
             BlockMask.from_kv_blocks(
                 **tensors, BLOCK_SIZE=block_mask.BLOCK_SIZE, mask_mod=mask_mod, seq_lengths=block_mask.seq_lengths
             )
         )
         begin += len(index)
-    return found
+    return masks
 
 
 def _from_batch(mask_mod: Callable[..., Any], begin: int) -> Callable[..., Any]:

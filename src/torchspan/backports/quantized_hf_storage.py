@@ -32,12 +32,12 @@ def scale_names(names: Iterable[str]) -> dict[str, str]:
     {'w.weight': 'w.weight_scale_inv', 'b_blocks': 'b_scales'}
     """
     names = dict.fromkeys(names)
-    found = {}
+    scales = {}
     for name in names:
         scale = name.removesuffix(_BLOCKS) + _SCALES if name.endswith(_BLOCKS) else f"{name}_scale_inv"
         if scale in names and name.endswith((".weight", _BLOCKS)):
-            found[name] = scale
-    return found
+            scales[name] = scale
+    return scales
 
 
 def scale_blocks(weight: Tensor, scale: Tensor, offsets: tuple[int, int], block_size: int, dtype: torch.dtype) -> Tensor:
@@ -111,15 +111,15 @@ def _reader() -> type[HuggingFaceStorageReader]:
         def _read_item(self, planner: Any, file: Any, item: Any) -> None:
             name, offsets, lengths = item.storage_index.fqn, item.storage_offsets, item.lengths
             if name not in self._scales:
-                found = _safetensors.read_box(file, name, offsets, lengths)
+                tensor = _safetensors.read_box(file, name, offsets, lengths)
             elif name.endswith(_BLOCKS):
-                found = self._read_blocks(file, name, offsets, lengths)
+                tensor = self._read_blocks(file, name, offsets, lengths)
             elif len(offsets) == 2:
                 weight = _safetensors.read_box(file, name, offsets, lengths)
-                found = scale_blocks(weight, self._read_scales(name), tuple(offsets), self.block_size, self.target_dtype)
+                tensor = scale_blocks(weight, self._read_scales(name), tuple(offsets), self.block_size, self.target_dtype)
             else:
                 raise ValueError(f"{name} has block scales and {len(offsets)} dimensions; expected 2")
-            _safetensors.give(planner, item, found)
+            _safetensors.give(planner, item, tensor)
 
         def _read_blocks(self, file: Any, name: str, offsets: Any, lengths: Any) -> Tensor:
             """The groups that the values asked for are in, unpacked, and of them those values."""

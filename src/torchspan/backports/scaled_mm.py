@@ -158,10 +158,10 @@ def _recipe(
 
 
 def _no_kernel(function: str, recipes_a: Sequence[ScalingType], recipes_b: Sequence[ScalingType]) -> UnsupportedError:
-    asked = " with ".join("+".join(recipe.name for recipe in recipes) for recipes in (recipes_a, recipes_b))
+    request = " with ".join("+".join(recipe.name for recipe in recipes) for recipes in (recipes_a, recipes_b))
     known = "RowWise with RowWise" + (", TensorWise with TensorWise" if function == "scaled_mm" else "")
     return UnsupportedError(
-        f"{_PLACE}.{function}: torch {torch.__version__} has no kernel for scales {asked}, only {known}; torch has more of "
+        f"{_PLACE}.{function}: torch {torch.__version__} has no kernel for scales {request}, only {known}; torch has more of "
         f"them since {_SINCE}; scale by row here, or dequantize and multiply in bfloat16"
     )
 

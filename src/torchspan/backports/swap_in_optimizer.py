@@ -30,11 +30,11 @@ def swap_in_optimizer_params_and_state(
     """
     state, groups = _checked(optimizer, swapin_optim_state)
     tensors = iter(swapin_parameters.values())
-    given = [[*_first(tensors, len(group["params"]))] for group in groups]
+    group_params = [[*_first(tensors, len(group["params"]))] for group in groups]
     before, own_groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
     swapped: defaultdict[Tensor, Any] = defaultdict(dict)
     try:
-        for own, group, params in zip(optimizer.param_groups, groups, given):
+        for own, group, params in zip(optimizer.param_groups, groups, group_params):
             own.update({**group, "params": params})
             swapped.update({param: dict(state.get(number, {})) for param, number in zip(params, group["params"])})
         optimizer.state = swapped
@@ -53,10 +53,10 @@ def _first(tensors: Iterator[Tensor], number: int) -> Iterator[Tensor]:
         yield tensor  # type: ignore[misc] # it is one
 
 
-def _checked(optimizer: Any, given: Any) -> tuple[dict[Any, Any], list[Any]]:
+def _checked(optimizer: Any, state_dict: Any) -> tuple[dict[Any, Any], list[Any]]:
     _require(bool(optimizer.state), "initialized optimizer state")
-    _require(isinstance(given, dict), "a DCP-style optimizer state_dict")
-    state, groups = given.get("state"), given.get("param_groups")
+    _require(isinstance(state_dict, dict), "a DCP-style optimizer state_dict")
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
     _require(isinstance(state, dict), f"swapin_optim_state['state'] to be a dict, got {type(state).__name__}")
     _require(isinstance(groups, list), f"swapin_optim_state['param_groups'] to be a list, got {type(groups).__name__}")
     numbers = {number for group in groups for number in group["params"]}

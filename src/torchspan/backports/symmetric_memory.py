@@ -55,14 +55,14 @@ class SymmetricMemory:
     @staticmethod
     def query(device: torch.device | str = "cuda") -> SymmetricMemorySupport:
         """What symmetric memory can do on `device`; asks and allocates nothing."""
-        found = _module()
-        if found is None:
+        module = _module()
+        if module is None:
             return SymmetricMemorySupport(False, "this torch was built without distributed symmetric memory", None)
         reason = _why_not(torch.device(device))
         if reason is not None:
-            return SymmetricMemorySupport(False, reason, found.__name__)
-        nvshmem = ("NVSHMEM",) if found.is_nvshmem_available() else ()
-        return SymmetricMemorySupport(True, None, found.__name__, ("CUDA", *nvshmem), _has_multicast(torch.device(device)))
+            return SymmetricMemorySupport(False, reason, module.__name__)
+        nvshmem = ("NVSHMEM",) if module.is_nvshmem_available() else ()
+        return SymmetricMemorySupport(True, None, module.__name__, ("CUDA", *nvshmem), _has_multicast(torch.device(device)))
 
     @staticmethod
     def empty(*size: Any, dtype: torch.dtype | None = None, device: torch.device | str = "cuda") -> torch.Tensor:

@@ -37,12 +37,12 @@ def _taking_bounds(mark_unbacked: Callable[..., None]) -> Callable[..., None]:
         min: int | None = None,
         max: int | None = None,
     ) -> None:
-        given = {"hint_override": hint_override, "shape_id": shape_id, "min": min, "max": max}
-        taken = {name: value for name, value in given.items() if name in own}
-        for name, value in given.items():
+        options = {"hint_override": hint_override, "shape_id": shape_id, "min": min, "max": max}
+        own_options = {name: value for name, value in options.items() if name in own}
+        for name, value in options.items():
             if value is not None and name not in own:
                 _refuse(name, value)
-        mark_unbacked(t, index, strict=strict, specialize_on=specialize_on, **taken)
+        mark_unbacked(t, index, strict=strict, specialize_on=specialize_on, **own_options)
 
     return mark
 

@@ -107,10 +107,10 @@ def varlen_attn_out(
     """
     place: Any = importlib.import_module(_PLACE)  # torch's own varlen_attn, where it has that and not this
     with torch.no_grad():
-        given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-        found = place.varlen_attn(*given, return_aux=place.AuxRequest(lse=True), **options)
-        out.copy_(found[0])
-    return (out, found[1]) if return_aux is not None and return_aux.lse else out
+        arguments = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+        result = place.varlen_attn(*arguments, return_aux=place.AuxRequest(lse=True), **options)
+        out.copy_(result[0])
+    return (out, result[1]) if return_aux is not None and return_aux.lse else out
 
 
 for _public in (AuxRequest, varlen_attn, varlen_attn_out):
@@ -313,10 +313,10 @@ def _sequence_backward(
         grad_LHD = grad_LHD.masked_fill(blind_L[:, None, None], 0.0)
         lse_HL = lse_HL.masked_fill(blind_L, 0.0)
     batch = [_as_batch(x_LHD, q_LHD.size(1)) for x_LHD in (grad_LHD, q_LHD, k_LHD, v_LHD, out_LHD)]
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *batch, lse_HL[None], 0.0, is_causal, attn_mask=mask_LL, scale=scale
     )
-    for gradient, x_LHD in zip(found, (q_LHD, k_LHD, v_LHD)):
+    for gradient, x_LHD in zip(gradients, (q_LHD, k_LHD, v_LHD)):
         heads = gradient[0].unflatten(0, (x_LHD.size(1), -1)).sum(1)  # of the query heads that share it
         yield heads.transpose(0, 1)
 
@@ -389,8 +389,8 @@ def _backward_shapes(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     (query, key, value, cu_seq_q, cu_seq_k, ctx.max_q, ctx.max_k, ctx.is_causal, ctx.scale, ctx.window_size) = inputs[:10]
-    for name, given in zip(("seqused_k", "block_table"), inputs[11:13]):
-        if given is not None:
+    for name, argument in zip(("seqused_k", "block_table"), inputs[11:13]):
+        if argument is not None:
             raise RuntimeError(f"{name} is for inference only: it has no gradient; call varlen_attn under torch.no_grad()")
     out, lse, rng_state = output
     ctx.mark_non_differentiable(lse, rng_state)

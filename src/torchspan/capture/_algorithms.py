@@ -62,7 +62,7 @@ class Adam:
     def numbers(self, group: Group, stage: float) -> dict[str, float]:
         """What the operators of a step take besides tensors, for parameters at one stage."""
         lr, weight_decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-        found = {
+        scalars = {
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
@@ -71,8 +71,8 @@ class Adam:
             "minus_step_size": -(lr / (1 - beta1**stage)),
         }
         if self.has_weight_decay:
-            found |= {"decay": 1 - lr * weight_decay} if self.decoupled_weight_decay else {"weight_decay": weight_decay}
-        return found
+            scalars |= {"decay": 1 - lr * weight_decay} if self.decoupled_weight_decay else {"weight_decay": weight_decay}
+        return scalars
 
     def update(self, parameter: Tensor, gradient: Tensor, states: States, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
         """The parameter and its states after a step."""
@@ -129,12 +129,12 @@ class Sgd:
 
     def numbers(self, group: Group, stage: float) -> dict[str, float]:
         """What the operators of a step take besides tensors; the first step damps nothing."""
-        found = {"minus_lr": -group["lr"]}
+        scalars = {"minus_lr": -group["lr"]}
         if self.has_weight_decay:
-            found["weight_decay"] = group["weight_decay"]
+            scalars["weight_decay"] = group["weight_decay"]
         if self.has_momentum:
-            found |= {"momentum": group["momentum"], "one_minus_dampening": 1 - group["dampening"] if stage else 1.0}
-        return found
+            scalars |= {"momentum": group["momentum"], "one_minus_dampening": 1 - group["dampening"] if stage else 1.0}
+        return scalars
 
     def update(self, parameter: Tensor, gradient: Tensor, states: States, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
         """The parameter and its states after a step."""
@@ -167,7 +167,7 @@ def algorithms_of(optimizer: Optimizer) -> list[Algorithm]:
     torchspan.core.errors.InputError: the optimizer is an Adagrad; a captured step can hold torch.optim.SGD, Adam and AdamW: ...
     """
     name = type(optimizer).__name__
-    algorithm = next((ours for theirs, ours in _ALGORITHMS if type(optimizer) is theirs), None)
+    algorithm = next((entry for optimizer_class, entry in _ALGORITHMS if type(optimizer) is optimizer_class), None)
     if algorithm is None:
         article = "an" if name[:1] in "AEIOU" else "a"
         raise InputError(

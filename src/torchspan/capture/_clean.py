@@ -41,7 +41,7 @@ def clean(module: GraphModule) -> None:
 def keep_checks(module: GraphModule) -> None:
     """Write into the graph, in place, what the program checks of sizes that depend on data (``torch._check``).
 
-    A trace takes such a check for granted and notes it beside the graph: a later batch for which it does not hold must be told.
+    A trace assumes that such a check holds and notes it beside the graph; a later batch for which it fails must be an error.
     """
     shapes = _shape_environment(module)
     if shapes is None or not shapes.deferred_runtime_asserts:
@@ -71,9 +71,9 @@ def _is_identity(node: Node) -> bool:
     return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and _is_same_shape(before, after)
 
 
-def _is_same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _is_same_shape(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two shapes are the same for every batch; asks nothing of a size that depends on data."""
-    return one.ndim == other.ndim and all(fx.statically_known_true(a == b) for a, b in zip(one.shape, other.shape))
+    return first.ndim == second.ndim and all(fx.statically_known_true(a == b) for a, b in zip(first.shape, second.shape))
 
 
 def writes_alone(node: Node, into: str) -> bool:
@@ -87,7 +87,7 @@ def writes_alone(node: Node, into: str) -> bool:
     written = node.args[0]
     if not isinstance(written, Node) or written.op != into or _functional(node.target) is None:
         return False
-    dtypes = {getattr(given.meta.get("val"), "dtype", None) for given in node.all_input_nodes}
+    dtypes = {getattr(source.meta.get("val"), "dtype", None) for source in node.all_input_nodes}
     earlier = [user for user in written.users if user < node]
     is_alone = into == "placeholder" or not _may_alias(written)
     return len(dtypes) == 1 and is_alone and not any(_may_alias(user) for user in earlier)

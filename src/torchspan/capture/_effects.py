@@ -1,4 +1,4 @@
-"""What a program that dynamo has traced does to objects that it was given, and gives back of them."""
+"""How a program that dynamo traced changes objects that it was given, and which of them it returns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tracing_state() -> tuple[Any, tuple[Any, ...], tuple[str, ...], tuple[tuple[
     return context, tuple(context.traced_code), tuple(changed), tuple(restored), tuple(returned)
 
 
-def _find_sources(value: Any, effects: Any, found: dict[str, None], seen: dict[int, Any]) -> None:
+def _find_sources(value: Any, effects: Any, sources: dict[str, None], seen: dict[int, Any]) -> None:
     """Note where the parts of a traced value are found, from the outermost inwards; on those dynamo need not have guards.
 
     Torch 2.13 and later put off a guard on a constant until its value is needed, and to return it that is never so.
@@ -49,14 +49,14 @@ def _find_sources(value: Any, effects: Any, found: dict[str, None], seen: dict[i
     elif not isinstance(value, dynamo.VariableTracker):
         parts = [value.vt] if hasattr(value, "vt") else []  # a key of a dict
     elif value.source is not None and not _is_new(value):
-        found[dynamo.source_name(value.source)] = None
+        sources[dynamo.source_name(value.source)] = None
     elif computed is not None:
         parts = list(computed)
     else:
         fields = [part for name, part in vars(value).items() if name not in value._nonvar_fields]
         parts = [*fields, *effects.store_attr_mutations.get(value, {}).values()]
     for part in parts:
-        _find_sources(part, effects, found, seen)
+        _find_sources(part, effects, sources, seen)
 
 
 def _is_new(item: Any) -> bool:
@@ -76,9 +76,9 @@ def _put_back(effects: Any, item: Any) -> dict[str, Any] | None:
     stored, value = effects.store_attr_mutations.get(item), getattr(item, "value", None)
     if not stored:
         return None
-    found = {}
+    constants = {}
     for name, end in stored.items():
         if not end.is_python_constant() or not hasattr(value, name) or end.as_python_constant() is not getattr(value, name):
             return None
-        found[name] = end.as_python_constant()
-    return found
+        constants[name] = end.as_python_constant()
+    return constants

@@ -65,5 +65,5 @@ def _logging_functions() -> set[Any]:
     """What writes into a log: left out of what is captured, which computes the same without."""
     names = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
     places = (vars(logging.Logger), vars(logging))  # also what others add there, such as Transformers' warning_once
-    found = {value for held in places for name, value in held.items() if name.startswith(names) and callable(value)}
-    return {*(value for value in found if not isinstance(value, type)), warnings.warn}
+    members = {value for held in places for name, value in held.items() if name.startswith(names) and callable(value)}
+    return {*(value for value in members if not isinstance(value, type)), warnings.warn}

@@ -30,19 +30,19 @@ class TensorInput:
     device: torch.device
     layout: Layout | None
 
-    def take(self, given: Any) -> Tensor:
+    def take(self, value: Any) -> Tensor:
         """This rank's part of what is given, with the strides of the capture; GuardError if it is another kind of tensor."""
-        if not isinstance(given, Tensor):
-            raise GuardError(_told(self.name, f"is {_shown(given)}", "for a tensor there"))
-        if given.requires_grad:
+        if not isinstance(value, Tensor):
+            raise GuardError(_told(self.name, f"is {_shown(value)}", "for a tensor there"))
+        if value.requires_grad:
             raise GuardError(f"input {self.name} requires a gradient, and a captured step gives none to inputs; detach it")
-        if layout_of(given) != self.layout:
-            raise GuardError(_told(self.name, f"is laid out as {layout_of(given)}", f"for {self.layout}"))
-        part = local(given)
-        found, expected = (part.shape, part.dtype, part.device), (self.shape, self.dtype, self.device)
-        for what, one, other in zip(("shape", "dtype", "device"), found, expected):
-            if one != other:
-                raise GuardError(_told(self.name, f"has {what} {_plain(one)}", f"for {_plain(other)}"))
+        if layout_of(value) != self.layout:
+            raise GuardError(_told(self.name, f"is laid out as {layout_of(value)}", f"for {self.layout}"))
+        part = local(value)
+        actual, expected = (part.shape, part.dtype, part.device), (self.shape, self.dtype, self.device)
+        for what, actual_value, expected_value in zip(("shape", "dtype", "device"), actual, expected):
+            if actual_value != expected_value:
+                raise GuardError(_told(self.name, f"has {what} {_plain(actual_value)}", f"for {_plain(expected_value)}"))
         return part if part.stride() == self.stride else self._copied(part)
 
     def _copied(self, part: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ class TensorInput:
 
 @dataclass(frozen=True)
 class ConstantInput:
-    """One value among the inputs that is no tensor: the graph holds what the program computed from it."""
+    """One value among the inputs that is not a tensor: the graph holds what the program computed from it."""
 
     name: str
     value: Any
 
-    def check(self, given: Any) -> None:
-        """Raise GuardError unless `given` is the value of the capture."""
-        if type(given) is not type(self.value) or repr(given) != repr(self.value):
-            raise GuardError(_told(self.name, f"is {_shown(given)}", f"for {self.value!r}"))
+    def check(self, value: Any) -> None:
+        """Raise GuardError unless `value` is that of the capture."""
+        if type(value) is not type(self.value) or repr(value) != repr(self.value):
+            raise GuardError(_told(self.name, f"is {_shown(value)}", f"for {self.value!r}"))
 
 
 _ADVICE = "capture the step again for it"
@@ -90,10 +90,10 @@ class Inputs:
     @classmethod
     def of(cls, program: Program) -> Inputs:
         """The inputs of a program; InputError for a value that can be neither a tensor of the graph nor a constant."""
-        given = (program.args, dict(program.kwargs))
-        parts = dict(_parts(given))
+        arguments = (program.args, dict(program.kwargs))
+        parts = dict(_parts(arguments))
         names = [name for name, part in parts.items() if isinstance(part, _Leaf)]
-        values, structure = tree_flatten(given)
+        values, structure = tree_flatten(arguments)
         leaves = tuple(_leaf(name, value) for name, value in zip(names, values, strict=True))
         return cls(structure, leaves, {name: part for name, part in parts.items() if not isinstance(part, _Leaf)})
 
@@ -117,8 +117,8 @@ class Inputs:
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the program, made of its flat tensors and the constants."""
-        given = iter(tensors)
-        values = [next(given) if isinstance(leaf, TensorInput) else leaf.value for leaf in self.leaves]
+        remaining = iter(tensors)
+        values = [next(remaining) if isinstance(leaf, TensorInput) else leaf.value for leaf in self.leaves]
         args, kwargs = tree_unflatten(values, self.structure)
         return args, kwargs
 
@@ -127,9 +127,9 @@ class Inputs:
         layouts = [leaf.layout for leaf in self.leaves if isinstance(leaf, TensorInput)]
         return [tensor if layout is None else layout.wrap(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
 
-    def _in_order(self, given: Any) -> list[Any]:
+    def _in_order(self, arguments: Any) -> list[Any]:
         """The leaves in the order of the capture: dicts may be filled in another one. GuardError if they are other leaves."""
-        parts = dict(_parts(given))
+        parts = dict(_parts(arguments))
         expected: dict[str, Any] = {**self.containers, **{leaf.name: None for leaf in self.leaves}}
         for name in [name for name in parts if name in expected]:
             if _kind(parts[name]) is not _kind(expected[name]):
@@ -145,8 +145,8 @@ class Inputs:
         return [parts[leaf.name].value for leaf in self.leaves]
 
 
-def _told(name: str, found: str, expected: str) -> str:
-    return f"input {name} {found}; the step was captured {expected}; {_ADVICE}"
+def _told(name: str, actual: str, expected: str) -> str:
+    return f"input {name} {actual}; the step was captured {expected}; {_ADVICE}"
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,10 @@ def keep_inputs(module: torch.fx.GraphModule, inputs: Inputs) -> None:
 
 def inputs_of(graph: Graph) -> Inputs:
     """What a graph was captured for; GraphError if a pass has lost it."""
-    found = graph.module.meta.get(_KEY)
-    if not isinstance(found, Inputs):
+    inputs = graph.module.meta.get(_KEY)
+    if not isinstance(inputs, Inputs):
         raise GraphError(
             "the graph does not say which inputs it was captured for; a pass keeps module.meta "
             f"(these ran: {', '.join(graph.notes) or 'none'})"
         )
-    return found
+    return inputs

@@ -79,16 +79,16 @@ def _contiguous_view(fake_mode: Any, _: Any, tensor: Tensor, shape: Sequence[Any
     """A view of a contiguous tensor with symbols among its sizes; of any other tensor, what torch does."""
     if not any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *shape)) or not _is_contiguous(tensor):
         return NotImplemented
-    given = math.prod(size for size in shape if not (isinstance(size, int) and size == -1))
-    sizes = [tensor.numel() // given if isinstance(size, int) and size == -1 else size for size in shape]
+    num_known = math.prod(size for size in shape if not (isinstance(size, int) and size == -1))
+    sizes = [tensor.numel() // num_known if isinstance(size, int) and size == -1 else size for size in shape]
     with fake_mode:
         return tensor.as_strided(sizes, _contiguous_strides(sizes), tensor.storage_offset())
 
 
 def _is_contiguous(tensor: Tensor) -> bool:
     return all(
-        fx.statically_known_true(found == expected)
-        for found, expected in zip(tensor.stride(), _contiguous_strides(tensor.shape), strict=True)
+        fx.statically_known_true(stride == expected)
+        for stride, expected in zip(tensor.stride(), _contiguous_strides(tensor.shape), strict=True)
     )
 
 

@@ -39,7 +39,7 @@ def shares_of(optimizer: Optimizer, module: nn.Module, with_gradient: Sequence[s
     """How the optimizer's parameters that have a gradient share numbers; InputError for what a Graph cannot hold."""
     algorithms = algorithms_of(optimizer)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found: dict[tuple[int, float], list[str]] = {}
+    groups: dict[tuple[int, float], list[str]] = {}
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in names:
@@ -52,8 +52,8 @@ def shares_of(optimizer: Optimizer, module: nn.Module, with_gradient: Sequence[s
                 raise InputError(f"parameter {name} is complex; a captured step updates real ones: step the optimizer after it")
             if name in with_gradient:
                 stage = algorithms[index].stage(optimizer.state.get(parameter, {}))
-                found.setdefault((index, stage), []).append(name)
-    return tuple(Share(index, algorithms[index], tuple(parameters)) for (index, _), parameters in found.items())
+                groups.setdefault((index, stage), []).append(name)
+    return tuple(Share(index, algorithms[index], tuple(parameters)) for (index, _), parameters in groups.items())
 
 
 # the graph
@@ -84,8 +84,8 @@ def with_optimizer(graph: Graph, module: nn.Module, optimizer: Optimizer) -> Gra
     output.meta.pop("desc", None)  # in a joint graph, what it gave before
     graph.module.recompile()
     graph.module.meta[_KEY] = shares
-    given = (*(spec for spec, _ in kept), *(OutputSpec("mutation", name) for name in _given(shares)))
-    result = Graph(graph.module, (*graph.inputs, *specs), given, kind=graph.kind, notes=graph.notes)
+    outputs = (*(spec for spec, _ in kept), *(OutputSpec("mutation", name) for name in _given(shares)))
+    result = Graph(graph.module, (*graph.inputs, *specs), outputs, kind=graph.kind, notes=graph.notes)
     result.verify()
     return result
 
@@ -111,18 +111,20 @@ def _given(shares: Sequence[Share]) -> Iterator[str]:
 def _traced(shares: Sequence[Share], optimizer: Optimizer, held: Sequence[Tensor]) -> GraphModule:
     """The update of each parameter, of `held`: parameters, each with its gradient; then states, then numbers."""
     algorithms = [share.algorithm for share in shares for _ in share.parameters]
-    states = [torch.empty_like(one) for one, algorithm in zip(held[::2], algorithms) for _ in algorithm.states]
+    states = [torch.empty_like(tensor) for tensor, algorithm in zip(held[::2], algorithms) for _ in algorithm.states]
     groups = optimizer.param_groups
     numbers = [tensor for share in shares for tensor in _tensors(share.algorithm.numbers(groups[share.group], 1.0))]
 
     def update(*flat: Tensor) -> list[Tensor]:
-        pairs, given = iter(flat[: len(held)]), iter(flat[len(held) :])
-        given_states = [[{key: next(given) for key in share.algorithm.states} for _ in share.parameters] for share in shares]
+        pairs, remaining = iter(flat[: len(held)]), iter(flat[len(held) :])
+        given_states = [
+            [{key: next(remaining) for key in share.algorithm.states} for _ in share.parameters] for share in shares
+        ]
         results: list[Tensor] = []
         with torch.no_grad():
             for share, of_parameters in zip(shares, given_states, strict=True):
                 names = share.algorithm.numbers(groups[share.group], 1.0)
-                scalars = {name: next(given).item() for name in names}
+                scalars = {name: next(remaining).item() for name in names}
                 for given_state in of_parameters:
                     parameter, gradient = next(pairs), next(pairs)
                     gradient = _laid_out_as(parameter, gradient)
@@ -148,10 +150,10 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
 def _append(module: GraphModule, update: GraphModule, held: Sequence[Node], specs: Sequence[InputSpec]) -> list[Any]:
     """Put the nodes of `update` at the end of `module`'s graph, with placeholders for `specs`; what they return."""
     graph = module.graph
-    taken = [node for node in update.graph.nodes if node.op == "placeholder"]
-    copies: dict[Node, Node] = dict(zip(taken, held))
+    placeholders = [node for node in update.graph.nodes if node.op == "placeholder"]
+    copies: dict[Node, Node] = dict(zip(placeholders, held))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node, spec in zip(taken[len(held) :], specs, strict=True):
+    for node, spec in zip(placeholders[len(held) :], specs, strict=True):
         with graph.inserting_after(last):
             last = graph.placeholder(spec.name.replace(".", "_"))
         last.meta = {"val": node.meta["val"]}
@@ -236,18 +238,19 @@ class BoundOptimizer:
             stages.setdefault(share.algorithm.stage(state), name)
             update.take(share, name, parameter, state)
         if len(stages) > 1:
-            one, other = list(stages.values())[:2]
+            first, second = list(stages.values())[:2]
             raise GuardError(
-                f"parameters {one} and {other} have not taken as many steps; they had when the step was captured; {_ADVICE}"
+                f"parameters {first} and {second} have taken different numbers of steps, and equal ones when the step was "
+                f"captured; {_ADVICE}"
             )
         return next(iter(stages))
 
     def _check_options(self, share: Share, algorithms: Sequence[Algorithm]) -> None:
         """Raise GuardError if a group's options call for other operators than those of the capture."""
-        found = algorithms[share.group] if share.group < len(algorithms) else None
-        if found != share.algorithm:
+        algorithm = algorithms[share.group] if share.group < len(algorithms) else None
+        if algorithm != share.algorithm:
             raise GuardError(
-                f"group {share.group} of the optimizer is {found}; the step was captured for {share.algorithm}; {_ADVICE}"
+                f"group {share.group} of the optimizer is {algorithm}; the step was captured for {share.algorithm}; {_ADVICE}"
             )
 
 

@@ -89,8 +89,8 @@ def copy_origins_to_backward(module: GraphModule) -> None:
             node.meta["custom"] = {**forward.get(node.meta.get("seq_nr", -1), {}), PHASE: "backward"}
     for node in module.graph.nodes:
         if node.op == "call_function" and str(node.target) == "flex_attention_backward":
-            for one in (node, *node.users):
-                one.meta["custom"] = {**_maker_of(node.args[3]).meta.get("custom", {}), PHASE: "backward"}
+            for backward_node in (node, *node.users):
+                backward_node.meta["custom"] = {**_maker_of(node.args[3]).meta.get("custom", {}), PHASE: "backward"}
 
 
 def _maker_of(result: Any) -> torch.fx.Node:

@@ -47,13 +47,13 @@ def reads_noted(note: Note) -> Iterator[None]:
     ]
     watched += [(dynamo.ConstDictVariable, "getitem_const_raise_exception_if_absent", of_dict)]
     with TRACING:  # dynamo's classes are those of all threads
-        before = [(kind, name, vars(kind)[name], told) for kind, name, told in watched if name in vars(kind)]
-        for kind, name, function, told in before:
-            setattr(kind, name, _telling(function, told))
+        before = [(kind, name, vars(kind)[name], listener) for kind, name, listener in watched if name in vars(kind)]
+        for kind, name, function, listener in before:
+            setattr(kind, name, _telling(function, listener))
         try:
             yield
         finally:
-            for kind, name, function, _told in before:
+            for kind, name, function, _listener in before:
                 setattr(kind, name, function)
 
 
@@ -80,11 +80,11 @@ def absences_guarded() -> Iterator[None]:
             builder.get = get
 
 
-def _telling(function: Any, told: Any) -> Any:
+def _telling(function: Any, listener: Any) -> Any:
     @wraps(function)
     def call(variable: Any, *args: Any, **kwargs: Any) -> Any:
         if variable.source is not None and len(args) > 1:
-            told(variable, *args[:2])
+            listener(variable, *args[:2])
         return function(variable, *args, **kwargs)
 
     return call

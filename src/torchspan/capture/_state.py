@@ -46,8 +46,8 @@ class Slot:
 
 def slots(module: nn.Module) -> list[Slot]:
     """Parameters, then buffers, each once (a tied one under its first name)."""
-    found = [_slot("parameter", name, parameter) for name, parameter in module.named_parameters()]
-    return found + [_slot("buffer", name, buffer) for name, buffer in module.named_buffers()]
+    parameters = [_slot("parameter", name, parameter) for name, parameter in module.named_parameters()]
+    return parameters + [_slot("buffer", name, buffer) for name, buffer in module.named_buffers()]
 
 
 def _slot(kind: str, name: str, tensor: Tensor) -> Slot:
@@ -77,8 +77,8 @@ def check_written(spec: InputSpec, name: str) -> str:
 def check_loss(loss: object, name: str) -> Tensor:
     """`loss` itself if it is a scalar that has a gradient; else CaptureError."""
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise CaptureError(f"{name} returned {found}; a training step needs a scalar loss that requires a gradient")
+        description = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise CaptureError(f"{name} returned {description}; a training step needs a scalar loss that requires a gradient")
     return loss
 
 
@@ -134,8 +134,8 @@ def _check_assigned(key: str, held: Mapping[str, Tensor], after: Mapping[str, An
     if not isinstance(value, Tensor):
         raise CaptureError(f"{name} sets {key} to {value!r}; a captured step needs a tensor there, as it was")
     if (value.shape, value.dtype, value.device) != (before.shape, before.dtype, before.device):
-        found, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (value, before))
-        raise CaptureError(f"{name} sets {key} to a tensor {found}; a captured step needs {expected}, as it was")
+        actual, expected = (f"{tuple(t.shape)} of {t.dtype} on {t.device}" for t in (value, before))
+        raise CaptureError(f"{name} sets {key} to a tensor {actual}; a captured step needs {expected}, as it was")
     if value.requires_grad:
         raise CaptureError(f"{name} sets {key} to a tensor that requires a gradient; detach it: {key} = value.detach()")
     same = [other for other in after if other != key and after[other] is value]
@@ -221,16 +221,16 @@ class BoundGraph:
         update = None if self._optimizer is None else self._optimizer.begin()
         arguments = self._arguments(args, kwargs, update)
         results = self.graph.module(*arguments)
-        taken = {_memory(argument) for argument in arguments}
+        memories = {_memory(argument) for argument in arguments}
         # a value that is another buffer's is kept before that one is written
         results = [
-            result.clone() if spec.kind == "mutation" and _memory(result) in taken else result
+            result.clone() if spec.kind == "mutation" and _memory(result) in memories else result
             for spec, result in zip(self.graph.outputs, results, strict=True)
         ]
         states = {} if update is None else update.targets
         for spec, result in zip(self.graph.outputs, results):
             if spec.kind == "gradient":
-                self._give_gradient(self._places[spec.name].get(), result, taken)
+                self._give_gradient(self._places[spec.name].get(), result, memories)
             elif spec.kind == "mutation":
                 held = states[spec.name] if spec.name in states else local(self._places[spec.name].get())
                 held.copy_(result)
@@ -245,10 +245,10 @@ class BoundGraph:
         return self._arguments(args, kwargs, None if self._optimizer is None else self._optimizer.begin())
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None) -> list[Tensor]:
-        given = self._inputs.tensors(args, kwargs)
+        inputs = self._inputs.tensors(args, kwargs)
         self._check_module()
         of_optimizer = [] if update is None else update.arguments
-        return [*(local(place.get()) for place in self._state), *given, *self._tangents, *of_optimizer]
+        return [*(local(place.get()) for place in self._state), *inputs, *self._tangents, *of_optimizer]
 
     def _check_module(self) -> None:
         """Raise GuardError where the module was changed so that the graph's step is no longer its own."""
@@ -260,15 +260,15 @@ class BoundGraph:
             if self._places[name].get().requires_grad == was_frozen:
                 raise GuardError(f"requires_grad of {name} was changed since the step was bound; capture the step again")
 
-    def _give_gradient(self, parameter: Tensor, gradient: Tensor, taken: set[int]) -> None:
+    def _give_gradient(self, parameter: Tensor, gradient: Tensor, memories: set[int]) -> None:
         """Put `gradient` in ``.grad``, or add it there: in memory of its own, laid out as the parameter, as autograd does."""
         if self._accumulate and parameter.grad is not None:
             local(parameter.grad).add_(gradient)
             return
         part, layout = local(parameter), layout_of(parameter)
-        if gradient.stride() != part.stride() or _memory(gradient) in taken:
+        if gradient.stride() != part.stride() or _memory(gradient) in memories:
             gradient = torch.empty_like(part).copy_(gradient)
-        taken.add(_memory(gradient))
+        memories.add(_memory(gradient))
         parameter.grad = gradient if layout is None else layout.wrap(gradient)
 
 
@@ -287,14 +287,14 @@ class _Place:
 
 def _places(module: nn.Module) -> dict[str, _Place]:
     """Where `module` holds each parameter and buffer, by name."""
-    found: dict[str, _Place] = {}
+    places: dict[str, _Place] = {}
     for name in tensors_of(module):
         path, _, key = name.rpartition(".")
         owner = module.get_submodule(path)
-        found[name] = _Place(owner._parameters if key in owner._parameters else owner._buffers, key)
-    return found
+        places[name] = _Place(owner._parameters if key in owner._parameters else owner._buffers, key)
+    return places
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tells the memory of one tensor from that of another."""
+    """A number that is equal for tensors in the same memory."""
     return tensor.untyped_storage()._cdata

@@ -60,13 +60,13 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
     from torchspan.capture._kernels import kernels_kept_whole
 
     inputs = _Inputs.of(args)
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
 
     def run(*tensors: Tensor) -> list[Tensor]:
         inputs.use(tensors)
         with inputs.in_modules():
             result = function(*inputs.arguments(args))
-        return [*_result(result, told), *_gradients(inputs, told)]
+        return [*_result(result, outcome), *_gradients(inputs, outcome)]
 
     # real tensors are let in to be refused below, by what they are
     trace = fx.make_fx(run, decomposition_table=decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
@@ -74,8 +74,10 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
         try:
             module = trace(*inputs.stand_ins)
         except fx.value_errors() as cause:
-            said = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise CaptureError(f"the call asks for a tensor's value, which one capture does not have: {said[0]}") from cause
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise CaptureError(
+                f"the call asks for the value of a tensor, which a capture does not compute: {lines[0]}"
+            ) from cause
     _refuse_constants(module)
     return CapturedCall(
         module=module,
@@ -83,8 +85,8 @@ def capture_call(function: Callable[..., Any], args: tuple[Any, ...], decomposit
         sources=tuple(inputs.sources),
         same=tuple(inputs.same),
         num_parameters=inputs.num_parameters,
-        gradients=told["gradients"],
-        build=told["build"],
+        gradients=outcome["gradients"],
+        build=outcome["build"],
     )
 
 
@@ -172,15 +174,15 @@ class _Inputs:
         """The arguments, with stand-ins for their tensors."""
         from torch.utils._pytree import tree_map_only
 
-        found: tuple[Any, ...] = tree_map_only(Tensor, lambda tensor: self._held[self._places[id(tensor)]], args)
-        return found
+        stand_ins: tuple[Any, ...] = tree_map_only(Tensor, lambda tensor: self._held[self._places[id(tensor)]], args)
+        return stand_ins
 
 
 def _leaves(args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """What is not a container, and where it stands; modules among the arguments themselves are not listed."""
+    """The values that are not containers, and where they stand; arguments that are modules are not listed."""
     from torch.utils._pytree import GetAttrKey, tree_flatten_with_path
 
-    found = []
+    leaves = []
     try:
         flat = tree_flatten_with_path(args)[0]
     except ValueError as cause:  # a container that is registered without names of its parts
@@ -191,8 +193,8 @@ def _leaves(args: tuple[Any, ...]) -> list[tuple[str, Any]]:
                 f".{key.name}" if isinstance(key, GetAttrKey) else f"[{getattr(key, 'key', getattr(key, 'idx', None))!r}]"
                 for key in path
             )
-            found.append((_GIVEN + "".join(steps), leaf))
-    return found
+            leaves.append((_GIVEN + "".join(steps), leaf))
+    return leaves
 
 
 def _refuse_marks(source: str, tensor: Tensor) -> None:
@@ -207,7 +209,7 @@ def _refuse_marks(source: str, tensor: Tensor) -> None:
         )
 
 
-def _result(result: Any, told: dict[str, Any]) -> list[Tensor]:
+def _result(result: Any, outcome: dict[str, Any]) -> list[Tensor]:
     """The tensors of a call's result; how it is made of them is told in ``build``."""
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -221,26 +223,26 @@ def _result(result: Any, told: dict[str, Any]) -> list[Tensor]:
             values[index] = tensor
         return tree_unflatten(values, spec)
 
-    told["build"] = build
-    told["results"] = [leaves[index] for index in places]
-    return list(told["results"])
+    outcome["build"] = build
+    outcome["results"] = [leaves[index] for index in places]
+    return list(outcome["results"])
 
 
-def _gradients(inputs: _Inputs, told: dict[str, Any]) -> list[Tensor]:
+def _gradients(inputs: _Inputs, outcome: dict[str, Any]) -> list[Tensor]:
     """The gradients that the call left, each in memory of its own: what is given to a parameter is added to in place later."""
     for source, tensor in inputs.others():
         if tensor.is_leaf and tensor.grad is not None:
             raise CaptureError(
                 f"{source} gets a gradient; only parameters of modules do here: make it a parameter, or detach it before"
             )
-    found = [(source, tensor.grad) for source, tensor in inputs.parameters() if tensor.grad is not None]
-    taken = {tensor.untyped_storage()._cdata for tensor in told["results"]}
+    pairs = [(source, tensor.grad) for source, tensor in inputs.parameters() if tensor.grad is not None]
+    memories = {tensor.untyped_storage()._cdata for tensor in outcome["results"]}
     gradients = []
-    for _, gradient in found:
+    for _, gradient in pairs:
         memory = gradient.untyped_storage()._cdata
-        gradients.append(gradient.clone() if memory in taken else gradient)
-        taken.add(memory)
-    told["gradients"] = tuple(source for source, _ in found)
+        gradients.append(gradient.clone() if memory in memories else gradient)
+        memories.add(memory)
+    outcome["gradients"] = tuple(source for source, _ in pairs)
     return gradients
 
 

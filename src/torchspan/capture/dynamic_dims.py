@@ -30,13 +30,13 @@ def dynamic_dims(tensors: Sequence[Tensor], dims: Sequence[Mapping[int, Dynamic]
     before = [dict(vars(tensor)) for tensor in tensors]
     try:
         for tensor, which in zip(tensors, dims, strict=True):
-            for dim, wanted in sorted(which.items()):
-                if wanted.is_wish:
+            for dim, dynamic in sorted(which.items()):
+                if dynamic.is_wish:
                     dynamo.maybe_mark_dynamic(tensor, dim)
-                elif wanted.minimum is None and wanted.maximum is None:
+                elif dynamic.minimum is None and dynamic.maximum is None:
                     dynamo.mark_dynamic(tensor, dim)
                 else:  # torch needs both bounds or none
-                    dynamo.mark_dynamic(tensor, dim, min=wanted.minimum or 2, max=wanted.maximum or sys.maxsize - 1)
+                    dynamo.mark_dynamic(tensor, dim, min=dynamic.minimum or 2, max=dynamic.maximum or sys.maxsize - 1)
         yield
     finally:
         for tensor, known in zip(tensors, before, strict=True):

@@ -1,4 +1,4 @@
-"""Capture by dynamo: a Program's forward as one FX graph, with the bytecode that calls it and the guards that it stands on."""
+"""Capture by dynamo: a Program's forward as one FX graph, the bytecode that calls it, and its guards."""
 
 from __future__ import annotations
 
@@ -110,9 +110,11 @@ class Guards:
         if manager.check(values):
             return next(filter(None, (failed(values) for failed in self._required)), None)
         parts = manager.check_verbose(values).verbose_code_parts
-        said = re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
+        reason = re.sub(r"\s+", " ", str(parts[0])) if parts else "dynamo's guard manager refuses it"
         return (
-            re.sub(r" # .*/capture/dynamo\.py:\d+ in _call$", "", said).removesuffix("# return target(*args, **kwargs)").strip()
+            re.sub(r" # .*/capture/dynamo\.py:\d+ in _call$", "", reason)
+            .removesuffix("# return target(*args, **kwargs)")
+            .strip()
         )
 
     def require(self, failed: Callable[[Mapping[str, Any]], str | None]) -> None:
@@ -159,11 +161,15 @@ def capture_dynamo(program: Program) -> tuple[GraphModule, CodeType, Guards, tup
     return frame.module, frame.bytecode, Guards(program, frame, other), program.args
 
 
-def same_graph(one: Frame, two: Frame) -> bool:
+def same_graph(first: Frame, second: Frame) -> bool:
     """Whether two captures compute the same from the same sources: node by node, with the constants that they hold."""
-    if one.sources != two.sources or one.changes != two.changes or _consts(one.bytecode) != _consts(two.bytecode):
+    if (
+        first.sources != second.sources
+        or first.changes != second.changes
+        or _consts(first.bytecode) != _consts(second.bytecode)
+    ):
         return False
-    return _written(one.module) == _written(two.module)
+    return _written(first.module) == _written(second.module)
 
 
 def _consts(code: CodeType) -> tuple[Any, ...]:
@@ -234,13 +240,13 @@ def _trace(program: Program, grad_mode: bool) -> Frame:
 
 
 def _guard(entry: Any) -> Guard:
-    made = entry.orig_guard
-    arguments = dict(getattr(made.create_fn, "keywords", None) or {})
-    arguments |= {str(index): value for index, value in enumerate(getattr(made.create_fn, "args", None) or ())}
+    guard = entry.orig_guard
+    arguments = dict(getattr(guard.create_fn, "keywords", None) or {})
+    arguments |= {str(index): value for index, value in enumerate(getattr(guard.create_fn, "args", None) or ())}
     if "source_b" in arguments:
         arguments["source_b"] = dynamo.source_name(arguments["source_b"])
-    source = dynamo.source_name(made.originating_source)
-    return Guard(source, entry.guard_type, entry.value if entry.has_value else None, tuple(made.code_list or ()), arguments)
+    source = dynamo.source_name(guard.originating_source)
+    return Guard(source, entry.guard_type, entry.value if entry.has_value else None, tuple(guard.code_list or ()), arguments)
 
 
 # what a person is told
@@ -254,15 +260,15 @@ def _capture_error(program: Program, cause: Exception) -> CaptureError:
             f"{program.name} cannot be captured for any {spoken(fixed[1])}: it works for {fixed[2]} only; leave that dimension "
             "unmarked, or mark those that must be equal to it, too"
         )
-    said = _said_by_eager(program, cause)
-    if said:
-        return CaptureError(f"{program.name} does not take these inputs{_at(cause)}: {said}")
+    reason = _said_by_eager(program, cause)
+    if reason:
+        return CaptureError(f"{program.name} does not take these inputs{_at(cause)}: {reason}")
     lines = [line.strip() for line in str(getattr(cause, "msg", None) or cause).strip().splitlines()]
     what = lines[0] if lines else type(cause).__name__
-    told = [line for line in lines[1:] if line.startswith(("Explanation:", "Hint:"))]
-    told = [re.sub(r"^(Explanation|Hint):\s*", "", line) for line in told][:2]
+    hints = [line for line in lines[1:] if line.startswith(("Explanation:", "Hint:"))]
+    hints = [re.sub(r"^(Explanation|Hint):\s*", "", line) for line in hints][:2]
     advice = (
-        " ".join(told)
+        " ".join(hints)
         or "Move what Python decides on a tensor's value out of the captured part, or use torch.where or torch.cond."
     )
     return CaptureError(f"{program.name} cannot be captured as one graph{_at(cause)}: {what}. {advice}")

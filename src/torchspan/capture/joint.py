@@ -67,12 +67,12 @@ def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Gr
             "capture with train_step"
         )
     inputs = Inputs.of(program)
-    given = tuple(inputs.wrap(inputs.tensors(program.args, program.kwargs)))
+    example_inputs = tuple(inputs.wrap(inputs.tensors(program.args, program.kwargs)))
     with values_told(program.name), ExitStack() as stack:
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         stack.enter_context(stamped_with_module_paths(module))
         stack.enter_context(fx.sizes_may_depend_on_data())
-        joint = export(stack, _Flat(module, inputs), given, ignore_shape_env=True)  # sizes of inputs are fixed
+        joint = export(stack, _Flat(module, inputs), example_inputs, ignore_shape_env=True)  # sizes of inputs are fixed
     _check_placements(module, aot.joint_gradient_placements(joint))
     graph = _signed(joint.graph_module, module, inputs)
     graph.verify()
@@ -82,14 +82,14 @@ def capture_joint(program: Program, *, optimizer: Optimizer | None = None) -> Gr
 def _signed(traced: GraphModule, module: nn.Module, inputs: Inputs) -> Graph:
     """The Graph of a traced module: flat, without meshes, and with names for what it takes and gives."""
     named = _Names({f"_{index}": slot.spec for index, slot in enumerate(slots(module))}, inputs.specs, type(module).__name__)
-    taken = _input_specs(traced.graph, named)
+    input_specs = _input_specs(traced.graph, named)
     returned = _output_specs(traced.graph, named)
     _drop_meshes(traced.graph)
     traced.graph.set_codegen(CodeGen())  # flat arguments, and not a list of primals and one of tangents
     clean(traced)
     keep_checks(traced)
     keep_inputs(traced, inputs)
-    return Graph(traced, taken, returned, kind="joint")
+    return Graph(traced, input_specs, returned, kind="joint")
 
 
 class _Flat(nn.Module):
@@ -136,12 +136,12 @@ class _Names:
         raise CaptureError(f"the joint graph takes {descriptor}, which a training step has not; capture with train_step")
 
 
-def _check_placements(module: nn.Module, found: list[Any] | None) -> None:
-    """A gradient that is laid out otherwise than its parameter would be added up wrongly: refuse it."""
-    if found is None:
+def _check_placements(module: nn.Module, all_placements: list[Any] | None) -> None:
+    """Refuse a gradient that is laid out otherwise than its parameter: it would be added up wrongly."""
+    if all_placements is None:
         return  # no parameter is a DTensor, or this torch does not say
     state = [slot for slot in slots(module) if slot.spec.kind == "parameter"]
-    for slot, placements in zip(state, found):
+    for slot, placements in zip(state, all_placements):
         if slot.layout is not None and placements is not None and tuple(placements) != slot.layout.placements:
             raise CaptureError(
                 f"the gradient of {slot.spec.name} is laid out as {placements}, the parameter as {slot.layout.placements}; "

@@ -82,8 +82,8 @@ def capture_train_step(program: Program, *, optimizer: Optimizer | None = None) 
 
     def step(*flat: Tensor) -> list[Tensor]:
         held = _held(state, flat)
-        given = inputs.wrap(flat[len(state) :])
-        loss = call_for_loss(module, held, *inputs.unflatten(given))
+        arguments = inputs.wrap(flat[len(state) :])
+        loss = call_for_loss(module, held, *inputs.unflatten(arguments))
         leaves = {slot.spec.name: held[slot.spec.name] for slot in state if slot.requires_grad}
         gradients = _gradients(loss, leaves)
         with_gradient[:] = gradients
@@ -126,5 +126,5 @@ def _gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
     aot.keep_forward_traces([loss])
     with stamped_as_backward(), torch.autograd.set_multithreading_enabled(False):
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, found) if gradient is not None}
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None}

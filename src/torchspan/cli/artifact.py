@@ -36,56 +36,58 @@ def add(commands: Any) -> None:
 def _show(options: argparse.Namespace) -> int:
     from torchspan.artifacts import describe
 
-    found = describe(options.file)
+    description = describe(options.file)
 
     def draw(console: Console) -> None:
-        console.print(f"[bold]{escape(found['path'])}[/], signed by {found['signed_by'] or 'nobody'}", highlight=False)
-        console.print(pairs({name: _brief(value) for name, value in found["entries"].items()}))
+        console.print(
+            f"[bold]{escape(description['path'])}[/], signed by {description['signed_by'] or 'nobody'}", highlight=False
+        )
+        console.print(pairs({name: _brief(value) for name, value in description["entries"].items()}))
         table = new_table("payload", "size", "SHA-256")
-        for payload in found["payloads"]:
+        for payload in description["payloads"]:
             table.add_row(payload["name"], format_bytes(payload["size"]), payload["sha256"][:16])
         console.print(table)
 
-    show(options.json, found, draw)
+    show(options.json, description, draw)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from torchspan.artifacts import read_key, verify
 
-    found = verify(options.file, [read_key(path) for path in options.trusted_key] or None)
+    result = verify(options.file, [read_key(path) for path in options.trusted_key] or None)
 
     def draw(console: Console) -> None:
-        whole = f"{found['payloads']} payloads, {format_bytes(found['bytes'])}, are as they were written"
-        console.print(f"{found['path']}: {whole}; signed by {found['signed_by'] or 'nobody'}", highlight=False, markup=False)
-        if found["differs"]:
+        whole = f"{result['payloads']} payloads, {format_bytes(result['bytes'])}, are as they were written"
+        console.print(f"{result['path']}: {whole}; signed by {result['signed_by'] or 'nobody'}", highlight=False, markup=False)
+        if result["differs"]:
             console.print("It does not fit here:")
-            console.print(pairs(found["differs"]))
+            console.print(pairs(result["differs"]))
         else:
             console.print("It fits this torch and this machine.")
 
-    show(options.json, found, draw)
-    return int(bool(found["differs"]))
+    show(options.json, result, draw)
+    return int(bool(result["differs"]))
 
 
 def _diff(options: argparse.Namespace) -> int:
     from torchspan.artifacts import diff
 
-    found = diff(options.first, options.second)
-    is_same = not (found["entries"] or found["payloads"])
+    differences = diff(options.first, options.second)
+    is_same = not (differences["entries"] or differences["payloads"])
 
     def draw(console: Console) -> None:
         if is_same:
             console.print("the same entries and payloads")
             return
         table = new_table("differs", str(options.first), str(options.second))
-        for name, (one, other) in found["entries"].items():
-            table.add_row(name, _brief(one), _brief(other))
-        for name, digests in found["payloads"].items():
-            table.add_row(name, *("not there" if one is None else one[:16] for one in digests))
+        for name, (left, right) in differences["entries"].items():
+            table.add_row(name, _brief(left), _brief(right))
+        for name, digests in differences["payloads"].items():
+            table.add_row(name, *("not there" if digest is None else digest[:16] for digest in digests))
         console.print(table)
 
-    show(options.json, found, draw)
+    show(options.json, differences, draw)
     return int(not is_same)
 
 

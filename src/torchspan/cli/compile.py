@@ -57,10 +57,10 @@ def _write_repros(finished: Sequence[Any], folder: Path) -> None:
     from torchspan.diagnosis.repro import write_repro
 
     console = new_console(stderr=True)
-    failed = [one for one in finished if one.ending.outcome in ("failed", "timeout", "memory", "crashed")]
-    for number, one in enumerate(failed, 1):
-        made = write_repro(one.payload, one.settings, one.ending, folder / f"{number}-{one.region}" if failed[1:] else folder)
-        size = f", {made.num_operations} of {made.num_operations_before} operations" if made.kind == "graph" else ""
-        console.print(f"{one.region}: {one.ending.outcome}; reproduction: {made.program} ({made.kind}{size})", markup=False)
+    failed = [job for job in finished if job.ending.outcome in ("failed", "timeout", "memory", "crashed")]
+    for number, job in enumerate(failed, 1):
+        repro = write_repro(job.payload, job.settings, job.ending, folder / f"{number}-{job.region}" if failed[1:] else folder)
+        size = f", {repro.num_operations} of {repro.num_operations_before} operations" if repro.kind == "graph" else ""
+        console.print(f"{job.region}: {job.ending.outcome}; reproduction: {repro.program} ({repro.kind}{size})", markup=False)
     if not failed:
         console.print("no compile failed: there is nothing to reproduce", style="dim")

@@ -84,8 +84,8 @@ def _summary(registry: Registry, name: str) -> str:
 
 def _described_plug_in(name: str) -> dict[str, str] | None:
     """What a plug-in of this name says of itself; None where there is none besides backports."""
-    found = next(((kind, registry) for kind, registry in _plug_ins().items() if name in registry.names()), None)
-    if found is None:
+    plug_in = next(((kind, registry) for kind, registry in _plug_ins().items() if name in registry.names()), None)
+    if plug_in is None:
         return None
-    kind, registry = found
+    kind, registry = plug_in
     return {"name": name, "kind": kind.replace("_", " "), "says": registry.docstring(name), "file": registry.target(name)}

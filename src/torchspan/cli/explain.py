@@ -32,29 +32,31 @@ def _explain(options: argparse.Namespace) -> int:
     from torchspan.diagnosis.explain import explaining
     from torchspan.jobs.budget import DEFAULT_BUDGET, Budget
 
-    with explaining(DEFAULT_BUDGET if options.seconds is None else Budget(options.seconds)) as found:
+    with explaining(DEFAULT_BUDGET if options.seconds is None else Budget(options.seconds)) as explanation:
         activation = Activation(options.device, compile="off")
         code = run_program(options.program, options.module, activation, Afterwards(quiet=True))
-    show(options.json, found.to_dict(), lambda console: _draw_explanation(found, console))
+    show(options.json, explanation.to_dict(), lambda console: _draw_explanation(explanation, console))
     return code
 
 
-def _draw_explanation(found: Any, console: Console) -> None:
+def _draw_explanation(explanation: Any, console: Console) -> None:
     console.rule("[bold]torchspan explain", align="left")
-    counts = f"{len(found.graphs)} graphs, {len(found.breaks)} graph breaks, {len(found.recompiles)} recompiles"
-    console.print(f"{found.num_calls} calls of torch.compile: {counts}", highlight=False)
-    for one in found.hung:
-        said = f"a compile hung: not done after {one.seconds:g} s, at {one.site or one.where}"
-        console.print(said, style="red", markup=False, soft_wrap=True)
+    counts = (
+        f"{len(explanation.graphs)} graphs, {len(explanation.breaks)} graph breaks, {len(explanation.recompiles)} recompiles"
+    )
+    console.print(f"{explanation.num_calls} calls of torch.compile: {counts}", highlight=False)
+    for hang in explanation.hung:
+        text = f"a compile hung: not done after {hang.seconds:g} s, at {hang.site or hang.where}"
+        console.print(text, style="red", markup=False, soft_wrap=True)
     sections = (
         (
             ("graph", "where", "operations", "guards"),
-            [(g.function, g.site, g.num_operations, g.num_guards) for g in found.graphs],
+            [(g.function, g.site, g.num_operations, g.num_guards) for g in explanation.graphs],
         ),
-        (("graph break", "why"), [(b.site, b.reason.partition("\n\n")[0]) for b in found.breaks]),
+        (("graph break", "why"), [(b.site, b.reason.partition("\n\n")[0]) for b in explanation.breaks]),
         (
             ("compiled again", "where", "failed guard"),
-            [(r.function, r.site, r.reason.partition("\n")[0].partition("  #")[0]) for r in found.recompiles],
+            [(r.function, r.site, r.reason.partition("\n")[0].partition("  #")[0]) for r in explanation.recompiles],
         ),
     )
     for columns, rows in sections:

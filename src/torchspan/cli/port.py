@@ -49,9 +49,7 @@ def _port(options: argparse.Namespace) -> int:
     script = Path(options.script)
     check_program(options.script, is_module=False)
     if options.arguments and not options.check:
-        raise InputError(
-            f"arguments {shlex.join(options.arguments)!r} are of a run; expected '--check', which runs the program"
-        )
+        raise InputError(f"arguments {shlex.join(options.arguments)!r} are for the program; expected '--check', which runs it")
     proof = None
     if options.check:
         ported, proof = prove(script, options.arguments, options.device)

@@ -91,8 +91,8 @@ def run_program(program: Sequence[str], is_module: bool, activation: Activation,
     check_program(target, is_module)
     report_to = report_path(afterwards.report) if afterwards.report else None
     has_backports = os.environ.get("TORCHSPAN_BACKPORTS", "1") != "0"  # no option is for it
-    asked = replace(activation, backports=has_backports)
-    os.environ |= asked.to_environ()  # children that the program starts are activated by these, as this process is
+    settings = replace(activation, backports=has_backports)
+    os.environ |= settings.to_environ()  # children that the program starts are activated by these, as this process is
     is_wanted = bool(report_to or afterwards.table)
     with Recording([target, *arguments], None if is_module else target, is_wanted=is_wanted) as recording:
         autoload()
@@ -174,8 +174,8 @@ def _run_target(target: str, is_module: bool, arguments: list[str]) -> tuple[int
     except BaseException as error:  # noqa: BLE001 (whatever the program raises is shown as Python would show it)
         traceback.print_exception(type(error), error, _without_ours(error.__traceback__))
         show_advice(error)
-        if isinstance(error, ModuleNotFoundError) and (told := advice(error.name or "")):
-            print(f"torchspan: {told}", file=sys.stderr)
+        if isinstance(error, ModuleNotFoundError) and (hint := advice(error.name or "")):
+            print(f"torchspan: {hint}", file=sys.stderr)
         return 1, "failed: " + "".join(traceback.format_exception_only(type(error), error)).strip()
     return 0, "ended"
 

@@ -30,22 +30,22 @@ def _scan(options: argparse.Namespace) -> int:
     from torchspan.scan import scan
     from torchspan.scan._requires import fix_requires
 
-    found = scan(options.paths, options.torch)
-    values = found.to_dict()
+    result = scan(options.paths, options.torch)
+    values = result.to_dict()
     if options.fix_requires:
-        values["requires"] = fix_requires(found, options.paths)
-    show(options.json, values, lambda console: draw_scan(found, console))
+        values["requires"] = fix_requires(result, options.paths)
+    show(options.json, values, lambda console: draw_scan(result, console))
     if options.fix_requires and not options.json:
         print(values["requires"])
-    return found.exit_code
+    return result.exit_code
 
 
-def draw_scan(found: Scan, console: Console) -> None:
+def draw_scan(result: Scan, console: Console) -> None:
     """Each cause on a line of its own, then what they come to."""
-    lines = [("bold", found.summary)]
-    lines[:0] = [("red", f"could not be read: {path}: {reason}") for path, reason in found.unreadable.items()]
+    lines = [("bold", result.summary)]
+    lines[:0] = [("red", f"could not be read: {path}: {reason}") for path, reason in result.unreadable.items()]
     for standing, style in (("unknown", "dim"), ("guarded", "dim"), ("covered", ""), ("uncovered", "")):
-        texts = found.texts(standing)
+        texts = result.texts(standing)
         lines[:0] = [("bold", standing), *((style, f"  {text}") for text in texts)] if texts else []
     for style, text in lines:
         console.print(text, style=style or None, highlight=False, markup=False, emoji=False, soft_wrap=True)

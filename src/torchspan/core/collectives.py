@@ -186,13 +186,13 @@ def _hoist(node: Node, place: float, places: dict[Node, float]) -> None:
         node = node.all_input_nodes[0]
 
 
-def reorder(graph: Graph, wanted: Mapping[Node, float]) -> None:
-    """Sort `graph` topologically, in place; of nodes that can run, the one with the lowest `wanted` place runs first.
+def reorder(graph: Graph, places: Mapping[Node, float]) -> None:
+    """Sort `graph` topologically, in place; of nodes that can run, the one with the lowest of `places` runs first.
 
-    Nodes that `wanted` leaves out keep the place they have. PassError if nodes wait for each other.
+    Nodes that `places` leaves out keep the place they have. PassError if nodes wait for each other.
     """
     nodes = list(graph.nodes)
-    rank = {node: (wanted.get(node, float(index)), index) for index, node in enumerate(nodes)}
+    rank = {node: (places.get(node, float(index)), index) for index, node in enumerate(nodes)}
     waiting = {node: len(node.all_input_nodes) for node in nodes}
     ready = [(rank[node], index) for index, node in enumerate(nodes) if not waiting[node]]
     index_of = {node: index for index, node in enumerate(nodes)}

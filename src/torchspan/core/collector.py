@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from running where it costs more than what it runs in."""
+"""Python's garbage collector, held back where a collection would take longer than the work around it."""
 
 from __future__ import annotations
 

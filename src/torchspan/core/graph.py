@@ -72,10 +72,10 @@ class Graph:
 
     def gradients(self) -> dict[Node, str]:
         """The nodes that are the gradients of parameters, by which: those that are given, and those that an optimizer takes."""
-        given = zip(self.output_values(), self.outputs)
-        found = {value: spec.name for value, spec in given if spec.kind == "gradient" and isinstance(value, Node)}
-        taken = {node: node.meta[GRADIENT_OF] for node in self.module.graph.nodes if GRADIENT_OF in node.meta}
-        return {**found, **taken}
+        pairs = zip(self.output_values(), self.outputs)
+        returned = {value: spec.name for value, spec in pairs if spec.kind == "gradient" and isinstance(value, Node)}
+        consumed = {node: node.meta[GRADIENT_OF] for node in self.module.graph.nodes if GRADIENT_OF in node.meta}
+        return {**returned, **consumed}
 
     def count_targets(self) -> Counter[str]:
         """How often each operator is called, by the operator's printed name."""
@@ -110,9 +110,9 @@ class Graph:
             raise GraphError(f"the graph is not well formed: {cause}") from cause
 
 
-def _check_count(what: str, found: int, specs: Sequence[object]) -> None:
-    if found != len(specs):
-        raise GraphError(f"the graph has {found} {what}, its signature has {len(specs)}")
+def _check_count(what: str, count: int, specs: Sequence[object]) -> None:
+    if count != len(specs):
+        raise GraphError(f"the graph has {count} {what}, its signature has {len(specs)}")
 
 
 def _check_waits(module: GraphModule) -> None:

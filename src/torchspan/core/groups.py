@@ -25,10 +25,10 @@ def list_groups(module: GraphModule) -> list[str]:
     >>> list_groups(GraphModule({}, graph))
     ['3']
     """
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for node in module.graph.nodes:
-        _with_groups(node, lambda name: found.setdefault(name) or name)
-    return list(found)
+        _with_groups(node, lambda name: names.setdefault(name) or name)
+    return list(names)
 
 
 def rename_groups(module: GraphModule, names: Mapping[str, str]) -> GraphModule:

@@ -63,7 +63,7 @@ def parse_log_spec(text: str) -> dict[str, str]:
 
 
 def _folders() -> tuple[str, ...]:
-    """What has a logger of its own; nothing is everything."""
+    """The folders that have a logger of their own, and "", which is all of them."""
     root = Path(__file__).resolve().parents[1]
     return ("", *sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_")))
 

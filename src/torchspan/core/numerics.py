@@ -44,7 +44,7 @@ def tolerance(*dtypes: torch.dtype) -> Tolerance:
     True
     """
     known = [TOLERANCES.get(dtype, _COARSE) for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
-    return max(known, key=lambda one: one.relative, default=EXACT)
+    return max(known, key=lambda limit: limit.relative, default=EXACT)
 
 
 def difference(actual: Any, expected: Any, *through: torch.dtype, name: str = "output") -> str | None:
@@ -70,12 +70,12 @@ def _differences(actual: Any, expected: Any, through: tuple[torch.dtype, ...], n
 
 
 def _container_differences(actual: Any, expected: Any, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
-    mine, theirs = dict(parts(actual)), dict(parts(expected))
-    if mine.keys() != theirs.keys():
-        yield f"{name}: {len(mine)} parts instead of {len(theirs)}"
+    actual_parts, expected_parts = dict(parts(actual)), dict(parts(expected))
+    if actual_parts.keys() != expected_parts.keys():
+        yield f"{name}: {len(actual_parts)} parts instead of {len(expected_parts)}"
         return
-    for key, value in theirs.items():
-        yield from _differences(mine[key], value, through, f"{name}{key}")
+    for key, value in expected_parts.items():
+        yield from _differences(actual_parts[key], value, through, f"{name}{key}")
     is_number = isinstance(expected, (bool, int, float, complex))
     if is_number and not torch.tensor(actual).isclose(torch.tensor(expected), equal_nan=True):
         yield f"{name}: {actual!r} instead of {expected!r}"
@@ -136,8 +136,8 @@ def but_rounding(
 
 def rounding_limit(expected: Iterable[torch.Tensor | None], *through: torch.dtype) -> float:
     """The root mean square up to which a gradient beside these is rounding: the precision of the largest of them."""
-    known = [one for one in expected if one is not None and one.layout is torch.strided and one.numel()]
-    return max((tolerance(one.dtype, *through).relative * _rms(one) for one in known), default=0.0)
+    known = [tensor for tensor in expected if tensor is not None and tensor.layout is torch.strided and tensor.numel()]
+    return max((tolerance(tensor.dtype, *through).relative * _rms(tensor) for tensor in known), default=0.0)
 
 
 def _zeroed(values: list[torch.Tensor | None], which: list[bool]) -> list[torch.Tensor | None]:
@@ -154,12 +154,12 @@ def is_below(value: torch.Tensor | None, limit: float) -> bool:
 
 def _rms(value: torch.Tensor) -> float:
     real = as_real(value.detach())
-    return math.sqrt(sum(float(one.double().square().sum()) for (one,) in _pieces(real)) / max(real.numel(), 1))
+    return math.sqrt(sum(float(piece.double().square().sum()) for (piece,) in _pieces(real)) / max(real.numel(), 1))
 
 
 def _pieces(*values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of one shape, a part of each at a time: what is computed of them in double precision stays small."""
-    return zip(*(one.reshape(-1).split(_PIECE) for one in values), strict=True)
+    """Tensors of one shape, one part of each at a time, so that computing in double precision takes little memory."""
+    return zip(*(value.reshape(-1).split(_PIECE) for value in values), strict=True)
 
 
 def _tensor_difference(actual: Any, expected: torch.Tensor, through: tuple[torch.dtype, ...], name: str) -> Iterator[str]:
@@ -167,9 +167,9 @@ def _tensor_difference(actual: Any, expected: torch.Tensor, through: tuple[torch
         yield f"{name}: {type(actual).__name__} instead of a tensor"
         return
     for what in ("shape", "dtype", "device"):
-        mine, theirs = getattr(actual, what), getattr(expected, what)
-        if mine != theirs:
-            yield f"{name}: {what} {_short(mine)} instead of {_short(theirs)}"
+        actual_value, expected_value = getattr(actual, what), getattr(expected, what)
+        if actual_value != expected_value:
+            yield f"{name}: {what} {_short(actual_value)} instead of {_short(expected_value)}"
             return
     if expected.numel() and not expected.is_meta:
         yield from _value_difference(actual.detach(), expected.detach(), tolerance(expected.dtype, *through), name)
@@ -184,10 +184,10 @@ def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tol
     if expected.layout is not torch.strided:
         actual, expected = actual.to_dense(), expected.to_dense()
     wide = torch.complex128 if expected.dtype.is_complex else torch.float64
-    rms = math.sqrt(sum(float(_size(one.to(wide)).square().sum()) for (one,) in _pieces(expected)) / expected.numel())
+    rms = math.sqrt(sum(float(_size(piece.to(wide)).square().sum()) for (piece,) in _pieces(expected)) / expected.numel())
     num_wrong, worst, at_most = 0, 0.0, 0.0
-    for mine, theirs in _pieces(actual, expected):
-        gap, limit = _gap_and_limit(mine.to(wide), theirs.to(wide), rms, allowed)
+    for actual_piece, expected_piece in _pieces(actual, expected):
+        gap, limit = _gap_and_limit(actual_piece.to(wide), expected_piece.to(wide), rms, allowed)
         wrong = ~(gap <= limit)
         if wrong.any():
             num_wrong += int(wrong.sum())
@@ -196,8 +196,8 @@ def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tol
         yield f"{name}: {num_wrong} of {expected.numel()} elements differ, by up to {worst:.4g} (tolerance {at_most:.3g})"
 
 
-def _larger(one: float, other: float) -> float:
-    return one if math.isnan(one) else max(other, one)
+def _larger(first: float, second: float) -> float:
+    return first if math.isnan(first) else max(second, first)
 
 
 def _size(value: torch.Tensor) -> torch.Tensor:

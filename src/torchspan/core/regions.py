@@ -110,14 +110,14 @@ class _Call(torch.nn.Module):
 
 def _annotations(gm: GraphModule, key: str) -> dict[Node, Any]:
     """The nodes that go into regions, with their annotations."""
-    found: dict[Node, Any] = {}
+    annotations: dict[Node, Any] = {}
     for node in gm.graph.nodes:
         if _unpacks(node):
-            if node.args[0] in found:  # a value of several outputs never crosses a region's border whole
-                found[node] = found[node.args[0]]
+            if node.args[0] in annotations:  # a value of several outputs never crosses a region's border whole
+                annotations[node] = annotations[node.args[0]]
         elif key in (node.meta.get("custom") or {}) and node.op.startswith("call_") and not _mutates(node):
-            found[node] = node.meta["custom"][key]
-    return found
+            annotations[node] = node.meta["custom"][key]
+    return annotations
 
 
 def _name(annotation: Any, key: str) -> str:
@@ -157,8 +157,8 @@ class _Plan:
 
     def open_slot(self, earliest: int) -> int:
         """The first slot from `earliest` on that belongs to no region."""
-        found = next((slot for slot in range(earliest, len(self.owners)) if self.owners[slot] is None), None)
-        return self.new_slot(None) if found is None else found
+        index = next((slot for slot in range(earliest, len(self.owners)) if self.owners[slot] is None), None)
+        return self.new_slot(None) if index is None else index
 
 
 def _plan(gm: GraphModule, groups: dict[Node, str]) -> _Plan:

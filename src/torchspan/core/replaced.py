@@ -1,4 +1,4 @@
-"""An attribute, an entry or a function that is another for a while."""
+"""Attributes, entries and functions that are replaced inside a block."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Tally:
 
 
 class _LoggedTally(Tally):
-    """A Tally that logs each time that its count grows: for who asked to see every single one."""
+    """A Tally that logs each time that its count grows, for whoever asked to see every occurrence."""
 
     __slots__ = ("_count",)
 
@@ -199,7 +199,7 @@ class Report:
         return tally
 
     def _share(self, tally: Tally) -> None:
-        """Tell who watches of `tally`, and give it to the parent, which may have others of the same choice and site."""
+        """Show `tally` to those who watch, and pass it to the parent, which may have others of the same choice and site."""
         self._on_new(tally.decision)
         if self._parent is not None:
             with self._parent._lock:
@@ -224,7 +224,7 @@ class Report:
             self._parent.figure(name, value)
 
     def add(self, entry: Decision | Attempt) -> None:
-        """Take an entry of another process over: its count is added to that of the same one here."""
+        """Add an entry of another process; its count is added to that of an equal one here."""
         with self._lock:
             key: object = replace(entry, count=0) if isinstance(entry, Decision) else object()
             known = self._entries.get(key)
@@ -249,9 +249,9 @@ class Report:
         for topic in Topic:
             of_topic = [decision for decision in self.decisions if decision.topic is topic]
             lines += [topic.heading] if of_topic else []
-            for one in of_topic:
-                times = f" {one.count}×" if one.count > 1 else ""
-                lines.append(f"  {one.subject} → {one.choice}{times} ({one.reason})")
+            for decision in of_topic:
+                times = f" {decision.count}×" if decision.count > 1 else ""
+                lines.append(f"  {decision.subject} → {decision.choice}{times} ({decision.reason})")
         for attempt in self.attempts:
             why = f": {attempt.cause}" if attempt.cause else ""
             lines.append(f"{attempt.outcome} {attempt.region} by {attempt.strategy} in {attempt.seconds:.1f} s{why}")

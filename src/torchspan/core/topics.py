@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class _Named(str, Enum):
-    """A word of a Report: itself as text, found by it."""
+    """A word of a Report: as text it is itself, and `of` finds it by its text."""
 
     __str__ = str.__str__
 
     @classmethod
     def of(cls, name: str) -> Self:
         """The member of this name; raises InputError for a name that is none."""
-        found = cls._value2member_map_.get(name)
-        if not isinstance(found, cls):
+        member = cls._value2member_map_.get(name)
+        if not isinstance(member, cls):
             raise InputError(f"{cls.__name__.lower()} is {name!r}; expected one of {', '.join(cls)}")
-        return found
+        return member
 
 
 class Topic(_Named):

@@ -134,15 +134,15 @@ def attended(operands: Sequence[Operand]) -> Memory:
 
 def recurrent(operands: Sequence[Operand]) -> Memory:
     """``nn.LSTM`` compares its input with the hidden state, then with the parameters."""
-    given, *rest = operands
+    input_, *rest = operands
     hidden = [("hidden", other) for other in rest if other.name.startswith(("hx", "cx"))]
     for name, other in (*hidden, *(("parameter", other) for other in rest if other.name.startswith("weight"))):
-        if {given.memory, other.memory} == {HOST, DEVICE}:
+        if {input_.memory, other.memory} == {HOST, DEVICE}:
             raise RuntimeError(
-                f"Input and {name} tensors are not at the same device, found input tensor at {given.device} "
+                f"Input and {name} tensors are not at the same device, found input tensor at {input_.device} "
                 f"and {name} tensor at {other.device}"
             )
-    return given.memory
+    return input_.memory
 
 
 def packed(operands: Sequence[Operand]) -> Memory:
@@ -209,12 +209,12 @@ def _kernels() -> dict[str, str]:
     """The kernel of CUDA by the operator's full name, of the operators for which torch generates a check."""
     if not _TABLE.exists():
         return {}
-    found = {}
+    kernels = {}
     for entry in _TABLE.read_text().split("\n- func: ")[1:]:
         if "device_check: NoCheck" not in entry and _OF_CUDA.search(entry):
             name = entry.partition("(")[0]
-            found[name] = _kernel(name, bool(_IS_STRUCTURED.search(entry)))
-    return found
+            kernels[name] = _kernel(name, bool(_IS_STRUCTURED.search(entry)))
+    return kernels
 
 
 def _kernel(name: str, is_structured: bool) -> str:

@@ -55,12 +55,14 @@ def rule_of(operator: Any) -> Rule:
         return Rule(str(operator))
     name = schema.name.partition("::")[2]
     is_own = schema.name.startswith("aten::")
-    arguments = tuple((one.name, bool(one.alias_info and one.alias_info.is_write)) for one in schema.arguments)
+    arguments = tuple(
+        (argument.name, bool(argument.alias_info and argument.alias_info.is_write)) for argument in schema.arguments
+    )
     return Rule(
         name=schema.name,
         arguments=arguments,
         judge=judge_of(name, schema.overload_name) if is_own else None,
-        is_factory=any(one == "device" for one, _ in arguments) and name != "_to_copy",
+        is_factory=any(argument == "device" for argument, _ in arguments) and name != "_to_copy",
         is_drawing=torch.Tag.nondeterministic_seeded in operator.tags,
         is_of_many=name.startswith(OF_MANY),
         is_strict=name == "_pack_padded_sequence",
@@ -120,15 +122,15 @@ class Following(TorchDispatchMode):
 
     def _drawn(self, rule: Rule, memory: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator that draws random numbers: on the device, from the device's generator."""
-        generator = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch._C.Generator)), None)
+        generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch._C.Generator)), None)
         if generator is None:
             if memory is not DEVICE:
                 return func(*args, **kwargs)
             with drawing_on_device(self._redirection.generator):
                 return func(*args, **kwargs)
-        wanted, found = ("cuda", "cpu") if memory is DEVICE else ("cpu", "cuda")
-        if memory is not UNKNOWN and self._redirection.is_placed(generator) == (found == "cuda"):
-            refusal = RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
+        expected, actual = ("cuda", "cpu") if memory is DEVICE else ("cpu", "cuda")
+        if memory is not UNKNOWN and self._redirection.is_placed(generator) == (actual == "cuda"):
+            refusal = RuntimeError(f"Expected a '{expected}' device type for generator but found '{actual}'")
             self._refused(rule.name, refusal)
             raise refusal
         return func(*args, **kwargs)
@@ -142,24 +144,28 @@ def _common(values: Iterable[Any]) -> Memory | None:
     memory = UNKNOWN
     for value in values:
         if isinstance(value, _TENSOR):
-            found: Memory | None = memory_of(value)
+            other: Memory | None = memory_of(value)
         elif type(value) in _LISTS:
-            found = _common(value)
+            other = _common(value)
         else:
             continue
-        if found is memory or found is UNKNOWN:
+        if other is memory or other is UNKNOWN:
             continue
-        if found is None or memory is not UNKNOWN:
+        if other is None or memory is not UNKNOWN:
             return None
-        memory = found
+        memory = other
     return memory
 
 
 def _operands(rule: Rule, args: Any, kwargs: Any) -> Iterator[Operand]:
     """What the operator writes to, then what it reads, as torch's kernels check them."""
-    given = [(name, is_written, value) for (name, is_written), value in zip(rule.arguments, args)]
+    positional = [(name, is_written, value) for (name, is_written), value in zip(rule.arguments, args)]
     named = [(name, is_written, kwargs[name]) for name, is_written in rule.arguments if name in kwargs]
-    for name, is_written, value in [*(one for one in named if one[1]), *given, *(one for one in named if not one[1])]:
+    for name, is_written, value in [
+        *(entry for entry in named if entry[1]),
+        *positional,
+        *(entry for entry in named if not entry[1]),
+    ]:
         for tensor in _tensors(value):
             yield Operand(name, tensor, memory_of(tensor), is_written)
 
@@ -168,20 +174,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, _TENSOR):
         yield value
     elif type(value) in _LISTS:
-        for one in value:
-            yield from _tensors(one)
+        for element in value:
+            yield from _tensors(element)
 
 
 def _groups(rule: Rule, args: Any) -> Iterator[list[Operand]]:
-    """For each tensor of the first list, what an operator of many gives it."""
+    """The operands of an operator on lists, for each tensor of the first list."""
     for position in range(len(args[0])):
         pairs = zip(rule.arguments, args)
         values = [(name, w, value[position] if type(value) in _LISTS else value) for (name, w), value in pairs]
-        yield [Operand(name, one, memory_of(one), w) for name, w, one in values if isinstance(one, _TENSOR)]
+        yield [Operand(name, element, memory_of(element), w) for name, w, element in values if isinstance(element, _TENSOR)]
 
 
 def _judged_one(judge: Judge, group: Sequence[Operand]) -> Memory:
-    """Where what is computed of one tensor of many lies."""
+    """The memory of the result for one tensor of a list."""
     memories = {operand.memory for operand in group} - {UNKNOWN}
     return judge(group) if len(memories) > 1 else next(iter(memories), UNKNOWN)
 
@@ -192,8 +198,8 @@ def _settle(result: Any, memory: Memory | list[Memory]) -> None:
         if type(result) in PLAIN and memory_of(result) is UNKNOWN:
             _mark(result, memory)
     elif type(result) in _LISTS:
-        for one, where in zip(result, memory if isinstance(memory, list) else [memory] * len(result)):
-            _settle(one, where)
+        for element, where in zip(result, memory if isinstance(memory, list) else [memory] * len(result)):
+            _settle(element, where)
 
 
 def _mark(tensor: Any, memory: Any) -> None:
@@ -216,7 +222,7 @@ def _made_in(memory: Memory | None) -> Iterator[None]:
 
 
 def making(redirection: Redirection, factory: Callable[..., Any], is_beside: bool) -> Callable[..., Any]:
-    """`factory`, with what its operators make where the program asks for it; `is_beside` its argument if nothing is asked."""
+    """`factory`, whose result lies where the program asks for it; without a device, beside its argument if `is_beside`."""
 
     @wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:

@@ -74,9 +74,9 @@ class Answers:
 
     def of(self, device: torch.device, memory: Memory) -> torch.device:
         """The object that is equal to `device` and stands for `memory`."""
-        found = self._devices.get((device, memory))
-        if found is None:
+        answer = self._devices.get((device, memory))
+        if answer is None:
             index = () if device.index is None else (device.index,)
-            found = self._devices.setdefault((device, memory), torch.device(device.type, *index))
-            self.memories[id(found)] = memory  # the object lives as long as this does
-        return found
+            answer = self._devices.setdefault((device, memory), torch.device(device.type, *index))
+            self.memories[id(answer)] = memory  # the object lives as long as this does
+        return answer

@@ -69,16 +69,16 @@ _PROCESSES = ("pid", "process_name", "used_memory", "used_gpu_memory", "gpu_uuid
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what ``nvidia-smi`` would; its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     indices = list(range(num_devices()))
-    if "-L" in given or "--list-gpus" in given:
+    if "-L" in words or "--list-gpus" in words:
         print("\n".join(f"GPU {index}: {name()} (UUID: {uuid(index)})" for index in indices))
         return 0
-    options = _options(given)
+    options = _options(words)
     chosen = options.get("-i", options.get("--id"))
     if chosen is not None:
-        wanted = chosen.split(",")
-        indices = [index for index in indices if str(index) in wanted or uuid(index) in wanted]
+        choices = chosen.split(",")
+        indices = [index for index in indices if str(index) in choices or uuid(index) in choices]
         if not indices:
             print("No devices were found")
             return 6
@@ -90,17 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(", ".join(fields))
         return 0
     if set(options) - {"-i", "--id"}:
-        print(f"Invalid combination of input arguments. torchspan's nvidia-smi knows -L, -i, --query-gpu=… and no {given}")
+        print(f"Invalid combination of input arguments. torchspan's nvidia-smi knows -L, -i, --query-gpu=… and no {words}")
         return 1
     _draw(indices)
     return 0
 
 
-def _options(given: Sequence[str]) -> dict[str, str]:
+def _options(words: Sequence[str]) -> dict[str, str]:
     """Options with their values, which follow ``=`` or come next."""
     options: dict[str, str] = {}
     last = ""
-    for argument in given:
+    for argument in words:
         if argument.startswith("-"):
             last, _, value = argument.partition("=")
             options[last] = value

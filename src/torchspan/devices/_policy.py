@@ -91,5 +91,5 @@ def choose(facts: Facts, request: DeviceRequest, mode: str = "auto") -> Choice:
         why = "" if mode == FOLLOWED else ", nor another accelerator"
         return Choice("cpu", f"no {request.kind.upper()} device here{why}")
     is_one_of_several = request.index is not None and 1 < facts.num_devices(best) > request.index
-    given = f"{best}:{request.index}" if is_one_of_several else best
-    return Choice(given, f"no {request.kind.upper()} device here; {best} is the best accelerator that is")
+    device = f"{best}:{request.index}" if is_one_of_several else best
+    return Choice(device, f"no {request.kind.upper()} device here; {best} is the best accelerator that is")

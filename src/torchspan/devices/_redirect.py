@@ -9,9 +9,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.report import Report, Tally, user_site
 from torchspan.core.topics import Standing, Topic
+from torchspan.devices._callers import Callers, asked_by_torch
 from torchspan.devices._memories import DEVICE, HOST, PLAIN, UNKNOWN, Answers, Memory, mark, memory_of, memory_of_storage
 from torchspan.devices._policy import ACCELERATORS, FOLLOWED, KEEP_CPU, DeviceRequest, choose
-from torchspan.environment import patch
 from torchspan.environment.facts import Facts
 
 _SHARED = "; one device stands in for"
@@ -37,27 +36,10 @@ _DEVICE_OF = torch._C.TensorBase.device.__get__
 NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_function_stack
-_HERE = os.path.dirname(__file__) + os.sep
-# What answers for the program, although it is torch's: dynamo folds `torch.cuda.is_available()` of the program it reads.
-_ON_BEHALF = "torch._dynamo.variables"
-_HANDLERS = "torch._dynamo.variables.torch"  # of the calls in it
-_OWN = ("torch.", "torchspan.", "triton.")  # Triton asks as the compiler's part that it is
-# What stands between the asker and the function that it called.
-_BETWEEN = (
-    "torchspan.devices",
-    "torchspan.environment.patch",
-    "torchspan.backports.accelerator",
-    "torchspan.backports.cuda",
-    "torch.cuda",
-    "torch.library",
-    "torch._library",
-)
-
-_REDEFINED = patch.__file__  # where the code of a redefined function is, whose globals are torch's
 
 
 class PlacementWarning(UserWarning):
-    """A program placed things on several devices, for which one stands in: said once, at the first line that does."""
+    """A program uses several devices, and one stands in for all; issued once, at the first line that does so."""
 
 
 class Redirection:
@@ -84,7 +66,7 @@ class Redirection:
         self.originals: dict[int, Any] = {}
         self._devices: dict[object, torch.device | None] = {}
         self._tallies: dict[tuple[int, int, str, object], Tally] = {}
-        self._is_foreign: dict[int, tuple[bool, CodeType]] = {}  # by identity, as a code's own hash reads all of it
+        self._callers = Callers()
         self._has_warned = False
         self._has_said_copied = False
         self.in_use = False
@@ -105,10 +87,10 @@ class Redirection:
             try:
                 return self._devices[device]
             except KeyError:
-                found = self._resolve(device)
+                target = self._resolve(device)
                 if "cpu" not in self.kinds:  # else it depends on the scope
-                    self._devices[device] = found
-                return found
+                    self._devices[device] = target
+                return target
         if kind is int:
             return self._resolve(device)
         return None
@@ -136,10 +118,10 @@ class Redirection:
         if device == KEEP_CPU and self.knows_keep_cpu:
             return DeviceRequest("cpu", -1)
         try:
-            asked = torch.device(device)
+            request = torch.device(device)
         except RuntimeError:
             return None
-        return DeviceRequest(asked.type, asked.index)
+        return DeviceRequest(request.type, request.index)
 
     def num_devices(self) -> int:
         """How many devices the program is told of: those of the target, or as many as a launcher started ranks for here."""
@@ -191,7 +173,7 @@ class Redirection:
     # which memory, where one stands in for the device's and the host's
 
     def begin_use(self) -> None:
-        """Something asks for the device: what is there so far lies in the host's memory, and moves copy from now on."""
+        """The program asks for the device: tensors that exist already lie in the host's memory, and moves copy from now on."""
         if self.in_use or self.target != "cpu":
             return
         self.in_use = True
@@ -199,39 +181,31 @@ class Redirection:
             if type(thing) in PLAIN and _DEVICE_OF(thing) == _CPU:
                 mark(thing, HOST)
 
-    def memory_asked(self, asked: object, is_programs: bool | None = None, depth: int = 2) -> Memory | None:
-        """The memory that a request for `asked` means, a device or a tensor; None for one that is neither of the two.
+    def memory_asked(self, request: object, is_programs: bool | None = None, depth: int = 2) -> Memory | None:
+        """The memory that a `request` for a device or a tensor means; None for one that is neither of the two.
 
         Only the program names the CPU and means it (`is_programs`; by default, whether its code is what called the wrapper, at
         that `depth`): torch's code, and what its compilers generate, names it for the device as well.
         """
-        if type(asked) is _DEVICE:
-            answered = self.answers.memories.get(id(asked))
+        if type(request) is _DEVICE:
+            answered = self.answers.memories.get(id(request))
             if answered is not None:
                 return answered
-        elif isinstance(asked, torch.Tensor):
-            return memory_of(asked) if _DEVICE_OF(asked) == _CPU else None
-        if is_cpu(asked):
-            if asked == KEEP_CPU:
+        elif isinstance(request, torch.Tensor):
+            return memory_of(request) if _DEVICE_OF(request) == _CPU else None
+        if is_cpu(request):
+            if request == KEEP_CPU:
                 return HOST
             if is_programs is None:
                 frame = sys._getframe(depth)
-                known = self._is_foreign.get(id(frame.f_code))
-                is_programs = (known is not None and not known[0]) or self._is_programs(frame)
+                known = self._callers.known.get(id(frame.f_code))
+                is_programs = (known is not None and not known[0]) or self._callers.is_programs(frame)
             return HOST if is_programs else self._asking.memory
-        return DEVICE if self.lookup(asked) is not None else None
-
-    def _is_programs(self, frame: FrameType | None) -> bool:
-        """Whether the first frame from here on that is not torchspan's is the program's."""
-        while frame is not None and self._is_torchs(frame):
-            if not frame.f_code.co_filename.startswith(_HERE):
-                return False
-            frame = frame.f_back
-        return frame is not None
+        return DEVICE if self.lookup(request) is not None else None
 
     @contextmanager
     def asking(self, memory: Memory | None) -> Iterator[None]:
-        """Inside, in this thread, what torch's code names the CPU for is in `memory`: the program said so."""
+        """Inside, in this thread, torch's own requests for the CPU mean `memory`, which the program asked for."""
         before, self._asking.memory = self._asking.memory, memory or UNKNOWN
         try:
             yield
@@ -239,7 +213,7 @@ class Redirection:
             self._asking.memory = before
 
     def default_memory(self) -> Memory | None:
-        """Where what names no device is made."""
+        """The memory of tensors that are made without a device."""
         mode = self._default_context() if _num_modes() else None
         if mode is not None:
             memory: Memory | None = getattr(mode, "_torchspan_memory", UNKNOWN)
@@ -255,12 +229,12 @@ class Redirection:
         return None
 
     def answer(self, tensor: Any, truth: torch.device) -> torch.device:
-        """What a tensor or storage that is on `truth` says of its device: the truth, as an object that tells the memory."""
+        """What a tensor or storage on `truth` answers as its device: the object equal to `truth` that stands for its memory."""
         memory = memory_of(tensor) if isinstance(tensor, torch.Tensor) else memory_of_storage(tensor)
         return self.answers.of(truth, memory) if truth == _CPU else truth
 
     def say_result_copied(self) -> None:
-        """Record, once, that a move of a result copies: where it lies is not followed."""
+        """Record, once, that moving a result copies it: the memory of results is not followed."""
         if self._has_said_copied:
             return
         self._has_said_copied = True
@@ -272,11 +246,11 @@ class Redirection:
         return self.in_use and _DEVICE_OF(tensor).type == "cpu" and not self._is_on_host(memory_of(tensor))
 
     def _is_on_host(self, memory: Memory) -> bool:
-        """Whether a program in disguise is told so: where every operator is followed, of what is unknown too."""
+        """Whether a masqueraded program is told that it lies on the host: so is UNKNOWN where every operator is followed."""
         return memory is HOST or (memory is UNKNOWN and self.follows)
 
     def believed(self, holder: Any) -> torch.device | None:
-        """The device that a program in disguise believes a tensor or a storage to be on; None where that is where it is."""
+        """The device that a masqueraded program believes a tensor or storage to be on; None where it is told the real one."""
         is_tensor = isinstance(holder, torch.Tensor)
         if is_tensor and _DEVICE_OF(holder).type != self.target_kind:
             return None
@@ -289,12 +263,12 @@ class Redirection:
         """The default device that the program asked for, if it was redirected."""
         mode = self._default_context()
         if mode is not None:
-            asked: torch.device | None = getattr(mode, "_torchspan_asked", None)
-            return asked
+            device: torch.device | None = getattr(mode, "_torchspan_asked", None)
+            return device
         return self.ordinal() if self.is_cuda_default else None
 
     def ordinal(self) -> torch.device:
-        """The device of the program: the one that it made current."""
+        """The program's current device."""
         return torch.device("cuda", torch.cuda.current_device())
 
     # who asks, and what is recorded
@@ -316,11 +290,11 @@ class Redirection:
             return
         frame = sys._getframe(depth)
         code = frame.f_code
-        known = self._is_foreign.get(id(code))
-        is_foreign = self._is_torchs(frame) if known is None else known[0]
+        known = self._callers.known.get(id(code))
+        is_foreign = self._callers.is_torchs(frame) if known is None else known[0]
         while is_foreign and frame.f_back is not None:
             frame = frame.f_back
-            is_foreign = self._is_torchs(frame)
+            is_foreign = self._callers.is_torchs(frame)
             code = frame.f_code
         key = (id(code), frame.f_lasti, name, asked)
         tally = self._tallies.get(key)
@@ -328,13 +302,6 @@ class Redirection:
             site = f"{code.co_filename}:{frame.f_lineno}" if not is_foreign else user_site()
             tally = self._tallies[key] = self._tally(site, name, asked, reason, choice, standing)
         tally.count += 1
-
-    def _is_torchs(self, frame: FrameType) -> bool:
-        code = frame.f_code
-        known = self._is_foreign.get(id(code))
-        if known is None:
-            known = self._is_foreign[id(code)] = (is_torchs(frame.f_globals, code), code)
-        return known[0]
 
     def note_at(self, site: str, name: str, asked: object) -> None:
         """Count one redirection at the given line."""
@@ -421,11 +388,11 @@ class Redirection:
             self._keeping_cpu.depth -= 1
 
     def keep_cpu(self, is_kept: bool) -> None:
-        """The same in this thread from now on, or no more."""
+        """Begin `keeping_cpu` in this thread, or end it."""
         self._keeping_cpu.depth = max(0, self._keeping_cpu.depth + (1 if is_kept else -1))
 
     def leave_out(self, name: str, choice: str, reason: str | None = None, asked: object = None) -> None:
-        """Count one request that has nothing to stand for here, and is left out."""
+        """Count one request that has no counterpart here and is left out."""
         self.note(name, asked, reason, choice, Standing.LEFT_OUT)
 
     def simulate(self, name: str, what: str) -> None:
@@ -451,35 +418,3 @@ def is_cpu(device: object) -> bool:
     if type(device) is _DEVICE:
         return device == _CPU or device.type == "cpu"
     return isinstance(device, str) and (device == "cpu" or device.startswith("cpu:"))
-
-
-def is_torchs(names: Mapping[str, Any], code: CodeType) -> bool:
-    """Whether code is torch's or torchspan's, not the program's."""
-    name = names.get("__name__") or ""
-    file = code.co_filename
-    is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (file == "<string>" and not name)
-    return (
-        is_generated
-        or name in ("torch", "contextlib", "collections", "functools", "typing_extensions")
-        or name.startswith(_OWN)
-    )
-
-
-def asked_by_torch(name: str = "") -> bool:
-    """Whether torch's own code (or torchspan's) is what called the redefined function that calls this.
-
-    It is told the truth: that there is no such device. The program is told what it needs to go on. With the `name` of the
-    function, what torch asks for itself (its code names it) is told from what it calls for the program: dynamo's guards and
-    what dynamo folds are calls of a function that torch's code does not name.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and (
-        frame.f_code.co_filename == _REDEFINED or (frame.f_globals.get("__name__") or "").startswith(_BETWEEN)
-    ):
-        frame = frame.f_back
-    if frame is None:
-        return False
-    module = frame.f_globals.get("__name__") or ""
-    if name:
-        return module.startswith(_OWN) and name in frame.f_code.co_names and module != _HANDLERS
-    return module.startswith(_OWN) and not module.startswith(_ON_BEHALF)

@@ -61,7 +61,7 @@ class StagedGroup(dist.ProcessGroup):
 
 
 class _Received(dist.Work):
-    """What is received is on the CPU first, and in its place once it was waited for: sends and receives go on meanwhile."""
+    """A receive into memory of the CPU; `wait` copies it to its place. Sends and receives go on meanwhile."""
 
     def __init__(self, work: Any, staged: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__()
@@ -91,15 +91,15 @@ def _copy_back(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def _method(name: str) -> Callable[..., Any]:
     def method(self: StagedGroup, *args: Any, **kwargs: Any) -> Any:
         staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        given = [_on_cpu(value, staged) for value in args]
-        work = getattr(self.inner, name)(*given, **kwargs)
+        arguments = [_on_cpu(value, staged) for value in args]
+        work = getattr(self.inner, name)(*arguments, **kwargs)
         if not staged or name == _SENDING:
             return work
         if name in _RECEIVING:
             return _Received(work, staged)
         work.wait()
         written = _tensors(args[0])
-        _copy_back((tensor, copy) for tensor, copy in staged if any(tensor is one for one in written))
+        _copy_back((tensor, copy) for tensor, copy in staged if any(tensor is target for target in written))
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(args[0])
         return _C10D._create_work_from_future(future)
@@ -108,22 +108,22 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _asked, _name in {**{name: name for name in _METHODS}, **_NEWER}.items():
+for _called, _name in {**{name: name for name in _METHODS}, **_NEWER}.items():
     if hasattr(dist.ProcessGroupGloo, _name):
-        setattr(StagedGroup, _asked, _method(_name))
+        setattr(StagedGroup, _called, _method(_name))
 
 
 def _on_cpu(value: Any, staged: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     if isinstance(value, torch.Tensor) and value.device.type != "cpu":
         staged.append((value, value.detach().cpu()))
         return staged[-1][1]
-    return [_on_cpu(one, staged) for one in value] if isinstance(value, (list, tuple)) else value
+    return [_on_cpu(element, staged) for element in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for one in value for tensor in _tensors(one)] if isinstance(value, (list, tuple)) else []
+    return [tensor for element in value for tensor in _tensors(element)] if isinstance(value, (list, tuple)) else []
 
 
 def register(kind: str) -> None:

@@ -129,7 +129,7 @@ class Target:
     # memory
 
     def figure(self, name: str, index: int) -> int:
-        """``memory_allocated``, ``memory_reserved`` or the greatest of them, in bytes."""
+        """``memory_allocated``, ``memory_reserved`` or the peak of one of them, in bytes."""
         own, key = name.removeprefix("max_"), (name.removeprefix("max_"), index)
         if name != own and self.has(name):
             return int(self.call(name, index=index))

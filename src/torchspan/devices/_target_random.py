@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._target import Target
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
@@ -81,8 +82,8 @@ def _forking(redirection: Redirection, target: Target, old: Function) -> Functio
         if device_type not in (None, target.kind, *redirection.kinds):
             yield from old(devices, enabled, _caller, _devices_kw, device_type)
             return
-        asked = range(target.num_devices()) if devices is None else [redirection.index(device) for device in devices]
-        before = {index: target.get_rng_state(index) for index in asked if enabled}
+        indices = range(target.num_devices()) if devices is None else [redirection.index(device) for device in devices]
+        before = {index: target.get_rng_state(index) for index in indices if enabled}
         try:
             yield from old([], enabled)
         finally:

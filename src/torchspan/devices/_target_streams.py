@@ -137,13 +137,13 @@ def new_stream(redirection: Redirection, device: Any = None, priority: int = 0, 
     if "stream_id" in kwargs:
         return TargetStream(**kwargs)
     try:
-        made: Any = TargetStream(device=target.device(index), priority=priority)
+        stream: Any = TargetStream(device=target.device(index), priority=priority)
     except RuntimeError as cause:
         redirection.simulate("torch.cuda.Stream()", f"the one stream of {target.kind}: {str(cause).splitlines()[0]}")
         return current_stream(target, index)
     target.note("Stream", f"torch.Stream({target.kind!r})")
-    made.priority = priority
-    return made
+    stream.priority = priority
+    return stream
 
 
 def _current(device: Any) -> Any:

@@ -30,9 +30,9 @@ class TorchDevice:
     def __init__(self, device: str | None = None) -> None:
         mode = _redirect.in_force.mode if _redirect.in_force is not None else "auto"
         facts = gather(has_tools=False)
-        asked = device or facts.accelerator() or "cpu"
+        request = device or facts.accelerator() or "cpu"
         try:
-            choice = choose(facts, request_of(asked), mode)
+            choice = choose(facts, request_of(request), mode)
             self.device = torch.device(choice.device)
         except (RuntimeError, ValueError) as cause:
             raise InputError(f"TorchDevice({device!r}): expected a device, such as 'cuda' or 'cuda:1': {cause}") from cause

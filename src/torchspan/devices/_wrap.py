@@ -11,8 +11,9 @@ import torch
 
 from torchspan.core.topics import Standing
 from torchspan.devices import _redirect
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import DEVICE, Memory, mark, memory_of
-from torchspan.devices._redirect import NARROW, Redirection, asked_by_torch
+from torchspan.devices._redirect import NARROW, Redirection
 from torchspan.environment.facts import machine_memory
 from torchspan.environment.patch import Patch, Redefinition
 
@@ -118,10 +119,10 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if not kwargs or ("device" not in kwargs and "pin_memory" not in kwargs):
-            made = old(*args, **kwargs) if kwargs else old(*args)
+            result = old(*args, **kwargs) if kwargs else old(*args)
             if is_read_by_dynamo() or not redirection.in_use or "out" in kwargs:  # dynamo guards on what it reads
-                return made
-            return mark(made, redirection.default_memory() if made_where is None else made_where(redirection, args))
+                return result
+            return mark(result, redirection.default_memory() if made_where is None else made_where(redirection, args))
         if is_compiling():
             device = kwargs.get("device")
             if _redirect.comptime is not None:
@@ -135,19 +136,19 @@ def placing(redirection: Redirection, old: Function, name: str, module: str = "t
     return named_like(function, old, module)
 
 
-def in_single(redirection: Redirection, made: Function, old: Function, name: str, *, is_beside: bool) -> Function:
-    """`made`, in single precision where it would make double on a target that has none.
+def in_single(redirection: Redirection, factory: Function, old: Function, name: str, *, is_beside: bool) -> Function:
+    """`factory`, in single precision where it would make double on a target that has none.
 
     What type it would make is asked of `old` on the device ``meta``, where nothing is computed.
     """
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if is_compiling() or not _is_for_target(redirection, args, kwargs, is_beside):
-            return made(*args, **kwargs)
+            return factory(*args, **kwargs)
         dtype = kwargs.get("dtype") or _dtype_made(old, args, kwargs)
         if dtype in NARROW:
             kwargs["dtype"] = redirection.narrowed(name, dtype)
-        return made(*args, **kwargs)
+        return factory(*args, **kwargs)
 
     return function
 
@@ -180,7 +181,7 @@ def _note_traced(redirection: Redirection, name: str, context: Any) -> None:
     """Called by dynamo while it reads the wrapper: records the line of the program that it is reading."""
     reader = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     device = context.get_local("device").as_python_constant()
-    while reader.parent is not None and _redirect.is_torchs(reader.f_globals, reader.f_code):
+    while reader.parent is not None and is_torchs(reader.f_globals, reader.f_code):
         reader = reader.parent
     if redirection.lookup(device) is not None:
         redirection.note_at(f"{reader.f_code.co_filename}:{reader.lineno}", name, device)
@@ -252,10 +253,10 @@ def raise_out_of_memory(cause: RuntimeError) -> None:
     Raises:
         torch.OutOfMemoryError: `cause` says that memory could not be allocated.
     """
-    asked = re.search(r"you tried to allocate (\d+) bytes", str(cause))
-    if asked is None and "allocate memory" not in str(cause):
+    match = re.search(r"you tried to allocate (\d+) bytes", str(cause))
+    if match is None and "allocate memory" not in str(cause):
         return
-    size = f"{int(asked[1]) / 2**30:.2f} GiB" if asked else "more than there is"
+    size = f"{int(match[1]) / 2**30:.2f} GiB" if match else "more than there is"
     memory = machine_memory()
     here = f"{memory.total / 2**30:.2f} GiB, of which {memory.available / 2**30:.2f} GiB are free"
     raise torch.OutOfMemoryError(

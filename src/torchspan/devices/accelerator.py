@@ -14,7 +14,8 @@ import torch
 from torch._compile import _disable_dynamo
 
 from torchspan.core.dtypes import dtypes_of
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 

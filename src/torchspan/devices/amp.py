@@ -56,7 +56,7 @@ def _cuda_autocast(redirection: Redirection, old: Any) -> Function:
 
 
 def _of_the_target(redirection: Redirection, old: Any) -> Function:
-    """What autocast does on a device that was asked for is what it does on the target; by default, CUDA is meant."""
+    """A question about autocast on a redirected device is answered for the target; without a device it is about CUDA."""
     kinds, target = redirection.kinds, redirection.target
 
     def function(device_type: str = "cuda") -> Any:
@@ -67,7 +67,7 @@ def _of_the_target(redirection: Redirection, old: Any) -> Function:
 
 
 def _setting_the_target(redirection: Redirection, old: Any) -> Function:
-    """The same for what sets it: ``set_autocast_enabled(True)`` means CUDA."""
+    """The same for functions that set it: ``set_autocast_enabled(True)`` is about CUDA."""
     kinds, target = redirection.kinds, redirection.target
 
     def function(device_type: Any, *value: Any) -> None:

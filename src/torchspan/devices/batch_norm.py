@@ -22,8 +22,8 @@ def _forward(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if input.device.type != redirection.target:
-            found: torch.Tensor = old(self, input)
-            return found
+            output: torch.Tensor = old(self, input)
+            return output
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         redirection.note("SyncBatchNorm", None, "its kernels are for GPUs: computed with the target's own and all-reduce")

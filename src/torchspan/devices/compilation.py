@@ -1,4 +1,4 @@
-"""torch's compilers keep tables of torch's functions by identity: they go on finding torch's own functions in them.
+"""The tables in which torch's compilers look functions up by identity: wrapped functions are found in them, too.
 
 dynamo reads our wrappers as the plain Python that they are, so no graph breaks; TorchScript takes the function that is wrapped.
 """
@@ -68,10 +68,10 @@ def _methods(redirection: Redirection, old: Any) -> Function:
 
     cache: dict[int, frozenset[Any]] = {}
 
-    def _torch_methods(found: frozenset[Any], originals: tuple[Any, ...]) -> frozenset[Any]:
-        if id(found) not in cache:
-            cache[id(found)] = found | {value for value in originals if type(value).__name__ == "method_descriptor"}
-        return cache[id(found)]
+    def _torch_methods(methods: frozenset[Any], originals: tuple[Any, ...]) -> frozenset[Any]:
+        if id(methods) not in cache:
+            cache[id(methods)] = methods | {value for value in originals if type(value).__name__ == "method_descriptor"}
+        return cache[id(methods)]
 
     get_tensor_method.cache_clear = old.cache_clear  # type: ignore[attr-defined]
     return get_tensor_method
@@ -82,10 +82,10 @@ def _handlers(redirection: Redirection, old: Any) -> Any:
     cache: dict[int, dict[Any, Any]] = {}
 
     def _get_handlers() -> dict[Any, Any]:
-        found = function()
-        if id(found) not in cache:
-            cache[id(found)] = {_original(redirection, key): value for key, value in found.items()}
-        return cache[id(found)]
+        handlers = function()
+        if id(handlers) not in cache:
+            cache[id(handlers)] = {_original(redirection, key): value for key, value in handlers.items()}
+        return cache[id(handlers)]
 
     return staticmethod(_get_handlers)
 
@@ -138,7 +138,7 @@ def _stream_variable(streams: Any) -> Any:
 
 
 def _stream_context(redirection: Redirection, old: Any) -> Function:
-    """Nothing is annotated with a stream: the compilers' code for streams is that of devices which have some."""
+    """No node is annotated with a stream: the compilers' code for streams is for devices that have some."""
 
     @wraps(old)
     def init(self: Any, stream: Any, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ def _stream_context(redirection: Redirection, old: Any) -> Function:
 
 
 def _ordering(redirection: Redirection, old: Any) -> Function:
-    """What only keeps order is left out of a graph: work is done in the order in which it is asked for."""
+    """Calls that only keep order are left out of a graph: work is done in the order in which it is asked for."""
 
     @wraps(old)
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:

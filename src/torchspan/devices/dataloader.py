@@ -44,13 +44,13 @@ def _iterator(redirection: Redirection, old: Any) -> Function:
 
     @wraps(old)
     def init(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
-        asked = loader.pin_memory, loader.pin_memory_device
+        pinning = loader.pin_memory, loader.pin_memory_device
         loader.pin_memory, loader.pin_memory_device = False, ""
         try:
             old(self, loader, *args, **kwargs)
         finally:
-            loader.pin_memory, loader.pin_memory_device = asked
-        self._torchspan_pins = bool(asked[0])
+            loader.pin_memory, loader.pin_memory_device = pinning
+        self._torchspan_pins = bool(pinning[0])
 
     return init
 

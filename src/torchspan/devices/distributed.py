@@ -49,13 +49,13 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
             args, kwargs = args[1:], {**kwargs, "backend": args[0]}
             kwargs = {**dict(zip(("init_method", "timeout", "world_size", "rank"), args)), **kwargs}
             args = ()
-        asked = kwargs.get("backend")
-        given = portable_backend(asked)
-        if redirection.has_target_module and (name == "init_process_group" or asked is not None):
-            given = _for_target(redirection, given)
-        if given != asked:
-            redirection.note(f"torch.distributed.{name}({asked!r})", None, _why(given), str(given))
-            kwargs["backend"] = given
+        backend = kwargs.get("backend")
+        portable = portable_backend(backend)
+        if redirection.has_target_module and (name == "init_process_group" or backend is not None):
+            portable = _for_target(redirection, portable)
+        if portable != backend:
+            redirection.note(f"torch.distributed.{name}({backend!r})", None, _why(portable), str(portable))
+            kwargs["backend"] = portable
             kwargs.pop("pg_options", None)  # they are NCCL's
         if redirection.lookup(kwargs.get("device_id")) is not None:
             redirection.leave_out(f"torch.distributed.{name}(device_id)", "no device", asked=kwargs["device_id"])
@@ -65,22 +65,22 @@ def _group(redirection: Redirection, name: str, old: Function) -> Function:
     return function
 
 
-def _for_target(redirection: Redirection, given: object) -> object:
+def _for_target(redirection: Redirection, backend: object) -> object:
     """A backend in the place of gloo, or of none, that takes tensors of the accelerator besides those of the CPU."""
-    if given not in (None, "gloo"):
-        return given
+    if backend not in (None, "gloo"):
+        return backend
     from torchspan.devices import _staged_group
 
     kind = redirection.target_kind
-    found = _staged_group.backend_of(kind)
-    if found == _staged_group.NAME:
+    device_backend = _staged_group.backend_of(kind)
+    if device_backend == _staged_group.NAME:
         _staged_group.register(kind)
-        return found
-    return None if given is None else f"cpu:gloo,{kind}:{found}"  # without one, torch takes each device's own
+        return device_backend
+    return None if backend is None else f"cpu:gloo,{kind}:{device_backend}"  # without one, torch takes each device's own
 
 
-def _why(given: object) -> str:
-    if given == "torchspan_staged":
+def _why(backend: object) -> str:
+    if backend == "torchspan_staged":
         return "no backend takes tensors of this accelerator: they go through the CPU, by gloo"
     return "NCCL is for CUDA devices"
 

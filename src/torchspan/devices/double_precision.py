@@ -53,10 +53,10 @@ def _is_python(function: Any) -> bool:
 
 def _narrowing(redirection: Redirection, name: str, old: Function) -> Function:
     def function(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, kwargs.get("dtype"))
-        is_asked = any(type(value) is torch.dtype and value in NARROW for value in given)
+        arguments = (*args, kwargs.get("dtype"))
+        is_asked = any(type(value) is torch.dtype and value in NARROW for value in arguments)
         if is_asked and redirection.is_on_target(args[0] if args else kwargs.get("input")):
-            args = tuple(redirection.narrowed(name, one) if type(one) is torch.dtype else one for one in args)
+            args = tuple(redirection.narrowed(name, value) if type(value) is torch.dtype else value for value in args)
             if "dtype" in kwargs:
                 kwargs["dtype"] = redirection.narrowed(name, kwargs["dtype"])
         return old(*args, **kwargs)
@@ -82,7 +82,7 @@ def _rebuilding(redirection: Redirection, old: Function) -> Function:
         is_wide = getattr(storage, "dtype", None) in NARROW and storage.device.type == redirection.target_kind
         if not is_wide:
             return old(storage, storage_offset, size, stride)
-        made = old(storage.cpu(), storage_offset, size, stride)
-        return made.to(storage.device, redirection.narrowed("torch.load", made.dtype))
+        tensor = old(storage.cpu(), storage_offset, size, stride)
+        return tensor.to(storage.device, redirection.narrowed("torch.load", tensor.dtype))
 
     return _rebuild_tensor

@@ -55,7 +55,7 @@ def _wrapped(redirection: Redirection, old: Function, *, name: str, module: str 
 
 
 def _followed(redirection: Redirection, placed: Function, old: Function, name: str, module: str) -> Function:
-    """`placed`, whose operators are told where to: random numbers are drawn there."""
+    """`placed`, whose operators know the memory that is asked for, so that random numbers are drawn there."""
     from torchspan.devices._following import making
 
     function = making(redirection, placed, is_beside=name.startswith("Tensor.") or name.endswith(BESIDE))
@@ -64,7 +64,7 @@ def _followed(redirection: Redirection, placed: Function, old: Function, name: s
 
 
 def _converting(redirection: Redirection, old: Function, *, name: str) -> Function:
-    """``as_tensor`` and ``asarray``: what is given may be given back, if it lies there."""
+    """``as_tensor`` and ``asarray``: they may return their argument itself, if it lies in the memory that is asked for."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
@@ -76,22 +76,22 @@ def _converting(redirection: Redirection, old: Function, *, name: str) -> Functi
         if _redirect.in_force is not redirection:
             return old(*args, **kwargs)
         if not (redirection.in_use or target):
-            return given(*args, **kwargs)
+            return convert(*args, **kwargs)
         if target is not None:
             redirection.note(name, device)
             kwargs["device"] = target
         if not redirection.in_use:
-            return given(*args, **kwargs)
+            return convert(*args, **kwargs)
         return _converted(redirection, old, args, kwargs, _asked(redirection, device))
 
     placed = placing(redirection, old, name)
-    given = in_single(redirection, old, old, name, is_beside=True) if redirection.lacks_float64 else old
+    convert = in_single(redirection, old, old, name, is_beside=True) if redirection.lacks_float64 else old
     redirection.originals[id(function)] = old
     return named_like(function, old, torch.__name__)
 
 
 def _asked(redirection: Redirection, device: Any) -> Memory | None:
-    """The memory that is asked for; None for that of what is given, which is the host's for what is no tensor."""
+    """The memory that is asked for; None where the data stays in its own, which is the host's if it is no tensor."""
     if device is not None:
         return redirection.memory_asked(device)
     memory = redirection.default_memory()

@@ -40,7 +40,7 @@ class Graph:
         _capturing.append(self)
 
     def capture_end(self) -> None:
-        """Stop, and put back what the captured operations changed: a capture computes nothing that counts."""
+        """Stop, and undo what the captured operations changed: a capture has no results."""
         if self._recorder is None or self not in _capturing:
             raise RuntimeError("capture_end() was called without capture_begin()")
         _capturing.remove(self)
@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[torch.Tensor]]] = []
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._made: set[int] = set()
+        self._new_memories: set[int] = set()
         self._random = torch.get_rng_state()
 
     def begin(self) -> None:
@@ -158,12 +158,12 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # of a trace that runs inside: there is nothing to compute again
         for tensor in _written(func, args, kwargs):
             key = tensor.untyped_storage()._cdata
-            if key not in self._made and key not in self._before:
+            if key not in self._new_memories and key not in self._before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self._before[key] = (whole, whole.clone())
         out = func(*args, **kwargs)
         fresh = [] if _is_aliasing(func) else _tensors(out)
-        self._made.update(tensor.untyped_storage()._cdata for tensor in fresh)
+        self._new_memories.update(tensor.untyped_storage()._cdata for tensor in fresh)
         if fresh or any(True for _ in _written(func, args, kwargs)):
             self.calls.append((func, args, kwargs, fresh))
         return out

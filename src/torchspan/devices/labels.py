@@ -45,7 +45,7 @@ def _given(value: object, old: object) -> object:
 
 
 def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool, prefix: str = "torch.cuda") -> type:
-    """A legacy type of tensors, which are made by `real`, that of the CPU; what is believed to be there is of it."""
+    """A legacy tensor type. `real`, the CPU's, makes its tensors; those that the program believes to be there are instances."""
     is_exact = redirection.masquerade and prefix == "torch.cuda"  # what is sparse carries no mark
     name = real.__name__.rpartition(".")[2]
 
@@ -59,10 +59,10 @@ def _tensor_type(redirection: Redirection, real: Any, old: Any, *, is_cuda: bool
             if is_cuda:
                 redirection.begin_use()
                 redirection.note(f"{prefix}.{name}()")
-            made = real(*args, **kwargs)
+            tensor = real(*args, **kwargs)
             if is_cuda and redirection.has_target_module:
-                return made.to("cuda")
-            return mark(made, DEVICE if is_cuda else HOST) if redirection.in_use else made
+                return tensor.to("cuda")
+            return mark(tensor, DEVICE if is_cuda else HOST) if redirection.in_use else tensor
 
         def __getattr__(cls, name: str) -> Any:
             return getattr(old, name)
@@ -94,8 +94,8 @@ def _default_type(redirection: Redirection, old: Function) -> Function:
             redirection.begin_use()
             redirection.note(f"torch.set_default_tensor_type({name!r})")
             name = name.replace(_CUDA_TYPE, "torch.")
-        found = getattr(torch, name.removeprefix("torch."), t)
-        old(redirection.originals.get(id(found), found))
+        tensor_type = getattr(torch, name.removeprefix("torch."), t)
+        old(redirection.originals.get(id(tensor_type), tensor_type))
         if redirection.has_target_module and (redirection.is_cuda_default or was_cuda_default):
             torch.set_default_device(redirection.target if redirection.is_cuda_default else None)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Replacement
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from torchspan.devices import _redirect
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import HOST, mark
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, named_like
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -63,10 +64,10 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 def _packed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
     @wraps(old)
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        made = old(cls, *args, **kwargs)
+        sequence = old(cls, *args, **kwargs)
         if redirection.in_use:
-            mark(made.batch_sizes, HOST)  # always
-        return made
+            mark(sequence.batch_sizes, HOST)  # always
+        return sequence
 
     return staticmethod(new)
 
@@ -108,8 +109,8 @@ def _get_device(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def get_device(input: Any) -> int:
         device = None if asked_by_torch() else redirection.believed(input)
-        found: int = old(input) if device is None else device.index or 0
-        return found
+        index: int = old(input) if device is None else device.index or 0
+        return index
 
     redirection.originals[id(get_device)] = old
     return get_device
@@ -117,11 +118,11 @@ def _get_device(redirection: Redirection, old: Any) -> Function:
 
 def _type(redirection: Redirection, old: Function) -> Function:
     def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        found = old(self, dtype, *args, **kwargs)
+        name = old(self, dtype, *args, **kwargs)
         if dtype is not None or asked_by_torch() or redirection.believed(self) is None:
-            return found
+            return name
         prefix = f"torch.{redirection.target.partition(':')[0]}." if redirection.has_target_module else "torch."
-        return found.replace(prefix, "torch.cuda.", 1)
+        return name.replace(prefix, "torch.cuda.", 1)
 
     redirection.originals[id(type_)] = redirection.originals.get(id(old), old)
     return named_like(type_, old, "torch._tensor")
@@ -133,7 +134,7 @@ def _traced(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def method(self: Any, tx: Any) -> Any:
         real = self.device
-        if real is None or real.type != redirection.target or _redirect.is_torchs(tx.f_globals, tx.f_code):
+        if real is None or real.type != redirection.target or is_torchs(tx.f_globals, tx.f_code):
             return old(self, tx)
         self.device = redirection.ordinal()
         try:
@@ -149,9 +150,9 @@ def _traced(redirection: Redirection, old: Any) -> Function:
 
 def _get_default_device(redirection: Redirection, old: Function) -> Function:
     def get_default_device() -> torch.device:
-        found: torch.device = old()
-        asked = redirection.asked_default()
-        return found if asked is None or asked_by_torch() else asked
+        device: torch.device = old()
+        believed = redirection.asked_default()
+        return device if believed is None or asked_by_torch() else believed
 
     return get_default_device
 
@@ -160,23 +161,23 @@ def _group(groups: weakref.WeakKeyDictionary[Any, str], name: str, old: Function
     """Remember which groups the program believes to be NCCL's."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        made = old(*args, **kwargs)
-        asked = kwargs.get("backend", args[0] if args and name == "init_process_group" else None)
-        if asked is None and name == "new_group":
-            asked = groups.get(torch.distributed.group.WORLD)  # a new group is of the kind of the default one
-        group = torch.distributed.group.WORLD if name == "init_process_group" else made
-        if isinstance(asked, str) and asked.lower() == "nccl" and isinstance(group, torch.distributed.ProcessGroup):
+        result = old(*args, **kwargs)
+        backend = kwargs.get("backend", args[0] if args and name == "init_process_group" else None)
+        if backend is None and name == "new_group":
+            backend = groups.get(torch.distributed.group.WORLD)  # a new group is of the kind of the default one
+        group = torch.distributed.group.WORLD if name == "init_process_group" else result
+        if isinstance(backend, str) and backend.lower() == "nccl" and isinstance(group, torch.distributed.ProcessGroup):
             groups[group] = "nccl"
-        return made
+        return result
 
     return function
 
 
 def _get_backend(groups: weakref.WeakKeyDictionary[Any, str], old: Function) -> Function:
     def get_backend(group: Any = None) -> str:
-        found: str = old(group)
-        asked = groups.get(torch.distributed.group.WORLD if group is None else group)
-        return found if asked is None or asked_by_torch() else asked
+        backend: str = old(group)
+        believed = groups.get(torch.distributed.group.WORLD if group is None else group)
+        return backend if believed is None or asked_by_torch() else believed
 
     return get_backend
 

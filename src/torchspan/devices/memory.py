@@ -53,9 +53,11 @@ class Memory:
 
     def allocated(self) -> int:
         """Bytes now."""
-        found = self._read()
-        self._base = min(self._base, found)  # what was there before was given back: else the next growth would be counted short
-        bytes_now = found - self._base
+        num_bytes = self._read()
+        self._base = min(
+            self._base, num_bytes
+        )  # what was there before was given back: else the next growth would be counted short
+        bytes_now = num_bytes - self._base
         self._peak = max(self._peak, bytes_now)
         return bytes_now
 
@@ -91,12 +93,12 @@ def _allocated_reader() -> Callable[[], int]:
 
 
 def _resident() -> int:
-    found = _status("VmRSS")  # not psutil where that can be: it takes longer to import than the rest of an activation
-    if found is None:
+    num_bytes = _status("VmRSS")  # not psutil where that can be: it takes longer to import than the rest of an activation
+    if num_bytes is None:
         import psutil
 
-        found = psutil.Process().memory_info().rss
-    return int(found)
+        num_bytes = psutil.Process().memory_info().rss
+    return int(num_bytes)
 
 
 def _resident_peak() -> int:

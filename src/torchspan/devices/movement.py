@@ -41,7 +41,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 
 
 def _of_lazy_parameters() -> Iterable[Any]:
-    """What a parameter without a shape allows is a list of the functions themselves: ours too."""
+    """The functions that a parameter without a shape allows are listed themselves: add those that replace them."""
     return (getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "get_device", "untyped_storage"))
 
 
@@ -165,17 +165,17 @@ def _cuda(redirection: Redirection, old: Function) -> Function:
     def cuda(
         self: Any, device: Any = None, non_blocking: bool = False, memory_format: torch.memory_format = torch.preserve_format
     ) -> Any:
-        asked = "cuda" if device is None else device
-        target = redirection.lookup(asked)
+        request = "cuda" if device is None else device
+        target = redirection.lookup(request)
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking, memory_format=memory_format)
-        redirection.note("Tensor.cuda", asked)
-        wanted: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
+        redirection.note("Tensor.cuda", request)
+        options: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
         if is_read_by_dynamo():
-            return to(self, target, copy=redirection.in_use, **wanted)
+            return to(self, target, copy=redirection.in_use, **options)
         if non_blocking:
-            wanted["non_blocking"] = True
-        return _brought(redirection, to, self, DEVICE, target, wanted)
+            options["non_blocking"] = True
+        return _brought(redirection, to, self, DEVICE, target, options)
 
     return cuda
 
@@ -191,10 +191,10 @@ def _cpu(redirection: Redirection, old: Function) -> Function:
             redirection.note("Tensor.cpu", "cpu")
         if target is not None or not redirection.in_use:
             return to(self, device=target or host, memory_format=memory_format)
-        wanted: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
+        options: dict[str, Any] = {} if memory_format is preserve else {"memory_format": memory_format}
         if is_read_by_dynamo():
-            return to(self, host, copy=True, **wanted)
-        return _brought(redirection, to, self, HOST, host, wanted)
+            return to(self, host, copy=True, **options)
+        return _brought(redirection, to, self, HOST, host, options)
 
     return cpu
 
@@ -264,16 +264,16 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
 
     @wraps(old)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
-        asked = "cuda" if asked is None and name == "cuda" else asked
-        if asked is None or isinstance(asked, torch.dtype):
+        request = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
+        request = "cuda" if request is None and name == "cuda" else request
+        if request is None or isinstance(request, torch.dtype):
             return old(self, *args, **kwargs)
-        if redirection.lookup(asked) is None:
-            return _module_elsewhere(redirection, old, self, asked, args, kwargs)
-        redirection.note(f"Module.{name}", asked)
-        if isinstance(asked, int) and name == "to":  # torch takes a number only where there is an accelerator
+        if redirection.lookup(request) is None:
+            return _module_elsewhere(redirection, old, self, request, args, kwargs)
+        redirection.note(f"Module.{name}", request)
+        if isinstance(request, int) and name == "to":  # torch takes a number only where there is an accelerator
             args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "device"}
-            args = (torch.device("cuda", asked), *args)
+            args = (torch.device("cuda", request), *args)
         with redirection.quiet():
             return old(self, *args, **kwargs)
 
@@ -281,17 +281,17 @@ def _module_method(redirection: Redirection, name: str, old: Any) -> Function:
 
 
 def _module_elsewhere(
-    redirection: Redirection, old: Any, module: Any, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    redirection: Redirection, old: Any, module: Any, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """``Module.to`` of the CPU, of a device that a tensor answered, or of a tensor: torch passes an equal device on."""
-    memory = redirection.memory_asked(asked) if redirection.in_use else None
+    memory = redirection.memory_asked(request) if redirection.in_use else None
     if memory is None:
         return old(module, *args, **kwargs)
     if memory is not DEVICE:
         with redirection.asking(memory):
             return old(module, *args, **kwargs)
-    if isinstance(asked, torch.Tensor):
-        dtype = asked.dtype if asked.dtype.is_floating_point or asked.dtype.is_complex else None
+    if isinstance(request, torch.Tensor):
+        dtype = request.dtype if request.dtype.is_floating_point or request.dtype.is_complex else None
         args = (None, dtype, *args[1:])
     kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "tensor")}
     with redirection.quiet():

@@ -15,8 +15,9 @@ import torch
 
 from torchspan.core.errors import UnsupportedError
 from torchspan.core.topics import Standing, Topic
+from torchspan.devices._callers import asked_by_torch, is_torchs
 from torchspan.devices._memories import DEVICE, HOST, mark
-from torchspan.devices._redirect import Redirection, asked_by_torch, is_torchs
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -224,9 +225,9 @@ def _tunable(redirection: Redirection) -> dict[str, Function]:
     def no_file(filename: str | None = None) -> bool:
         return False
 
-    found = {name: setter(name, name) for name in switches} | {is_on: getter(name) for name, is_on in switches.items()}
-    found |= {f"set_{key}": setter(f"set_{key}", key) for key in settings} | {f"get_{key}": getter(key) for key in settings}
-    return {**found, "get_results": nothing, "get_validators": nothing, "read_file": no_file, "write_file": no_file}
+    functions = {name: setter(name, name) for name in switches} | {is_on: getter(name) for name, is_on in switches.items()}
+    functions |= {f"set_{key}": setter(f"set_{key}", key) for key in settings} | {f"get_{key}": getter(key) for key in settings}
+    return {**functions, "get_results": nothing, "get_validators": nothing, "read_file": no_file, "write_file": no_file}
 
 
 def _comm(redirection: Redirection) -> dict[str, Function]:
@@ -300,9 +301,9 @@ def _nccl(redirection: Redirection) -> dict[str, Function]:
 
     def reduce(inputs: Any, output: Any = None, root: int = 0, op: int = _SUM, *args: Any, outputs: Any = None) -> None:
         counted("reduce")
-        given = output if outputs is None else outputs
-        given = inputs if given is None else given
-        (given if isinstance(given, torch.Tensor) else given[root]).copy_(_reduced(inputs, op))
+        target = output if outputs is None else outputs
+        target = inputs if target is None else target
+        (target if isinstance(target, torch.Tensor) else target[root]).copy_(_reduced(inputs, op))
 
     def broadcast(inputs: Any, root: int = 0, streams: Any = None, comms: Any = None) -> None:
         counted("broadcast")

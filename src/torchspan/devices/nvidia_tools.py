@@ -66,16 +66,16 @@ def _started_by_shell(redirection: Redirection, old: Function) -> Function:
     @wraps(old)
     def system(command: Any) -> int:
         _record(redirection, command)
-        found: int = old(command)
-        return found
+        code: int = old(command)
+        return code
 
     return system
 
 
 def _record(redirection: Redirection, args: Any) -> None:
     """Put a command that is the tool on the report: that it is not found, or that torchspan answers it."""
-    given: list[Any] = args.split() if isinstance(args, str) else list(args) if isinstance(args, (list, tuple)) else [args]
-    words = [os.fsdecode(word) for word in given if isinstance(word, (str, bytes, os.PathLike))]
+    parts: list[Any] = args.split() if isinstance(args, str) else list(args) if isinstance(args, (list, tuple)) else [args]
+    words = [os.fsdecode(word) for word in parts if isinstance(word, (str, bytes, os.PathLike))]
     if not any(Path(word).name == TOOL for word in words):
         return
     if redirection.masquerade:

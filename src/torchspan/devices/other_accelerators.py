@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -92,8 +93,8 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
             for name in names:
                 yield Redefinition(OWNER, module, name, partial(_given, redirection, f"xpu.{name}", name))
         for name in ("Stream", "Event"):
-            made = partial(_instance, redirection, f"xpu.{name}")
-            yield Replacement(OWNER, "torch.xpu.streams", f"{name}.__new__", made)
+            replacement = partial(_instance, redirection, f"xpu.{name}")
+            yield Replacement(OWNER, "torch.xpu.streams", f"{name}.__new__", replacement)
         for name in ("_exchange_device", "_maybe_exchange_device"):
             yield Replacement(OWNER, "torch.xpu", name, partial(_named, name))
 

@@ -41,8 +41,8 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 
 def _of_the_host(redirection: Redirection, old: Any) -> Function:
     def function(*args: Any, **kwargs: Any) -> Any:
-        made = old(*args, **kwargs)
-        return made if not redirection.in_use or is_compiling() else mark(made, HOST)
+        tensor = old(*args, **kwargs)
+        return tensor if not redirection.in_use or is_compiling() else mark(tensor, HOST)
 
     redirection.originals[id(function)] = old
     return named_like(function, old, torch.__name__)
@@ -53,11 +53,11 @@ def _constructed(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
 
     @wraps(old)
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        made = old(cls, *args, **kwargs)
+        tensor = old(cls, *args, **kwargs)
         is_of_tensor = bool(args) and isinstance(args[0], torch.Tensor)
-        if is_of_tensor or not redirection.in_use or is_compiling() or memory_of(made) is not UNKNOWN:
-            return made
-        return mark(made, redirection.default_memory())
+        if is_of_tensor or not redirection.in_use or is_compiling() or memory_of(tensor) is not UNKNOWN:
+            return tensor
+        return mark(tensor, redirection.default_memory())
 
     return staticmethod(new)
 
@@ -67,8 +67,8 @@ def _copied(redirection: Redirection, old: Any) -> Function:
 
     @wraps(old)
     def __deepcopy__(self: Any, memo: Any) -> Any:
-        made = old(self, memo)
-        return mark(made, memory_of(self)) if redirection.in_use else made
+        result = old(self, memo)
+        return mark(result, memory_of(self)) if redirection.in_use else result
 
     return __deepcopy__
 
@@ -99,9 +99,9 @@ def _device(redirection: Redirection, old: Any) -> property:
     there, here, one_of_them = (redirection.answers.of(host, memory) for memory in (DEVICE, HOST, UNKNOWN))
 
     def get(self: Any) -> torch.device:
-        found: torch.device = read(self)
-        if not redirection.in_use or found != host:
-            return found
+        device: torch.device = read(self)
+        if not redirection.in_use or device != host:
+            return device
         memory = memory_of(self) if type(self) in PLAIN else UNKNOWN  # another may answer for itself
         return there if memory is DEVICE else here if memory is HOST else one_of_them
 
@@ -112,16 +112,16 @@ def _storage_device(redirection: Redirection, old: Any) -> property:
     read = old.__get__
 
     def get(self: Any) -> torch.device:
-        found: torch.device = read(self)
-        return redirection.answer(self, found) if redirection.in_use else found
+        device: torch.device = read(self)
+        return redirection.answer(self, device) if redirection.in_use else device
 
     return property(get, doc=old.__doc__)
 
 
 def _default_device(redirection: Redirection, old: Function) -> Function:
     def get_default_device() -> torch.device:
-        found: torch.device = old()
+        device: torch.device = old()
         memory = redirection.default_memory() if redirection.in_use else HOST
-        return found if memory is None or memory is HOST else redirection.answers.of(found, memory)
+        return device if memory is None or memory is HOST else redirection.answers.of(device, memory)
 
     return get_default_device

@@ -13,7 +13,8 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torchspan.devices import _redirect
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._target import Target
 from torchspan.devices._wrap import Function, stand_ins, unless_torch_asks
 from torchspan.environment.facts import machine_memory

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from torchspan.devices import _target_random
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, stand_ins
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -106,10 +107,10 @@ _Placed.__module__, _Placed.__name__, _Placed.__qualname__ = "torch", "Generator
 
 
 def _placed(redirection: Redirection, device: Any) -> Any:
-    made: Any = _Placed(device=redirection.target)
-    made._torchspan_asked = torch.device("cuda", redirection.index(device))
-    redirection.generators[made._cdata] = made
-    return made
+    generator: Any = _Placed(device=redirection.target)
+    generator._torchspan_asked = torch.device("cuda", redirection.index(device))
+    redirection.generators[generator._cdata] = generator
+    return generator
 
 
 def _why(redirection: Redirection) -> str:
@@ -144,9 +145,9 @@ def _module(redirection: Redirection, old: Function) -> Function:
     """... and does so where CUDA is in use, of which it is told in ``torch.cuda._initialized``, as a GPU's driver would."""
 
     def _get_device_module(device: str = "cuda") -> Any:
-        found = old(device)
+        module = old(device)
         if device == "meta":
-            return found
+            return module
         return SimpleNamespace(
             _initialized=True,
             device=torch.cuda.device,

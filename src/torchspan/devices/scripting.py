@@ -35,22 +35,22 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
 def _compiling(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def compile_function(*args: Any, **kwargs: Any) -> Any:
-        made = old(*args, **kwargs)
-        rewrite(redirection, made.graph)
-        return made
+        function = old(*args, **kwargs)
+        rewrite(redirection, function.graph)
+        return function
 
     return compile_function
 
 
 def _of_modules(redirection: Redirection, old: Function) -> Function:
     def make(*args: Any, **kwargs: Any) -> Any:
-        made = old(*args, **kwargs)
-        for module in made.modules():
+        script_module = old(*args, **kwargs)
+        for module in script_module.modules():
             if "_c" not in vars(module):
                 continue  # a submodule of a plain kind
             for name in module._c._method_names():
                 rewrite(redirection, module._c._get_method(name).graph)
-        return made
+        return script_module
 
     return make
 
@@ -96,11 +96,11 @@ def _rewrite_arguments(redirection: Redirection, graph: Any, node: Any) -> None:
 
 def _rewrite_device(redirection: Redirection, graph: Any, node: Any, position: int) -> None:
     value = node.inputsAt(position)
-    asked = value.toIValue() if value.node().kind() == "prim::Constant" else None
-    if asked is not None:
-        if redirection.lookup(asked) is None:
+    device = value.toIValue() if value.node().kind() == "prim::Constant" else None
+    if device is not None:
+        if redirection.lookup(device) is None:
             return
-        _note(redirection, node, asked)
+        _note(redirection, node, device)
         node.replaceInput(position, _constant(graph, node, torch.device("cpu")))
     elif value.node().kind() not in ("prim::Constant", "prim::device") and not value.debugName().startswith(_MARK):
         is_optional = "Optional" in str(value.type()) or "?" in str(value.type())
@@ -111,25 +111,25 @@ def _rewrite_device(redirection: Redirection, graph: Any, node: Any, position: i
         node.replaceInput(position, here)
 
 
-def _note(redirection: Redirection, node: Any, asked: object) -> None:
+def _note(redirection: Redirection, node: Any, device: object) -> None:
     place = _PLACE.search(node.sourceRange())
     site = f"{place[1]}:{place[2]}" if place else user_site()
-    redirection.note_at(site or "?:0", f"torch.jit, {node.kind()}", asked)
+    redirection.note_at(site or "?:0", f"torch.jit, {node.kind()}", device)
 
 
 def _constant(graph: Any, node: Any, value: Any) -> Any:
     """A constant of `graph`, before `node`."""
-    made = graph.create("prim::Constant", [], 1)
+    constant = graph.create("prim::Constant", [], 1)
     if value is None:
-        made.output().setType(torch._C.NoneType.get())
+        constant.output().setType(torch._C.NoneType.get())
     elif isinstance(value, bool):
-        made.i_("value", int(value))
-        made.output().setType(torch._C.BoolType.get())
+        constant.i_("value", int(value))
+        constant.output().setType(torch._C.BoolType.get())
     else:
-        made.s_("value", str(value))
-        made.output().setType(torch._C.DeviceObjType.get())
-    made.insertBefore(node)
-    return made.output()
+        constant.s_("value", str(value))
+        constant.output().setType(torch._C.DeviceObjType.get())
+    constant.insertBefore(node)
+    return constant.output()
 
 
 @cache

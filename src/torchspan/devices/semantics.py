@@ -88,10 +88,10 @@ def _make_grads(redirection: Redirection, old: Function) -> Function:
 
 def _check_gradient(redirection: Redirection, what: str, position: int, of: Any, grad: Any) -> None:
     """Raise the autograd engine's error where `grad` lies elsewhere than `of`, which is a tensor or a memory."""
-    wanted = memory_of(of) if isinstance(of, torch.Tensor) else of
-    found = memory_of(grad) if isinstance(grad, torch.Tensor) else UNKNOWN
-    if {wanted, found} == {DEVICE, HOST}:
-        text = f"{what} at index {position} - expected device {_DEVICES[wanted]} but got {_DEVICES[found]}"
+    expected = memory_of(of) if isinstance(of, torch.Tensor) else of
+    actual = memory_of(grad) if isinstance(grad, torch.Tensor) else UNKNOWN
+    if {expected, actual} == {DEVICE, HOST}:
+        text = f"{what} at index {position} - expected device {_DEVICES[expected]} but got {_DEVICES[actual]}"
         raise _refuse(redirection, "backward", RuntimeError(text))
 
 
@@ -101,9 +101,11 @@ def _applied(redirection: Redirection, old: Any) -> Any:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         result = unbound.__get__(None, cls)(*args, **kwargs)
-        first = next((one for one in (result if isinstance(result, tuple) else (result,)) if _is_of(cls, one)), None)
+        first = next((value for value in (result if isinstance(result, tuple) else (result,)) if _is_of(cls, value)), None)
         if first is not None:
-            first.grad_fn._torchspan_memories = [memory_of(one) if isinstance(one, torch.Tensor) else UNKNOWN for one in args]
+            first.grad_fn._torchspan_memories = [
+                memory_of(value) if isinstance(value, torch.Tensor) else UNKNOWN for value in args
+            ]
         return result
 
     return classmethod(apply)

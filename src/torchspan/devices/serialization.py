@@ -34,7 +34,7 @@ def _restore(redirection: Redirection, old: Function) -> Function:
 
 
 def _chosen(redirection: Redirection, old: Function) -> Function:
-    """``map_location``: what a tensor answered is where that tensor lies; what a function is given is read to the host."""
+    """``map_location``: a device that a tensor answered means that tensor's memory; a function is given what is on the host."""
 
     def _get_restore_location(map_location: Any) -> Function:
         memory = redirection.answers.memories.get(id(map_location))

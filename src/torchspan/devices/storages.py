@@ -33,10 +33,10 @@ def _new(redirection: Redirection, old: Any) -> staticmethod[..., Any]:
         if target is not None:
             redirection.note("torch.UntypedStorage", device)
             kwargs["device"] = target
-        made = old(cls, *args, **kwargs)
+        storage = old(cls, *args, **kwargs)
         if not redirection.in_use:
-            return made
-        return mark_storage(made, HOST if device is None else redirection.memory_asked(device))
+            return storage
+        return mark_storage(storage, HOST if device is None else redirection.memory_asked(device))
 
     return staticmethod(new)
 
@@ -54,11 +54,11 @@ def _brought(redirection: Redirection, storage: Any, memory: Memory) -> Any:
 def _cuda(redirection: Redirection, old: Any) -> Function:
     @wraps(old)
     def cuda(self: Any, device: Any = None, non_blocking: bool = False) -> Any:
-        asked = "cuda" if device is None else device
-        target = redirection.lookup(asked)
+        request = "cuda" if device is None else device
+        target = redirection.lookup(request)
         if target is None or _redirect.in_force is not redirection:
             return old(self, device, non_blocking)
-        redirection.note("UntypedStorage.cuda", asked)
+        redirection.note("UntypedStorage.cuda", request)
         if not redirection.in_use:
             is_waiting = non_blocking and redirection.waits_for_copy("UntypedStorage.cuda", self.device, target)
             return self.to(device=target, non_blocking=non_blocking and not is_waiting)

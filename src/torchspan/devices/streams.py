@@ -255,10 +255,10 @@ def _generic(redirection: Redirection, kind: type[Stream | Event], real: Any) ->
             redirection.simulate(f"torch.{real.__name__}()", WHAT)
             if kind is Event:
                 return Event(*args, **kwargs)
-            asked = torch.device(device) if is_named else torch.device("cuda", redirection.index(device))
-            if asked.index is None:
-                asked = torch.device(asked.type, torch.cuda.current_device())
-            return Stream(asked, *args, **kwargs)
+            stream_device = torch.device(device) if is_named else torch.device("cuda", redirection.index(device))
+            if stream_device.index is None:
+                stream_device = torch.device(stream_device.type, torch.cuda.current_device())
+            return Stream(stream_device, *args, **kwargs)
 
     Generic.__module__, Generic.__name__, Generic.__qualname__ = "torch", real.__name__, real.__qualname__
     return Generic

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from torchspan.devices._callers import is_torchs
 from torchspan.devices._policy import KEEP_CPU
-from torchspan.devices._redirect import Redirection, is_torchs
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._value import TorchDevice
 from torchspan.devices._wrap import Function
 from torchspan.environment.patch import MissingModule, Patch, Replacement
@@ -119,11 +120,11 @@ def _labels(redirection: Redirection, manager: Any, old: Any) -> type:
                 return manager.get_default_device()
             if args in ((KEEP_CPU,), ("cpu", -1)):
                 return manager.toggle()
-            asked = _REAL(*args, **kwargs)
-            target = redirection.lookup(asked)
+            device = _REAL(*args, **kwargs)
+            target = redirection.lookup(device)
             if target is None:
-                return asked
-            redirection.note("torch.device", asked)
+                return device
+            redirection.note("torch.device", device)
             return _REAL("cpu") if manager.cpu_override() else target
 
     return Labels("device", (), {"__module__": "torch", "__doc__": old.__doc__})

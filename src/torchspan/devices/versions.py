@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from torchspan.devices import _nvidia, _redirect
-from torchspan.devices._redirect import Redirection, asked_by_torch
+from torchspan.devices._callers import asked_by_torch
+from torchspan.devices._redirect import Redirection
 from torchspan.devices._wrap import Function, unless_torch_asks
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
@@ -38,9 +39,9 @@ def _with_cuda(redirection: Redirection, old: Any) -> type[ModuleType]:
     class Version(old):
         @property
         def cuda(self) -> str | None:
-            found: str | None = self.__dict__["cuda"]
-            if found is not None or asked_by_torch() or _redirect.in_force is not redirection:
-                return found
+            version: str | None = self.__dict__["cuda"]
+            if version is not None or asked_by_torch() or _redirect.in_force is not redirection:
+                return version
             redirection.simulate("torch.version.cuda", f"{_nvidia.CUDA}, {_WHAT}")
             return _nvidia.CUDA
 

@@ -1,4 +1,4 @@
-"""What dynamo makes of a program: its graphs, where it ends them early and why, its guards, what it compiled again."""
+"""How dynamo compiles a program: its graphs, where it ends them early and why, its guards, what it compiled again."""
 
 from __future__ import annotations
 
@@ -80,45 +80,45 @@ def explaining(budget: Budget = DEFAULT_BUDGET) -> Iterator[Explanation]:
     the seconds of `budget` ends the program: with CompileHungError where Python code can be interrupted (in the main thread),
     else the process, after all its stacks were printed.
     """
-    found = Explanation()
+    explanation = Explanation()
 
     def on_graph(graph: torch.fx.GraphModule, compile_id: str, num_guards: int) -> None:
         facts = graph_facts(graph)
-        found.graphs.append(GraphFound(compile_id, facts["function"], facts["site"], facts["operations"], num_guards))
+        explanation.graphs.append(GraphFound(compile_id, facts["function"], facts["site"], facts["operations"], num_guards))
 
     def on_break(reason: str, stack: list[traceback.FrameSummary], compile_id: str) -> None:
         site = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else None
-        if not any((one.site, one.reason) == (site, reason) for one in found.breaks):
-            found.breaks.append(GraphBreak(site, reason, compile_id))
+        if not any((graph_break.site, graph_break.reason) == (site, reason) for graph_break in explanation.breaks):
+            explanation.breaks.append(GraphBreak(site, reason, compile_id))
 
     original = torch.compile
 
     def compile(model: Callable[..., Any] | None = None, **arguments: Any) -> Any:
         if model is None:
             return lambda program: compile(program, **arguments)
-        found.num_calls += 1
+        explanation.num_calls += 1
         kept = {name: arguments[name] for name in ("fullgraph", "dynamic", "disable") if name in arguments}
         return original(model, backend="eager", **kept)
 
     watching = watching_compiler(lambda *event: None, on_graph, on_break)
-    with watching, dynamo.noting_recompiles() as again, _limited(budget.seconds, found):
+    with watching, dynamo.noting_recompiles() as again, _limited(budget.seconds, explanation):
         torch.compile = compile
         try:
-            yield found
+            yield explanation
         finally:
             torch.compile = original
-            found.recompiles += [Recompile(*one) for one in again()]
+            explanation.recompiles += [Recompile(*row) for row in again()]
 
 
 @contextmanager
-def _limited(limit_s: float, found: Explanation) -> Iterator[None]:
+def _limited(limit_s: float, explanation: Explanation) -> Iterator[None]:
     """End whatever compile inside the block takes longer than that."""
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         frames = reversed(traceback.extract_stack(frame)[-8:])
-        where = "; ".join(f"{one.filename}:{one.lineno} in {one.name}" for one in frames)
-        found.hung.append(Hung(limit_s, fx.traced_line(), where))
-        raise CompileHungError(f"a compile was not done after {limit_s:g} s; it hung at {found.hung[-1].site or where}")
+        where = "; ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames)
+        explanation.hung.append(Hung(limit_s, fx.traced_line(), where))
+        raise CompileHungError(f"a compile was not done after {limit_s:g} s; it hung at {explanation.hung[-1].site or where}")
 
     def on_start() -> None:
         faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True, file=2)  # if C code holds the GIL, too

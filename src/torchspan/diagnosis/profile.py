@@ -101,7 +101,7 @@ class Profile:
 
     def seconds_in(self, phase: PhaseName) -> float:
         """The seconds of one phase; 0 where the compile did not come to it."""
-        return sum(one.seconds for one in self.phases if one.name == phase)
+        return sum(entry.seconds for entry in self.phases if entry.name == phase)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain values, for JSON."""

@@ -64,8 +64,8 @@ def _section(profile: Profile) -> Iterator[str]:
         yield _graph_table(profile)
     if profile.breaks:
         rows = [
-            f"<td class='site'>{escape(one.site or '-')}</td><td>{escape(_first_lines(one.reason))}</td>"
-            for one in profile.breaks
+            f"<td class='site'>{escape(graph_break.site or '-')}</td><td>{escape(_first_lines(graph_break.reason))}</td>"
+            for graph_break in profile.breaks
         ]
         yield f"<h2>Graph breaks</h2>{_table(('where', 'why'), rows)}"
     if profile.events:
@@ -100,11 +100,11 @@ def _bar(profile: Profile) -> str:
 def _phase_table(profile: Profile) -> str:
     whole = sum(phase.seconds for phase in profile.phases) or 1.0
     rows = [
-        f'<td><span class="key" style="background:{COLOURS[one.name]}"></span>{escape(one.name)}</td>'
-        f"<td>{escape(PHASES[one.name])}</td>"
-        f'<td class="n">{one.seconds:.2f}</td><td class="n">{100 * one.seconds / whole:.0f} %</td>'
-        f'<td class="n">{format_bytes(one.peak_bytes) if one.peak_bytes else "-"}</td>'
-        for one in profile.phases
+        f'<td><span class="key" style="background:{COLOURS[phase.name]}"></span>{escape(phase.name)}</td>'
+        f"<td>{escape(PHASES[phase.name])}</td>"
+        f'<td class="n">{phase.seconds:.2f}</td><td class="n">{100 * phase.seconds / whole:.0f} %</td>'
+        f'<td class="n">{format_bytes(phase.peak_bytes) if phase.peak_bytes else "-"}</td>'
+        for phase in profile.phases
     ]
     return f"<h2>Phases</h2>{_table(('phase', 'what', 'seconds', 'share', 'peak memory'), rows)}"
 
@@ -163,5 +163,5 @@ def _first_lines(reason: str) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     texts = ("phase", "what", "graph", "where", "why")
-    head = "".join(f"<th{'' if one in texts else ' class=n'}>{escape(one)}</th>" for one in heads)
+    head = "".join(f"<th{'' if title in texts else ' class=n'}>{escape(title)}</th>" for title in heads)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

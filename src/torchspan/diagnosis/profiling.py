@@ -82,7 +82,7 @@ def profile_compile(
     settings = Settings(backend, mode, dict(options or {}), fullgraph, dynamic)
     task = Task(model, False, args, kwargs, settings.to_send(), ambient.capture(), dict(known_isas_here()))
     payload = transport.dumps(task, groups=groups_here())
-    is_fresh = any(one.device.type not in ("cpu", "meta") for one in tensors((args, kwargs)))
+    is_fresh = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors((args, kwargs)))
     began_ns = time.time_ns()
     job = Job("torchspan.regions.worker:profile_region", payload, is_fresh, record=True)
     return profile_of(run_bounded(job, budget or DEFAULT_BUDGET), began_ns, program_name(model), settings)
@@ -107,7 +107,7 @@ def profile_of(ending: Ending, began_ns: int, region: str, settings: Settings) -
         cause=ending.cause,
         where=ending.where,
         stack=None if ending.outcome == "compiled" else ending.stack or ending.traceback,
-        open_events=tuple(one.name for one in events if one.is_open and one.name != "job"),
+        open_events=tuple(event.name for event in events if event.is_open and event.name != "job"),
         commands=ending.commands,
         settings=_described(settings),
         versions={"torch": torch.__version__, "Python": platform.python_version()},
@@ -116,10 +116,10 @@ def profile_of(ending: Ending, began_ns: int, region: str, settings: Settings) -
 
 def write_profiles(finished: Sequence[Finished], path: Path) -> Path:
     """Write the profiles of compiles that ended: one page (``.html``), or one trace (``.json``)."""
-    profiles = [profile_of(one.ending, one.began_ns, one.region, one.settings) for one in finished]
+    profiles = [profile_of(job.ending, job.began_ns, job.region, job.settings) for job in finished]
     if path.suffix == ".html":
         return _write(path, page(profiles))
-    events = [event for number, one in enumerate(profiles, 1) for event in _trace_events(one, number)]
+    events = [event for number, profile in enumerate(profiles, 1) for event in _trace_events(profile, number)]
     return _write(path, json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
 
 
@@ -132,8 +132,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _described(settings: Settings) -> dict[str, str]:
     options = ", ".join(f"{name}={value}" for name, value in settings.options.items())
     known = {"backend": settings.backend_name, "mode": settings.mode, "options": options}
-    given = {name: str(value) for name, value in known.items() if value}
-    return given | {"fullgraph": str(settings.fullgraph), "dynamic": str(settings.dynamic)}
+    texts = {name: str(value) for name, value in known.items() if value}
+    return texts | {"fullgraph": str(settings.fullgraph), "dynamic": str(settings.dynamic)}
 
 
 # from lines to events
@@ -162,7 +162,7 @@ def _events(lines: Sequence[Mapping[str, Any]], began_ns: int, ended_ns: int) ->
         if line["kind"] == "B":
             stack.append(_opened(line, stack, number))
             number += 1
-        elif line["kind"] == "E" and any(one.name == line["name"] for one in stack):
+        elif line["kind"] == "E" and any(event.name == line["name"] for event in stack):
             is_found = False
             while not is_found:  # what was left open by an exception ends with what is around it
                 is_found = stack[-1].name == line["name"]
@@ -181,19 +181,19 @@ def _opened(line: Mapping[str, Any], stack: Sequence[_Open], number: int) -> _Op
 
 
 def _close(stack: list[_Open], now_ns: int, began_ns: int, thread: int, done: dict[int, Event], *, is_open: bool) -> None:
-    one = stack.pop()
-    took = now_ns - one.began_ns
+    event = stack.pop()
+    took = now_ns - event.began_ns
     if stack:
         stack[-1].inner_ns += took
-    done[one.index] = Event(
-        one.name,
-        one.phase,
-        (one.began_ns - began_ns) / 1e9,
+    done[event.index] = Event(
+        event.name,
+        event.phase,
+        (event.began_ns - began_ns) / 1e9,
         took / 1e9,
-        (took - one.inner_ns) / 1e9,
-        one.depth,
+        (took - event.inner_ns) / 1e9,
+        event.depth,
         thread,
-        one.compile_id,
+        event.compile_id,
         is_open,
     )
 
@@ -230,20 +230,22 @@ def _graphs(lines: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> tupl
     for event in events:
         by_phase = costs.setdefault(event.compile_id or "", {})
         by_phase[event.phase] = by_phase.get(event.phase, 0.0) + event.self_seconds
-    found = {line["compile_id"]: line for line in lines if line["kind"] == "graph"}
+    graphs = {line["compile_id"]: line for line in lines if line["kind"] == "graph"}
     return tuple(
-        GraphCost(key, one["function"], one["site"], one["operations"], one["nodes"], one["guards"], costs.get(key, {}))
-        for key, one in found.items()
+        GraphCost(
+            key, graph["function"], graph["site"], graph["operations"], graph["nodes"], graph["guards"], costs.get(key, {})
+        )
+        for key, graph in graphs.items()
     )
 
 
 def _breaks(lines: Sequence[Mapping[str, Any]]) -> tuple[GraphBreak, ...]:
     """Each break once, though dynamo comes to it again where a function is inlined first and then compiled by itself."""
-    found: dict[tuple[Any, str], GraphBreak] = {}
-    for one in lines:
-        if one["kind"] == "break":
-            found.setdefault((one["site"], one["reason"]), GraphBreak(one["site"], one["reason"], one["compile_id"]))
-    return tuple(found.values())
+    breaks: dict[tuple[Any, str], GraphBreak] = {}
+    for line in lines:
+        if line["kind"] == "break":
+            breaks.setdefault((line["site"], line["reason"]), GraphBreak(line["site"], line["reason"], line["compile_id"]))
+    return tuple(breaks.values())
 
 
 # writing

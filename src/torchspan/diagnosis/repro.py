@@ -81,18 +81,21 @@ def write_repro(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise InputError(f"no folder can be made at {str(target)!r}: {cause}") from cause
-    found: dict[str, Any] = {}
+    graph_facts: dict[str, Any] = {}
     if ending.outcome in TRIED:
         share = 1.0 if ending.outcome == "timeout" else 1.5  # a graph alone takes no longer than all of it did
         search = _Search(payload, str(target), ending.outcome, min(MAX_TRY_S, max(2.0, share * ending.seconds)))
         run_bounded(Job("torchspan.diagnosis.repro:search_graph", pickle.dumps(search)), budget or DEFAULT_BUDGET)
-        found = _read(target / "graph.json")  # also of a search that ran out of its budget
-    if not found:
+        graph_facts = _read(target / "graph.json")  # also of a search that ran out of its budget
+    if not graph_facts:
         _write_program(target, payload, ending)
-    _write_about(target, payload, settings, ending, found)
+    _write_about(target, payload, settings, ending, graph_facts)
     (target / "graph.json").unlink(missing_ok=True)
     return Repro(
-        target / "repro.py", "graph" if found else "program", found.get("num_operations"), found.get("num_operations_before")
+        target / "repro.py",
+        "graph" if graph_facts else "program",
+        graph_facts.get("num_operations"),
+        graph_facts.get("num_operations_before"),
     )
 
 
@@ -100,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _write_about(target: Path, payload: bytes, settings: Settings, ending: Ending, found: dict[str, Any]) -> None:
+def _write_about(target: Path, payload: bytes, settings: Settings, ending: Ending, graph_facts: dict[str, Any]) -> None:
     task: Task = transport.loads(payload)
     about = {
         "outcome": ending.outcome,
@@ -110,9 +113,9 @@ def _write_about(target: Path, payload: bytes, settings: Settings, ending: Endin
         "peak_bytes": ending.peak_bytes,
         "stack": ending.stack or ending.traceback,
         "commands": ending.commands,
-        "graph": found or None,
+        "graph": graph_facts or None,
         "settings": {**asdict(replace(settings, backend=settings.backend_name)), "backend": settings.backend_name},
-        "inputs": [_described(one) for one in tensors((task.args, task.kwargs))],
+        "inputs": [_described(tensor) for tensor in tensors((task.args, task.kwargs))],
         "process": {name: str(value) for name, value in task.ambient.switches.items()},
         "versions": versions(),
     }
@@ -177,15 +180,15 @@ def _shrink(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, sear
         _write_graph(Path(search.folder), smaller, its_inputs, task, search.outcome, num_before)
 
     keep(graph, inputs)
-    if all(isinstance(one, torch.Tensor) for one in inputs):
-        real = [_like(one) for one in inputs]
-        aot.minify(graph, real, lambda one, its: _sign(one, its, task, search.try_s) == sign, keep)
+    if all(isinstance(value, torch.Tensor) for value in inputs):
+        real = [_like(value) for value in inputs]
+        aot.minify(graph, real, lambda candidate, its: _sign(candidate, its, task, search.try_s) == sign, keep)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
     shape, stride = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
-    made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return made.zero_().requires_grad_(tensor.requires_grad)
+    result = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return result.zero_().requires_grad_(tensor.requires_grad)
 
 
 def _num_operations(graph: torch.fx.GraphModule) -> int:
@@ -203,19 +206,19 @@ def _sign(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, limit_
     try:
         if not select.select([read], [], [], limit_s)[0]:
             return "timeout"
-        said = os.read(read, 4096).decode(errors="replace")
+        answer = os.read(read, 4096).decode(errors="replace")
     finally:
         os.close(read)
         status = _end(pid)
-    if said:
-        return "" if said == "done" else f"failed: {said}"
+    if answer:
+        return "" if answer == "done" else f"failed: {answer}"
     return f"crashed: {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else "crashed: exit"
 
 
 def _try(graph: torch.fx.GraphModule, inputs: Sequence[Any], task: Task, write: int) -> int:
     try:
         with caching(), known_isas(dict(task.isas)):
-            real = [_like(one) if isinstance(one, torch.Tensor) else one for one in inputs]
+            real = [_like(value) if isinstance(value, torch.Tensor) else value for value in inputs]
             outputs = _backend(task.settings)(graph, real)(*real)  # dynamo leaves the code of graphs alone
             _backward(outputs)
     except Exception as cause:  # noqa: BLE001 - a foreign compiler: its kind is what the search goes by
@@ -273,9 +276,9 @@ INPUTS = (
 def main():
 {watch}    outputs = torch.compile(Repro(), {arguments})(*INPUTS)
     outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    wanted = [one for one in outputs if isinstance(one, torch.Tensor) and one.requires_grad]
-    if wanted:
-        torch.autograd.backward(wanted, [torch.zeros_like(one) for one in wanted])
+    results = [value for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    if results:
+        torch.autograd.backward(results, [torch.zeros_like(value) for value in results])
     print("compiled: nothing went wrong")
 
 
@@ -308,7 +311,7 @@ def _write_graph(
         imports=imports,
         configs=config.config_code(),
         module=dynamo.module_code(graph),
-        inputs="\n".join(f"    {_input_code(one)}," for one in inputs),
+        inputs="\n".join(f"    {_input_code(value)}," for value in inputs),
         watch=textwrap.indent(_WATCH.format(default_s=HANG_S), "    ") if outcome == "timeout" else "",
         arguments=", ".join(arguments),
     )
@@ -323,8 +326,8 @@ def _input_code(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(int(value)) if isinstance(value, torch.SymInt) else repr(value)
     shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-    made = f"torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device={str(value.device)!r}).zero_()"
-    return f"{made}.requires_grad_()" if value.requires_grad else made
+    code = f"torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device={str(value.device)!r}).zero_()"
+    return f"{code}.requires_grad_()" if value.requires_grad else code
 
 
 def _backend_code(folder: Path, backend: str | Callable[..., Any]) -> tuple[str, str]:

@@ -56,12 +56,12 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class AbsentModuleWatcher(importlib.abc.MetaPathFinder):
-    """Stands at the end too: it finds nothing, and says that a module was imported which nothing has."""
+    """Stands at the end too: it finds no module, and reports the import of one that nothing else found."""
 
-    def __init__(self, told: dict[str, Callable[[], None]]) -> None:
-        self._told = told
+    def __init__(self, listeners: dict[str, Callable[[], None]]) -> None:
+        self._listeners = listeners
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """No spec, ever."""
-        if fullname in self._told:
-            self._told[fullname]()
+        if fullname in self._listeners:
+            self._listeners[fullname]()

@@ -149,8 +149,8 @@ class Patches:
         with self._lock:
             self._offer_modules(missing)
             self._watch_absent(absent)
-            for target, wanted in names.items():
-                self._on_import(target, partial(self._offer_names, wanted))
+            for target, patches in names.items():
+                self._on_import(target, partial(self._offer_names, patches))
             for target, changes in replacements.items():
                 self._on_import(target, partial(self._replace_all, changes))
             self._follow_names()
@@ -214,10 +214,10 @@ class Patches:
 
     # missing names: a module __getattr__, so that nothing is built before it is asked for
 
-    def _offer_names(self, wanted: list[MissingName], module: ModuleType) -> None:
+    def _offer_names(self, patches: list[MissingName], module: ModuleType) -> None:
         # an option is not read to see whether it is there: that warns of one that is deprecated
         is_there = lambda name: _is_option(module, name) or hasattr(module, name)  # noqa: E731
-        lacking = {patch.attribute: patch for patch in wanted if not is_there(patch.attribute)}
+        lacking = {patch.attribute: patch for patch in patches if not is_there(patch.attribute)}
         if not lacking:
             return
         by_class = getattr(type(module), "__getattr__", None)  # of torch's configuration modules
@@ -254,10 +254,10 @@ class Patches:
                     self._replace(holder, last, patch)
 
     def _replace(self, holder: Any, name: str, patch: Replacement | Redefinition) -> None:
-        found = vars(holder).get(name, _ABSENT)
+        attribute = vars(holder).get(name, _ABSENT)
         if _is_offered(holder, name):
             return
-        current = found if isinstance(found, (staticmethod, classmethod, property)) else getattr(holder, name, None)
+        current = attribute if isinstance(attribute, (staticmethod, classmethod, property)) else getattr(holder, name, None)
         if isinstance(patch, Redefinition) and callable(current):
             function = inspect.unwrap(current)
             if type(function) is FunctionType and not function.__closure__ and _kind(function.__code__) in _FORWARD:

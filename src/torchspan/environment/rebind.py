@@ -41,10 +41,10 @@ def _is_of(name: object, package: str) -> bool:
 
 def _rebind_names(names: dict[str, Any], table: dict[int, tuple[object, object]]) -> Iterator[Undo]:
     for name, value in list(names.items()):
-        found = table.get(id(value))
-        if found is not None:
-            names[name] = found[1]
-            yield partial(_restore_name, names, name, *found)
+        pair = table.get(id(value))
+        if pair is not None:
+            names[name] = pair[1]
+            yield partial(_restore_name, names, name, *pair)
 
 
 def _restore_name(names: dict[str, Any], name: str, old: object, new: object) -> None:

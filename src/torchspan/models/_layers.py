@@ -48,9 +48,9 @@ class FeedForward(nn.Module):
             return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
 
 
-def region(name: str, wanted: bool) -> AbstractContextManager[Any]:
-    """Marks what runs inside as the region `name` for inductor, if `wanted`; UnsupportedError where torch cannot mark."""
-    if not wanted:
+def region(name: str, is_marked: bool) -> AbstractContextManager[Any]:
+    """Marks what runs inside as the region `name` for inductor, if `is_marked`; UnsupportedError where torch cannot mark."""
+    if not is_marked:
         return nullcontext()
     annotate = getattr(torch.fx.traceback, "annotate", None)
     if annotate is None:

@@ -1,12 +1,13 @@
 """DeepSeek V3: latent attention and a mixture of experts, written for one device. V2's shapes are flavours of it.
 
+Its mixture of experts is in `_moe`, its sizes are in `_deepseek_config`.
+
 Shapes, as suffixes of names: B batch, S sequence, D model width, H heads, C width of the latent that keys and values are made
 of, Q width of a query's and a key's part without position, R width of the rotary part, P pairs of it (R / 2), X width of a
-query or key (Q + R), V width of a value, N tokens (B · S), K experts that a token is sent to, E experts, G groups of experts,
-F inner width of an expert.
+query or key (Q + R), V width of a value, E experts.
 
-Sources: latent attention and routing in groups https://arxiv.org/abs/2405.04434 (V2), sigmoid scores and the balance of load by
-a bias https://arxiv.org/abs/2412.19437 (V3), YaRN https://arxiv.org/abs/2309.00071.
+Sources: latent attention https://arxiv.org/abs/2405.04434 (V2), the model https://arxiv.org/abs/2412.19437 (V3), YaRN
+https://arxiv.org/abs/2309.00071.
 
 In float32 and in bfloat16 this agrees with Transformers' DeepseekV3 on a CPU; what may differ is the last digit of a matrix
 product of an expert, and, in bfloat16, of the sum over experts: here it is made in float32 and rounded once. As there, the
@@ -16,204 +17,21 @@ router computes in float32 whatever the weights are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspan.core.errors import InputError, UnsupportedError
 from torchspan.models import _flex
 from torchspan.models._base import ModelSpec
-from torchspan.models._grouped import grouped_mm
+from torchspan.models._deepseek_config import FLAVOURS, ModelConfig
 from torchspan.models._hf import HFWeight
 from torchspan.models._layers import FeedForward, RMSNorm, draw_weights, region, rotary_periods
+from torchspan.models._moe import Balance, MoE
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a DeepSeek V3 (the defaults) or V2.
-
-    The first `num_dense_layers` layers have a feed-forward of width `hidden_dim`; each other one has `num_shared_experts` that
-    see every token and `num_experts` of which a token is sent to `top_k`, of width `expert_dim` each. Experts are in
-    `num_groups`, of which a token reaches `num_limited_groups`. `score_function` is ``sigmoid`` (V3: a group's score is the sum
-    of its two best experts', and a bias balances the load) or ``softmax`` (V2: a group's score is its best expert's, no bias).
-    `normalize_weights` makes the weights of a token's experts add up to one, before `route_scale`. `balance_rate` is how far a
-    training step moves an expert's bias. `q_lora_rank` is None where queries are not made of a latent. `rope_factor` is how far
-    YaRN stretches a context of `rope_original_len`; 1 is no YaRN. `max_seq_len` is how many positions the tables have; public
-    checkpoints allow `rope_factor` times `rope_original_len`. `attention`, `mask`, `end_of_text` and `annotate_regions` are as
-    in Llama 3; experts are marked too.
-
-    >>> ModelConfig(num_experts=10, num_groups=4)
-    Traceback (most recent call last):
-    torchspan.core.errors.InputError: num_experts is 10, which 4 groups do not divide; expected a multiple of num_groups
-    """
-
-    vocab_size: int = 129280
-    dim: int = 7168
-    num_layers: int = 61
-    num_dense_layers: int = 3
-    num_heads: int = 128
-    hidden_dim: int = 18432
-    expert_dim: int = 2048
-    num_experts: int = 256
-    num_shared_experts: int = 1
-    top_k: int = 8
-    num_groups: int = 8
-    num_limited_groups: int = 4
-    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
-    normalize_weights: bool = True
-    route_scale: float = 2.5
-    balance_rate: float = 0.001
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    nope_head_dim: int = 128
-    rope_head_dim: int = 64
-    v_head_dim: int = 128
-    max_seq_len: int = 16384
-    rope_theta: float = 10000.0
-    rope_factor: float = 40.0
-    rope_original_len: int = 4096
-    rope_mscale: float = 1.0
-    norm_eps: float = 1e-6
-    attention: _flex.Attention = "sdpa"
-    mask: _flex.Mask = "causal"
-    end_of_text: int = 1
-    annotate_regions: bool = False
-
-    def __post_init__(self) -> None:
-        _flex.check_attention(self.attention, self.mask)
-        if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise InputError(f"{self.num_dense_layers} of {self.num_layers} layers are dense; expected 0 to num_layers")
-        if self.rope_head_dim % 2:
-            raise InputError(f"rope_head_dim is {self.rope_head_dim}; the rotary embedding needs an even width")
-        if self.num_shared_experts < 1:
-            raise InputError(f"num_shared_experts is {self.num_shared_experts}; expected 1 or more")
-        if self.rope_factor < 1:
-            raise InputError(f"rope_factor is {self.rope_factor}; expected 1, which is no YaRN, or more")
-        self._check_routing()
-
-    def _check_routing(self) -> None:
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
-            raise InputError(
-                f"num_experts is {self.num_experts}, which {self.num_groups} groups do not divide; "
-                "expected a multiple of num_groups"
-            )
-        group_size = self.num_experts // self.num_groups
-        if not 1 <= self.num_limited_groups <= self.num_groups:
-            raise InputError(f"a token reaches {self.num_limited_groups} of {self.num_groups} groups; expected 1 to num_groups")
-        if not 1 <= self.top_k <= self.num_limited_groups * group_size:
-            raise InputError(
-                f"top_k is {self.top_k}; the {self.num_limited_groups} groups that a token reaches have "
-                f"{self.num_limited_groups * group_size} experts, expected 1 to that"
-            )
-        if self.score_function not in ("sigmoid", "softmax"):
-            raise InputError(f"score_function is {self.score_function!r}; expected 'sigmoid' or 'softmax'")
-        if self.score_function == "sigmoid" and self.num_groups > 1 and group_size < 2:
-            raise InputError(
-                f"a group has {group_size} expert; with sigmoid scores it is judged by its two best, expected 2 or more"
-            )
-        if self.score_function == "softmax" and self.balance_rate:
-            raise InputError(f"balance_rate is {self.balance_rate}; softmax scores have no bias to balance, expected 0")
-
-    @property
-    def shared_hidden_dim(self) -> int:
-        """Inner width of the shared experts, which are one feed-forward."""
-        return self.num_shared_experts * self.expert_dim
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query or key: the part without position, then the rotary part."""
-        return self.nope_head_dim + self.rope_head_dim
-
-
-FLAVOURS = {
-    "debugmodel": ModelConfig(
-        vocab_size=256,
-        dim=256,
-        num_layers=6,
-        num_dense_layers=1,
-        num_heads=16,
-        hidden_dim=1024,
-        expert_dim=256,
-        num_experts=8,
-        num_shared_experts=2,
-        top_k=3,
-        num_groups=1,
-        num_limited_groups=1,
-        route_scale=1.0,
-        q_lora_rank=None,
-        max_seq_len=2048,
-        rope_factor=1.0,
-    ),
-    "tiny": ModelConfig(
-        vocab_size=256,
-        dim=32,
-        num_layers=3,
-        num_dense_layers=1,
-        num_heads=4,
-        hidden_dim=64,
-        expert_dim=16,
-        num_experts=8,
-        num_shared_experts=2,
-        top_k=2,
-        num_groups=4,
-        num_limited_groups=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        nope_head_dim=8,
-        rope_head_dim=8,
-        v_head_dim=8,
-        max_seq_len=128,
-        rope_original_len=32,
-    ),
-    "16B": ModelConfig(
-        vocab_size=102400,
-        dim=2048,
-        num_layers=27,
-        num_dense_layers=1,
-        num_heads=16,
-        hidden_dim=10944,
-        expert_dim=1408,
-        num_experts=64,
-        num_shared_experts=2,
-        top_k=6,
-        num_groups=1,
-        num_limited_groups=1,
-        score_function="softmax",
-        normalize_weights=False,
-        route_scale=1.0,
-        balance_rate=0.0,
-        q_lora_rank=None,
-        rope_mscale=0.707,
-    ),
-    "236B": ModelConfig(
-        vocab_size=102400,
-        dim=5120,
-        num_layers=60,
-        num_dense_layers=1,
-        hidden_dim=12288,
-        expert_dim=1536,
-        num_experts=160,
-        num_shared_experts=2,
-        top_k=6,
-        num_limited_groups=3,
-        score_function="softmax",
-        normalize_weights=False,
-        route_scale=16.0,
-        balance_rate=0.0,
-    ),
-    "671B": ModelConfig(),
-}
-# tokens are bytes: a line is a document
-FLAVOURS |= {
-    f"{name}_flex_attn": replace(FLAVOURS[name], attention="flex", mask="block_causal", end_of_text=ord("\n"))
-    for name in ("debugmodel", "tiny")
-}
 
 
 class Rotary(nn.Module):
@@ -274,143 +92,6 @@ class Attention(nn.Module):
         if self.config.q_lora_rank is None:
             return self.wq(x_BSD)
         return self.wq_b(self.q_norm(self.wq_a(x_BSD)))
-
-
-class Gate(nn.Linear):
-    """A linear layer that computes in float32, whatever its weight and input are: choices hang on small differences."""
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return F.linear(x_ND.float(), self.weight.float())
-
-
-class Router(nn.Module):
-    """Chooses the experts of each token, and their weights."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = Gate(config.dim, config.num_experts, bias=False)
-
-    def forward(self, x_ND: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (N, K), float32, and experts (N, K), int64, ascending; `bias_E` counts in the choice, not in the weights."""
-        logits_NE = self.gate(x_ND)
-        scores_NE = logits_NE.sigmoid() if self.config.score_function == "sigmoid" else logits_NE.softmax(dim=-1)
-        # in order, so that the sum over a token's experts does not hang on the order in which topk gives them
-        experts_NK = (
-            self._choice(scores_NE.detach(), bias_E).topk(self.config.top_k, dim=-1, sorted=False).indices.sort(-1).values
-        )
-        weights_NK = scores_NE.gather(1, experts_NK)
-        if self.config.normalize_weights:
-            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_NK * self.config.route_scale, experts_NK
-
-    def _choice(self, scores_NE: Tensor, bias_E: Tensor) -> Tensor:
-        """The scores by which experts are chosen: -inf for those of groups that a token does not reach."""
-        num_groups = self.config.num_groups
-        if self.config.score_function == "sigmoid":
-            scores_NE = scores_NE + bias_E
-        if self.config.num_limited_groups == num_groups:
-            return scores_NE
-        scores_NGE = scores_NE.unflatten(1, (num_groups, -1))
-        num_best = 2 if self.config.score_function == "sigmoid" else 1
-        group_scores_NG = scores_NGE.topk(num_best, dim=-1).values.sum(-1)
-        groups_NG = group_scores_NG.topk(self.config.num_limited_groups, dim=-1, sorted=False).indices
-        is_reached_NG1 = torch.zeros_like(group_scores_NG).scatter(1, groups_NG, 1.0).unsqueeze(-1) > 0
-        return scores_NGE.masked_fill(~is_reached_NG1, -math.inf).flatten(1)
-
-
-class Experts(nn.Module):
-    """The routed experts: a SwiGLU each, of as many experts as the weights have.
-
-    Under expert parallelism a rank has its share of the weights, and is called with the rows and counts of these experts.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.annotate_regions = config.annotate_regions
-        self.w1 = _stack(config.num_experts, config.dim, config.expert_dim)
-        self.w2 = _stack(config.num_experts, config.expert_dim, config.dim)
-        self.w3 = _stack(config.num_experts, config.dim, config.expert_dim)
-
-    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """What the experts make of the rows `x_ND`, which are sorted by expert; `counts_E`, int64: how many each has."""
-        with region("experts", self.annotate_regions):
-            h_NF = F.silu(grouped_mm(x_ND, self.w1, counts_E)) * grouped_mm(x_ND, self.w3, counts_E)
-            return grouped_mm(h_NF, self.w2, counts_E)
-
-
-def _stack(num_experts: int, width: int, output_width: int) -> nn.Parameter:
-    """A matrix for each expert, input features first, drawn from torch's generator as those of ``nn.Linear`` are."""
-    return nn.Parameter(torch.empty(num_experts, width, output_width).uniform_(-(width**-0.5), width**-0.5))
-
-
-class Balance(nn.Module):
-    """The bias of each expert in the choice, moved so that experts get the same number of tokens (V3, section 2.1.2).
-
-    `bias_E` is always float32, also in a model that is moved to bfloat16, whose steps of it would be lost in rounding. Where
-    scores are softmax it stays zero and is no part of the state dict.
-    """
-
-    bias_E: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.rate = config.balance_rate
-        bias_E = torch.zeros(config.num_experts, dtype=torch.float32)
-        self.register_buffer("bias_E", bias_E, persistent=config.score_function == "sigmoid")
-
-    @torch.no_grad()
-    def forward(self, counts_E: Tensor) -> None:
-        """In training, move the bias by `rate`, in place: up for experts with fewer tokens than the mean, down for others.
-
-        `counts_E`, int64: the tokens of each expert in this forward. UnsupportedError in a forward that activation
-        checkpointing runs again: it would choose experts by a bias that has moved, and so compute another forward's gradients.
-        """
-        if self.training and self.rate:
-            if torch._C._current_graph_task_id() != -1:  # inside a backward
-                raise UnsupportedError(
-                    "a mixture of experts whose load is balanced cannot be run again in the backward, as activation "
-                    "checkpointing does; checkpoint attention alone, or set balance_rate=0"
-                )
-            # how far below the mean, times the number of experts: whole numbers
-            missing_E = counts_E.sum() - counts_E * counts_E.shape[0]
-            self.bias_E.add_(missing_E.sign() * self.rate)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Balance:
-        bias_E = self.bias_E
-        super()._apply(fn, recurse)
-        if self.bias_E.dtype != torch.float32:
-            self.bias_E = bias_E.to(self.bias_E.device)
-        return self
-
-
-class MoE(nn.Module):
-    """A mixture of experts: those that every token meets, and those that it is sent to."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.router = Router(config)
-        self.experts = Experts(config)
-        self.shared_experts = FeedForward(config.dim, config.shared_hidden_dim, config.annotate_regions)
-        self.balance = Balance(config)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_ND = x_BSD.flatten(0, 1)
-        weights_NK, experts_NK = self.router(x_ND, self.balance.bias_E)
-        counts_E = self._counts(experts_NK)
-        # Each token once for each of its experts, then sorted: gathering by a permutation has a deterministic gradient
-        order = experts_NK.flatten().argsort(stable=True)
-        rows_ND = x_ND.repeat_interleave(experts_NK.shape[1], dim=0).index_select(0, order)
-        rows_ND = self.experts(rows_ND, counts_E).index_select(0, order.argsort())
-        routed_ND = (rows_ND.unflatten(0, experts_NK.shape) * weights_NK.unsqueeze(-1)).sum(1).to(x_ND.dtype)
-        self.balance(counts_E)
-        return routed_ND.unflatten(0, x_BSD.shape[:2]) + self.shared_experts(x_BSD)
-
-    def _counts(self, experts_NK: Tensor) -> Tensor:
-        """How many tokens each expert gets: (E), int64. Whole numbers add up to the same in any order."""
-        chosen = experts_NK.flatten()
-        return chosen.new_zeros(self.num_experts).scatter_add(0, chosen, torch.ones_like(chosen))
 
 
 class TransformerBlock(nn.Module):
@@ -533,22 +214,26 @@ def hf_weights(config: ModelConfig) -> list[HFWeight]:
     return weights
 
 
-def _layer_weights(config: ModelConfig, ours: str, theirs: str, is_dense: bool) -> list[HFWeight]:
+def _layer_weights(config: ModelConfig, prefix: str, hf_prefix: str, is_dense: bool) -> list[HFWeight]:
     names = _LAYER_NAMES | (_QUERY_NAMES if config.q_lora_rank is None else _LOW_RANK_QUERY_NAMES)
     names |= _feed_forward_names("feed_forward", "mlp") if is_dense else _MOE_NAMES
-    weights = [HFWeight(f"{ours}.{name}.weight", (f"{theirs}.{public}.weight",)) for name, public in names.items()]
+    weights = [HFWeight(f"{prefix}.{name}.weight", (f"{hf_prefix}.{public}.weight",)) for name, public in names.items()]
     if is_dense:
         return weights
     for name, public in _feed_forward_names("moe.experts", "").items():
-        experts = (f"{theirs}.mlp.experts.{expert}{public}.weight" for expert in range(config.num_experts))
-        weights.append(HFWeight(f"{ours}.{name}", tuple(experts), stacked=True))
+        experts = (f"{hf_prefix}.mlp.experts.{expert}{public}.weight" for expert in range(config.num_experts))
+        weights.append(HFWeight(f"{prefix}.{name}", tuple(experts), stacked=True))
     if config.score_function == "sigmoid":
-        weights.append(HFWeight(f"{ours}.moe.balance.bias_E", (f"{theirs}.mlp.gate.e_score_correction_bias",)))
+        weights.append(HFWeight(f"{prefix}.moe.balance.bias_E", (f"{hf_prefix}.mlp.gate.e_score_correction_bias",)))
     return weights
 
 
-def _feed_forward_names(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.w1": f"{theirs}.gate_proj", f"{ours}.w2": f"{theirs}.down_proj", f"{ours}.w3": f"{theirs}.up_proj"}
+def _feed_forward_names(prefix: str, hf_prefix: str) -> dict[str, str]:
+    return {
+        f"{prefix}.w1": f"{hf_prefix}.gate_proj",
+        f"{prefix}.w2": f"{hf_prefix}.down_proj",
+        f"{prefix}.w3": f"{hf_prefix}.up_proj",
+    }
 
 
 _LAYER_NAMES = {

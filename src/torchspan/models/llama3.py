@@ -228,9 +228,9 @@ def hf_weights(config: ModelConfig) -> list[HFWeight]:
     embedding = "model.embed_tokens"
     names = {"tok_embeddings": embedding, "norm": "model.norm", "output": embedding if config.tie_embeddings else "lm_head"}
     for layer in range(config.num_layers):
-        for ours, theirs in _LAYER_NAMES.items():
-            names[f"layers.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
-    return [HFWeight(f"{ours}.weight", (f"{theirs}.weight",)) for ours, theirs in names.items()]
+        for name, hf_name in _LAYER_NAMES.items():
+            names[f"layers.{layer}.{name}"] = f"model.layers.{layer}.{hf_name}"
+    return [HFWeight(f"{name}.weight", (f"{hf_name}.weight",)) for name, hf_name in names.items()]
 
 
 _LAYER_NAMES = {

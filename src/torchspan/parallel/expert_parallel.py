@@ -65,8 +65,8 @@ def _share(module: nn.Module, mesh: DeviceMesh) -> None:
     """Leave this rank its share of the experts, and send rows to where theirs are."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         check_sizes({f"the number of experts of {name}": parameter.shape[0]}, mesh.size(), EP)
-        mine = parameter.detach().chunk(mesh.size(), dim=0)[mesh.get_local_rank()].clone()
-        shared = DTensor.from_local(mine, mesh, (Shard(0),), run_check=False)
+        part = parameter.detach().chunk(mesh.size(), dim=0)[mesh.get_local_rank()].clone()
+        shared = DTensor.from_local(part, mesh, (Shard(0),), run_check=False)
         module.register_parameter(name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
     travels: list[_Travel] = []
 

@@ -13,8 +13,8 @@ def answers(name: str, pattern: str) -> bool:
     >>> answers("layers.3.attention", "layers.*.attention"), answers("layers.3.attention.wq", "layers.*.attention")
     (True, False)
     """
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(part in ("*", given) for part, given in zip(wanted, parts))
+    parts, pattern_parts = name.split("."), pattern.split(".")
+    return len(parts) == len(pattern_parts) and all(part in ("*", name_part) for part, name_part in zip(pattern_parts, parts))
 
 
 def modules_of(module: nn.Module, pattern: str, plan: str) -> list[nn.Module]:
@@ -25,8 +25,8 @@ def modules_of(module: nn.Module, pattern: str, plan: str) -> list[nn.Module]:
     >>> modules_of(nn.Sequential(nn.ReLU()), "0?", "tensor-parallel"), modules_of(nn.Sequential(), "0?", "tensor-parallel")
     ([ReLU()], [])
     """
-    wanted = pattern.removesuffix("?")
-    found = [submodule for name, submodule in module.named_modules() if answers(name, wanted)]
-    if not found and wanted == pattern:
+    path = pattern.removesuffix("?")
+    matches = [submodule for name, submodule in module.named_modules() if answers(name, path)]
+    if not matches and path == pattern:
         raise InputError(f"no submodule answers to {pattern!r} of the {plan} plan; did the model change?")
-    return found
+    return matches

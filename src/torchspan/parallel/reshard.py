@@ -43,11 +43,11 @@ class Resharding:
 
     def _pack(self, saved: Tensor) -> Any:
         local = saved.to_local() if isinstance(saved, DTensor) else saved
-        found = self._gathered.get(StorageWeakRef(local.untyped_storage()).cdata)
-        if found is None:
+        gathered = self._gathered.get(StorageWeakRef(local.untyped_storage()).cdata)
+        if gathered is None:
             return saved
         dtensor = (saved.device_mesh, saved.placements, saved.shape, saved.stride()) if isinstance(saved, DTensor) else None
-        return _View(found[1], local.size(), local.stride(), local.storage_offset(), dtensor)
+        return _View(gathered[1], local.size(), local.stride(), local.storage_offset(), dtensor)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Stored:
     def cut(self, part: Tensor) -> Tensor:
         """This rank's numbers, (K,), of the part of its rank of `split`."""
         rank = 0 if self.shard is None else self.shard.get_local_rank()
-        mine = part.reshape(-1)[rank * self.shard_size : (rank + 1) * self.shard_size]
-        return F.pad(mine, (0, self.shard_size - mine.numel())) if mine.numel() < self.shard_size else mine.clone()
+        numbers = part.reshape(-1)[rank * self.shard_size : (rank + 1) * self.shard_size]
+        return F.pad(numbers, (0, self.shard_size - numbers.numel())) if numbers.numel() < self.shard_size else numbers.clone()
 
     def store(self, part: Tensor) -> DTensor:
         """The parameter as it is stored, of the part of this rank of `split`."""

@@ -42,18 +42,18 @@ class Anew:
         """Have every node of a later phase read what is made anew."""
         for reader in list(self._graph.nodes):
             if self._phases[reader] != "forward" and reader.op not in ("placeholder", "output"):
-                wanted = [node for node in reader.all_input_nodes if self.is_gone(node)]
-                if wanted:
-                    self._make(wanted, reader)
+                values = [node for node in reader.all_input_nodes if self.is_gone(node)]
+                if values:
+                    self._make(values, reader)
                     replace_inputs(reader, self._new)
 
     def is_gone(self, node: Node) -> bool:
         """Whether the value of a forward node is not kept for the backward."""
-        found = self._is_gone.get(node)
-        if found is None:
-            found = self._phases[node] == "forward" and node.op == "call_function" and self._look(node)
-            self._is_gone[node] = found
-        return found
+        is_gone = self._is_gone.get(node)
+        if is_gone is None:
+            is_gone = self._phases[node] == "forward" and node.op == "call_function" and self._look(node)
+            self._is_gone[node] = is_gone
+        return is_gone
 
     def _look(self, node: Node) -> bool:
         if node in self._bring_back or producer_of(node) in self._recomputed:
@@ -61,8 +61,8 @@ class Anew:
         viewed = viewed_by(node)
         return viewed is not None and self.is_gone(viewed)
 
-    def _make(self, wanted: Iterable[Node], reader: Node) -> None:
-        for node in self._missing(wanted):
+    def _make(self, values: Iterable[Node], reader: Node) -> None:
+        for node in self._missing(values):
             with self._graph.inserting_before(reader):
                 if node in self._bring_back:
                     new = self._bring_back[node]()
@@ -73,18 +73,18 @@ class Anew:
             mark_backward(new)
             self._phases[new], self._new[node] = "backward", new
 
-    def _missing(self, wanted: Iterable[Node]) -> list[Node]:
-        """What has to be made so that `wanted` are there, in the order of the forward."""
-        found: set[Node] = set()
-        stack = [*wanted]
+    def _missing(self, values: Iterable[Node]) -> list[Node]:
+        """What has to be computed so that `values` are there, in the order of the forward."""
+        missing: set[Node] = set()
+        stack = [*values]
         while stack:
             node = stack.pop()
-            if node in found or node in self._new or not self.is_gone(node):
+            if node in missing or node in self._new or not self.is_gone(node):
                 continue
-            found.add(node)
+            missing.add(node)
             if node not in self._bring_back:
                 stack.extend(node.all_input_nodes)
-        return sorted(found, key=self._place.__getitem__)
+        return sorted(missing, key=self._place.__getitem__)
 
 
 def replace_inputs(node: Node, new: dict[Node, Node]) -> None:

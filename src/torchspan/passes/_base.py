@@ -79,8 +79,8 @@ class Pass:
         return f"within {cls.tolerance:g}" if cls.tolerance else "bitwise"
 
     def __str__(self) -> str:
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return self.name + (f"{{{','.join(given)}}}" if given else "")
+        options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 
 def editable(graph: Graph) -> GraphModule:

@@ -31,7 +31,7 @@ Gather = Callable[[Any], list[Any]]
 class Stage:
     """One pass that ran, with the graphs before and after it."""
 
-    one: Pass
+    pass_: Pass
     before: Graph
     after: Graph
 
@@ -42,21 +42,21 @@ class Stages(Instrument):
     def __init__(self) -> None:
         self.stages: list[Stage] = []
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Keep them."""
-        self.stages.append(Stage(one, before, after))
+        self.stages.append(Stage(pass_, before, after))
 
 
 @dataclass(frozen=True)
 class Finding:
     """The first pass after which numbers differ, the `node` of its graph that differs first, and both as text."""
 
-    one: Pass
+    pass_: Pass
     node: str
     text: str
 
 
-def bisect(stages: Sequence[Stage], arguments: Sequence[Any], gather: Gather = lambda mine: [mine]) -> Finding | None:
+def bisect(stages: Sequence[Stage], arguments: Sequence[Any], gather: Gather = lambda value: [value]) -> Finding | None:
     """The first pass whose graph gives other numbers than its claim allows, or None if there is none.
 
     Every rank of a job calls this with its own arguments, and gets the same answer.
@@ -68,20 +68,20 @@ def bisect(stages: Sequence[Stage], arguments: Sequence[Any], gather: Gather = l
         return None
     expected = _run(stages[0].before, arguments, "as captured")
     again = _run(stages[0].before, arguments, "as captured")
-    if any(gather(any(_differs(one, other, 0.0) for one, other in zip(expected, again)))):
+    if any(gather(any(_differs(value, other, 0.0) for value, other in zip(expected, again)))):
         raise PassError(
             "the captured graph, run twice on the same batch, gives other numbers each time: nothing can be compared with it; "
             "expected deterministic operators (torch.use_deterministic_algorithms)"
         )
     for number, stage in enumerate(stages, 1):
-        given = _run(stage.after, arguments, f"after {stage.one}")
-        wrong = [i for i, (one, other) in enumerate(zip(expected, given)) if _differs(one, other, stage.one.tolerance)]
+        results = _run(stage.after, arguments, f"after {stage.pass_}")
+        wrong = [i for i, (value, other) in enumerate(zip(expected, results)) if _differs(value, other, stage.pass_.tolerance)]
         if any(gather(bool(wrong))):
             cause = _first_cause(stage, arguments)
-            outputs = _told_outputs(stage.after, expected, given, wrong)
-            told = gather((cause and (cause.place, cause.node.name, cause.text), outputs))
-            return _finding(stage, f"{number} of {len(stages)}", told)
-        expected = given
+            outputs = _told_outputs(stage.after, expected, results, wrong)
+            reports = gather((cause and (cause.place, cause.node.name, cause.text), outputs))
+            return _finding(stage, f"{number} of {len(stages)}", reports)
+        expected = results
     return None
 
 
@@ -94,7 +94,7 @@ def _repeatable(run: Callable[..., Any], arguments: Sequence[Any], when: str) ->
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            results = run(*(one.clone() if isinstance(one, Tensor) else one for one in arguments))
+            results = run(*(argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments))
         except (RuntimeError, TypeError, ValueError, IndexError) as cause:
             raise PassError(f"the graph {when} cannot be run on the first batch: {cause}") from cause
     return list(results) if isinstance(results, (tuple, list)) else [results]
@@ -114,7 +114,7 @@ class _Cause:
 
 def _first_cause(stage: Stage, arguments: Sequence[Any]) -> _Cause | None:
     """The first node of the graph after a pass whose value differs; None if none does on this rank."""
-    tolerance = stage.one.tolerance
+    tolerance = stage.pass_.tolerance
     before = _Values.of(stage.before.module, arguments, tolerance)
     after = _Values.of(stage.after.module, arguments, tolerance)
     causes = _Search(before, after, tolerance).causes()
@@ -132,9 +132,9 @@ class _Values:
     @staticmethod
     def of(module: GraphModule, arguments: Sequence[Any], tolerance: float) -> _Values:
         """Those of one run."""
-        found = _Values(module, {node.name: node for node in module.graph.nodes})
-        _repeatable(_Recorder(module, found.values, tolerance).run, arguments, "node by node")
-        return found
+        values = _Values(module, {node.name: node for node in module.graph.nodes})
+        _repeatable(_Recorder(module, values.values, tolerance).run, arguments, "node by node")
+        return values
 
     @property
     def results(self) -> list[Any]:
@@ -167,7 +167,7 @@ def _is_under_way(node: Node) -> bool:
 
 def _kept(value: Any, tolerance: float) -> Any:
     if isinstance(value, (tuple, list)):
-        return [_kept(one, tolerance) for one in value]
+        return [_kept(part, tolerance) for part in value]
     if not isinstance(value, Tensor):
         return value
     if tolerance:
@@ -209,13 +209,13 @@ class _Search:
         if (old.op, old.target, len(reads)) != (new.op, new.target, len(others)):
             return self._look_at_stretch(old, new)
         deeper = []
-        for one, other in zip(reads, others):
-            if self._differ(one, other):
-                if self._is_right(other):
-                    return self._cause(new, f"it reads {other.name} where the graph before reads {one.name}"), []
-                deeper.append((one, other))
-        told = "all that it reads is equal" if new.name == old.name else f"it stands for {shown_node(old)}, and reads the same"
-        return (None, deeper) if deeper else (self._cause(new, told), [])
+        for old_input, new_input in zip(reads, others):
+            if self._differ(old_input, new_input):
+                if self._is_right(new_input):
+                    return self._cause(new, f"it reads {new_input.name} where the graph before reads {old_input.name}"), []
+                deeper.append((old_input, new_input))
+        text = "all that it reads is equal" if new.name == old.name else f"it stands for {shown_node(old)}, and reads the same"
+        return (None, deeper) if deeper else (self._cause(new, text), [])
 
     def _look_at_stretch(self, old: Node, new: Node) -> tuple[_Cause | None, list[tuple[Node, Node]]]:
         """The same for what the pass wrote in place of `old`: new nodes, back to those that were there before."""
@@ -229,8 +229,8 @@ class _Search:
             elif node not in stretch:
                 stretch[node] = None
                 waiting += _inputs(node)
-        told = f"it stands for {shown_node(old)}; {len(stretch)} nodes that the pass wrote make it of what is equal"
-        return (None, deeper) if deeper else (self._cause(new, told), [])
+        text = f"it stands for {shown_node(old)}; {len(stretch)} nodes that the pass wrote compute it from equal values"
+        return (None, deeper) if deeper else (self._cause(new, text), [])
 
     def _cause(self, node: Node, text: str) -> _Cause:
         module = node.meta.get("custom", {}).get("module")
@@ -253,61 +253,61 @@ class _Search:
 
 def _inputs(node: Node) -> list[Node]:
     """The nodes that a node reads, in the order of its arguments, each as often as it is read."""
-    found: list[Node] = []
-    map_arg((node.args, node.kwargs), found.append)
-    return found
+    nodes: list[Node] = []
+    map_arg((node.args, node.kwargs), nodes.append)
+    return nodes
 
 
 # what differs
 
 
-def _differs(one: Any, other: Any, tolerance: float) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) != len(other) or any(_differs(a, b, tolerance) for a, b in zip(one, other))
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is not type(other) or bool(one != other)
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _differs(first: Any, second: Any, tolerance: float) -> bool:
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) != len(second) or any(_differs(a, b, tolerance) for a, b in zip(first, second))
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return type(first) is not type(second) or bool(first != second)
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
         return True
-    if not tolerance or not one.is_floating_point():
-        return bool(_kept(one, 0.0) != _kept(other, 0.0))
-    return not _share(one, other) <= tolerance
+    if not tolerance or not first.is_floating_point():
+        return bool(_kept(first, 0.0) != _kept(second, 0.0))
+    return not _share(first, second) <= tolerance
 
 
-def _share(one: Tensor, other: Tensor) -> float:
+def _share(first: Tensor, second: Tensor) -> float:
     """The largest difference of two tensors over the largest value of the first; NaN and infinity are equal to themselves."""
-    if not one.numel():
+    if not first.numel():
         return 0.0
-    wide, others = one.detach().double(), other.detach().double()
+    wide, others = first.detach().double(), second.detach().double()
     same = (wide == others) | (wide.isnan() & others.isnan())
     gap = torch.where(same, 0.0, (wide - others).abs()).max()
     size = torch.where(wide.isfinite(), wide, 0.0).abs().max()
     return 0.0 if not float(gap) else float(gap / size)
 
 
-def _told_outputs(graph: Graph, expected: list[Any], given: list[Any], wrong: list[int]) -> str | None:
+def _told_outputs(graph: Graph, expected: list[Any], results: list[Any], wrong: list[int]) -> str | None:
     """How many outputs differ on this rank, and by how much the first."""
     if not wrong:
         return None
     first = wrong[0]
-    spec, one, other = graph.outputs[first], expected[first], given[first]
+    spec, expected_value, value = graph.outputs[first], expected[first], results[first]
     share = ""
-    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
-        share = f" by up to {_share(one, other):.3g} of its largest value"
+    if isinstance(expected_value, Tensor) and isinstance(value, Tensor) and expected_value.shape == value.shape:
+        share = f" by up to {_share(expected_value, value):.3g} of its largest value"
     return f"{len(wrong)} of {len(expected)} outputs differ, the first, {spec.kind} {spec.name},{share}"
 
 
-def _finding(stage: Stage, number: str, told: list[Any]) -> Finding:
+def _finding(stage: Stage, number: str, reports: list[Any]) -> Finding:
     """The finding of all ranks: the node that comes first on any of them."""
-    causes = [(*cause, rank) for rank, (cause, _) in enumerate(told) if cause is not None]
-    nothing = (0, "", "none: what differs comes of differences that are each within the claim", 0)
+    causes = [(*cause, rank) for rank, (cause, _) in enumerate(reports) if cause is not None]
+    nothing = (0, "", "none: each node differs by no more than the claim allows, and the differences add up", 0)
     _, node, text, _ = min(causes, default=nothing)
-    ranks = [rank for rank, (_, outputs) in enumerate(told) if outputs]
-    outputs = next((outputs for _, outputs in told if outputs), "")
-    where = f"on ranks {ranks}: " if len(told) > 1 else ""
+    ranks = [rank for rank, (_, outputs) in enumerate(reports) if outputs]
+    outputs = next((outputs for _, outputs in reports if outputs), "")
+    where = f"on ranks {ranks}: " if len(reports) > 1 else ""
     return Finding(
-        stage.one,
+        stage.pass_,
         node,
-        f"bisect: numbers differ first after pass {number}, {stage.one}, which claims {stage.one.claim()}\n"
+        f"bisect: numbers differ first after pass {number}, {stage.pass_}, which claims {stage.pass_.claim()}\n"
         f"  first node: {text}\n"
         f"  {where}{outputs}",
     )

@@ -27,7 +27,7 @@ def part_of(path: str, patterns: Sequence[str]) -> str | None:
     """
     names = path.split(".")
     paths = [".".join(names[:end]) for end in range(1, len(names) + 1)]
-    return next((one for one in paths if any(fnmatchcase(one, pattern) for pattern in patterns)), None)
+    return next((prefix for prefix in paths if any(fnmatchcase(prefix, pattern) for pattern in patterns)), None)
 
 
 def patterns_of(text: str) -> list[str]:

@@ -65,7 +65,7 @@ def _num_operations(node: Node) -> int:
 
 def _tensors(node: Node) -> list[torch.Tensor]:
     value = node.meta.get("val")
-    return [one for one in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(one, torch.Tensor)]
+    return [part for part in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(part, torch.Tensor)]
 
 
 def _numel(value: torch.Tensor) -> int:
@@ -79,7 +79,7 @@ def _number(size: Any) -> int:
 def why_not_again(node: Node) -> str | None:
     """Why `node` may not be computed a second time, in a few words; None if it may.
 
-    A second collective is no mistake, but ranks must agree on it: who asks for it knows ``collective``.
+    A collective can be repeated if all ranks do so: a caller that repeats collectives accepts the reason ``collective``.
     """
     target = node.target
     if node.op != "call_function" or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -107,6 +107,6 @@ def _drops_nothing(node: Node) -> bool:
     schema = node.target._schema  # type: ignore[union-attr]
     for index, argument in enumerate(schema.arguments):
         if argument.name == "dropout_p":
-            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return isinstance(given, (int, float)) and given == 0
+            rate = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return isinstance(rate, (int, float)) and rate == 0
     return False

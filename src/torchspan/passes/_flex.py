@@ -45,9 +45,9 @@ def make_dense(module: GraphModule, node: Node) -> None:
     traced = _trace(module, node, inputs)
     inside: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
     with module.graph.inserting_before(node):
-        for one in traced.graph.nodes:
-            if one.op in ("call_function", "get_attr"):
-                inside[one] = _copy(module, traced, one, inside, node.meta)
+        for inner in traced.graph.nodes:
+            if inner.op in ("call_function", "get_attr"):
+                inside[inner] = _copy(module, traced, inner, inside, node.meta)
     (results,) = traced.graph.output_node().args
     _replace(node, map_arg(results, inside.__getitem__))
 
@@ -65,17 +65,19 @@ def _trace(module: GraphModule, node: Node, inputs: list[Node]) -> GraphModule:
     function = fx.sdpa_dense_backward if _name(node) == BACKWARD else fx.sdpa_dense
 
     def call(*tensors: Any) -> Any:
-        given = dict(zip(inputs, tensors))
-        args, kwargs = map_arg((node.args, node.kwargs), lambda one: given[one] if one in given else _held(module, one))
+        known = dict(zip(inputs, tensors))
+        args, kwargs = map_arg(
+            (node.args, node.kwargs), lambda source: known[source] if source in known else _held(module, source)
+        )
         return function(*args, **kwargs)
 
-    values = [_value(module, one) for one in inputs]
+    values = [_value(module, source) for source in inputs]
     mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), nullcontext())
     with torch.no_grad(), mode:  # not tracing_mode="fake", which fakes the fake tensors again: torch 2.8 crashes on that
         traced = fx.make_fx(call)(*values)
-    for one in list(traced.graph.nodes):
-        if one.target is torch.ops.aten.copy_.default:
-            _write_nothing(traced, one)
+    for inner in list(traced.graph.nodes):
+        if inner.target is torch.ops.aten.copy_.default:
+            _write_nothing(traced, inner)
     traced.graph.eliminate_dead_code()
     return traced
 
@@ -97,9 +99,9 @@ def _write_nothing(traced: GraphModule, copy: Node) -> None:
         node = source
         for target, args in ((aten.permute.default, (order,)), (aten.clone.default, ()), (aten.permute.default, (back,))):
             options = {"memory_format": torch.contiguous_format} if target is aten.clone.default else {}
-            made = traced.graph.call_function(target, (node, *args), dict[str, Any](options))
-            made.meta["val"] = target(node.meta["val"], *args, **options)
-            node = made
+            strided = traced.graph.call_function(target, (node, *args), dict[str, Any](options))
+            strided.meta["val"] = target(node.meta["val"], *args, **options)
+            node = strided
     assert node.meta["val"].stride() == value.stride(), f"{node.meta['val'].stride()} is not {value.stride()}"
     for user in [user for user in into.users if user > copy]:
         user.replace_input_with(into, node)
@@ -107,16 +109,16 @@ def _write_nothing(traced: GraphModule, copy: Node) -> None:
     traced.graph.erase_node(copy)
 
 
-def _copy(module: GraphModule, traced: GraphModule, one: Node, inside: dict[Node, Any], meta: dict[str, Any]) -> Node:
+def _copy(module: GraphModule, traced: GraphModule, inner: Node, inside: dict[Node, Any], meta: dict[str, Any]) -> Node:
     """One traced node in the graph of `module`; it belongs where the node of FlexAttention with `meta` did."""
-    if one.op == "get_attr":  # a number that the trace holds as a tensor of no dimension
-        number = _held(traced, one)
+    if inner.op == "get_attr":  # a number that the trace holds as a tensor of no dimension
+        number = _held(traced, inner)
         options = {"dtype": number.dtype, "device": number.device}
         copied = module.graph.call_function(torch.ops.aten.full.default, ([], number.item()), options)
         value = number
     else:
-        copied, value = module.graph.node_copy(one, inside.__getitem__), one.meta.get("val")
-    copied.meta = {key: found for key, found in meta.items() if key in _KEPT}
+        copied, value = module.graph.node_copy(inner, inside.__getitem__), inner.meta.get("val")
+    copied.meta = {key: content for key, content in meta.items() if key in _KEPT}
     copied.meta["val"] = value
     return copied
 

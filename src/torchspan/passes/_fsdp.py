@@ -51,13 +51,13 @@ def parameter_gathers(graph: Graph) -> list[Member]:
     A gather of anything that was computed by several inputs, or that another collective gave, is none of them.
     """
     names = {node: spec.name for node, spec in zip(graph.placeholders(), graph.inputs) if spec.kind == "parameter"}
-    found: list[Member] = []
+    members: list[Member] = []
     for node in graph.module.graph.nodes:
         if is_call(node, GATHER):
             origin, wait = origin_of(node.args[0]), wait_for(node)
             if origin in names and wait is not None:
-                found.append(Member(node, wait, names[origin]))
-    return found
+                members.append(Member(node, wait, names[origin]))
+    return members
 
 
 def gradient_scatters(graph: Graph) -> list[Member]:
@@ -67,7 +67,7 @@ def gradient_scatters(graph: Graph) -> list[Member]:
 
 def gradient_reduces(graph: Graph) -> list[Member]:
     """All-reduces whose result is, but for its shape or dtype, a parameter's gradient: sums over copies of the model."""
-    return [one for one in _gradient_collectives(graph, REDUCE) if not _goes_on_to_move(one.wait)]
+    return [member for member in _gradient_collectives(graph, REDUCE) if not _goes_on_to_move(member.wait)]
 
 
 def _gradient_collectives(graph: Graph, kind: str) -> Iterator[Member]:
@@ -107,10 +107,10 @@ def grouped(members: Iterable[Member], key: Callable[[Member], Hashable]) -> lis
 
     What is gathered again for the backward moves apart from what the forward gathers: together, it would be kept meanwhile.
     """
-    found: dict[Hashable, list[Member]] = defaultdict(list)
+    groups: dict[Hashable, list[Member]] = defaultdict(list)
     for member in members:
-        found[key(member), member.key, member.is_of_backward].append(member)
-    return list(found.values())
+        groups[key(member), member.key, member.is_of_backward].append(member)
+    return list(groups.values())
 
 
 _MERGES = {GATHER: merge_gathers, SCATTER: merge_scatters, REDUCE: merge_reduces}
@@ -128,8 +128,8 @@ def merge(graph: Graph, bucket: Sequence[Member], places: dict[Node, float], mod
 def of_two_ranks(reduces: Sequence[Member]) -> list[Member]:
     """Those that a merge leaves bitwise what they are: of a group of two ranks, whose sum has one order."""
 
-    sizes = {name: distributed.group_size(name) for name in {str(one.node.args[-1]) for one in reduces}}
-    return [one for one in reduces if sizes[str(one.node.args[-1])] == 2]
+    sizes = {name: distributed.group_size(name) for name in {str(member.node.args[-1]) for member in reduces}}
+    return [member for member in reduces if sizes[str(member.node.args[-1])] == 2]
 
 
 # what a merge claims

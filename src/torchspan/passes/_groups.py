@@ -66,10 +66,10 @@ def _create(names: list[str]) -> None:
         if names:
             raise PassError(f"the graph talks in the group {names[0]}, and this process is of no job; start it by a launcher")
         return
-    told: list[list[str]] = [names] * dist.get_world_size()
+    names_of_ranks: list[list[str]] = [names] * dist.get_world_size()
     if dist.get_backend() != "fake":  # which says nothing of other ranks, and of which no rank is there
-        dist.all_gather_object(told, names)
-    for name in sorted({name for of_rank in told for name in of_rank}):
+        dist.all_gather_object(names_of_ranks, names)
+    for name in sorted({name for of_rank in names_of_ranks for name in of_rank}):
         ranks = ranks_of(name)
         if ranks is None or ranks[-1] >= dist.get_world_size():
             raise PassError(f"the group {name} is not one of {dist.get_world_size()} ranks, which this job has")

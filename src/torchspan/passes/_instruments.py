@@ -20,13 +20,13 @@ log = logging.getLogger("torchspan")
 class Instrument:
     """Called before each pass with its graph, and after it with both, or with what it failed with; does nothing itself."""
 
-    def before(self, one: Pass, graph: Graph) -> None:
+    def before(self, pass_: Pass, graph: Graph) -> None:
         """A pass is about to run on `graph`."""
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """A pass made `after` of `before`, and was verified."""
 
-    def failed(self, one: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
+    def failed(self, pass_: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
         """A pass failed on `graph`, or gave back what is not valid; the text that is returned is added to the error's."""
         return None
 
@@ -38,13 +38,13 @@ class Timing(Instrument):
         self._report = report
         self._began: list[float] = []
 
-    def before(self, one: Pass, graph: Graph) -> None:
+    def before(self, pass_: Pass, graph: Graph) -> None:
         """Start the clock."""
         self._began.append(time.perf_counter())
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Stop it."""
-        self._report.figure(f"pass_{one.name}_s", time.perf_counter() - self._began.pop())
+        self._report.figure(f"pass_{pass_.name}_s", time.perf_counter() - self._began.pop())
 
 
 class Counts(Instrument):
@@ -53,9 +53,9 @@ class Counts(Instrument):
     def __init__(self) -> None:
         self.rows: list[tuple[str, dict[str, int], dict[str, int]]] = []
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Count both."""
-        self.rows.append((one.name, count(before), count(after)))
+        self.rows.append((pass_.name, count(before), count(after)))
 
 
 class Dump(Instrument):
@@ -65,14 +65,14 @@ class Dump(Instrument):
         self._folder = folder
         self._num_written = 0
 
-    def before(self, one: Pass, graph: Graph) -> None:
+    def before(self, pass_: Pass, graph: Graph) -> None:
         """The graph that the first pass is given is written too."""
         if not self._num_written:
             self._write("captured", graph)
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Write the result."""
-        self._write(one.name, after)
+        self._write(pass_.name, after)
 
     def _write(self, name: str, graph: Graph) -> None:
         text = graph.module.print_readable(print_output=False)
@@ -94,12 +94,12 @@ class FailureFile(Instrument):
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or Path.cwd()
 
-    def failed(self, one: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
+    def failed(self, pass_: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
         """Write the file; the text says where it is, or why it could not be written."""
-        path = self._folder / f"torchspan-pass-failure-{re.sub(r'[^A-Za-z0-9_.-]+', '-', one.name)}.py"
+        path = self._folder / f"torchspan-pass-failure-{re.sub(r'[^A-Za-z0-9_.-]+', '-', pass_.name)}.py"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, written_failure(one, graph, error, context).encode())
+            write_whole(path, written_failure(pass_, graph, error, context).encode())
         except OSError as cause:
             return f"the graph before it could not be written: {cause}"
         return f"run it again on the graph before it: torchspan passes --replay {shlex.quote(str(path))}"

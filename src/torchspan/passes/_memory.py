@@ -74,12 +74,12 @@ def roots_of(graph: Graph) -> Roots:
     roots: Roots = {}
     for node in graph.module.graph.nodes:
         viewed = _viewed(node)
-        roots[node] = frozenset().union(*(roots[one] for one in viewed)) if viewed else frozenset((node,))
+        roots[node] = frozenset().union(*(roots[source] for source in viewed)) if viewed else frozenset((node,))
     return roots
 
 
 def _viewed(node: Node) -> list[Node]:
-    """The nodes whose memory `node` may give back."""
+    """The nodes whose memory the result of `node` may share."""
     if node.op != "call_function":
         return []
     if node.target is operator.getitem:
@@ -97,7 +97,11 @@ def _memory_of(target: torch._ops.OpOverload) -> tuple[tuple[tuple[int, str], ..
     """The arguments, by place and name, whose memory an operator may give back, and those that it writes into."""
     schema = target._schema
     gives_back = any(value.alias_info is not None for value in schema.returns)
-    aliased = [(i, one.name, one.alias_info) for i, one in enumerate(schema.arguments) if one.alias_info is not None]
+    aliased = [
+        (i, argument.name, argument.alias_info)
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None
+    ]
     return (
         tuple((i, name) for i, name, _ in aliased if gives_back),
         tuple((i, name) for i, name, info in aliased if info.is_write),
@@ -105,11 +109,11 @@ def _memory_of(target: torch._ops.OpOverload) -> tuple[tuple[tuple[int, str], ..
 
 
 def _arguments(node: Node, which: tuple[tuple[int, str], ...]) -> list[Node]:
-    found: list[Node] = []
+    nodes: list[Node] = []
     for index, name in which:
-        given: Any = node.args[index] if index < len(node.args) else node.kwargs.get(name)
-        map_arg(given, found.append)
-    return found
+        value: Any = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+        map_arg(value, nodes.append)
+    return nodes
 
 
 def _shared_outputs(graph: Graph) -> Iterator[tuple[int, int | str]]:
@@ -140,9 +144,9 @@ def _span(value: Node) -> tuple[int, int] | None:
     return numbers[0], numbers[0] + (last + 1 if 0 not in example.shape else 0)
 
 
-def _may_overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+def _may_overlap(first: tuple[int, int] | None, second: tuple[int, int] | None) -> bool:
     """Whether two parts of the same memory may have an element in common; parts of a bucket have none."""
-    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
+    return first is None or second is None or (first[0] < second[1] and second[0] < first[1])
 
 
 def _output_of(graph: Graph, index: int) -> str:
@@ -162,17 +166,17 @@ def _described(graph: Graph, other: int | str) -> str:
 
 def _writes(graph: Graph) -> list[tuple[Node, list[Node]]]:
     """Each node that writes in place, with what it writes into."""
-    found = []
+    writes = []
     for node in graph.module.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            found.append((node, _arguments(node, _memory_of(node.target)[1])))
-    return found
+            writes.append((node, _arguments(node, _memory_of(node.target)[1])))
+    return writes
 
 
 def _inputs_written(graph: Graph) -> Iterator[tuple[str, str, Node]]:
     roots = roots_of(graph)
     for node, into in _writes(graph):
-        for root in frozenset().union(*(roots[one] for one in into)):
+        for root in frozenset().union(*(roots[target] for target in into)):
             if root.op == "placeholder":
                 yield node.name, root.name, node
 
@@ -186,7 +190,7 @@ def _reads_after_writes(graph: Graph) -> Iterator[Read]:
         for root in memory:
             sharing[root].append(node)
     for write, into in _writes(graph):
-        for root in frozenset().union(*(roots[one] for one in into)):
+        for root in frozenset().union(*(roots[target] for target in into)):
             for value in sharing[root]:
                 if place[value] < place[write]:
                     yield from ((write.name, value.name, user.name) for user in value.users if place[user] > place[write])

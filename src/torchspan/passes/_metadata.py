@@ -43,9 +43,9 @@ def check_metadata(before: Graph, after: Graph) -> None:
         if node.op in ("output", "get_attr") or (old is not None and _is_same_call(old, node)):
             continue
         _check_is_there(node)
-        found = propagation.value(node)
-        if not isinstance(found, Unknown):
-            _check_agrees(node, found, node.meta.get("val"))
+        value = propagation.value(node)
+        if not isinstance(value, Unknown):
+            _check_agrees(node, value, node.meta.get("val"))
 
 
 def complete_metadata(module: GraphModule) -> None:
@@ -53,9 +53,9 @@ def complete_metadata(module: GraphModule) -> None:
     propagation = Propagation(module)
     for node in module.graph.nodes:
         if node.op.startswith("call_") and "val" not in node.meta:
-            found = propagation.value(node)
-            if not isinstance(found, Unknown):
-                node.meta["val"] = found
+            value = propagation.value(node)
+            if not isinstance(value, Unknown):
+                node.meta["val"] = value
 
 
 class Propagation:
@@ -71,9 +71,9 @@ class Propagation:
 
         GraphError where the operator refuses what it is given.
         """
-        if node.op != "call_function" or any("val" not in given.meta for given in node.all_input_nodes):
+        if node.op != "call_function" or any("val" not in source.meta for source in node.all_input_nodes):
             return _UNKNOWN
-        arguments: Any = map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
+        arguments: Any = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         args, kwargs = arguments
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else _UNKNOWN
@@ -81,10 +81,10 @@ class Propagation:
             return _UNKNOWN
         key = _key(node.target, args, kwargs)
         if key is None or key not in self._known:
-            found = self._call(node, args, kwargs)
+            value = self._call(node, args, kwargs)
             if key is None:
-                return found
-            self._known[key] = found
+                return value
+            self._known[key] = value
         return self._known[key]
 
     def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
@@ -95,9 +95,9 @@ class Propagation:
         except fx.unknown_values():
             return _UNKNOWN
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as cause:
-            given = ", ".join(shown_value(one.meta["val"]) for one in node.all_input_nodes)
+            inputs = ", ".join(shown_value(source.meta["val"]) for source in node.all_input_nodes)
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise GraphError(f"{shown_node(node)} does not take what it is given, {given or 'nothing'}: {reason}") from cause
+            raise GraphError(f"{shown_node(node)} does not take what it is given, {inputs or 'nothing'}: {reason}") from cause
 
 
 def _is_plain(target: Any) -> bool:
@@ -124,9 +124,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _key(target: Any, args: Any, kwargs: Any) -> Hashable | None:
-    """What is equal for two calls that give the same; None where a size is a symbol."""
+    """A key that is equal for two calls with the same result; None where a size is a symbol."""
     described = [_described(leaf) for leaf in _leaves((args, kwargs))]
-    if any(isinstance(one, Unknown) for one in described):
+    if any(isinstance(leaf, Unknown) for leaf in described):
         return None
     return target, repr((args, kwargs)) if not any(isinstance(o, tuple) for o in described) else _nested(args, kwargs)
 
@@ -153,16 +153,19 @@ def _is_same_call(old: Node, node: Node) -> bool:
     """Whether `node` calls what `old` did, on the same values, and has the same value itself."""
     if (old.op, old.target) != (node.op, node.target) or old.meta.get("val", old) is not node.meta.get("val", old):
         return False
-    given, others = node.all_input_nodes, old.all_input_nodes
-    if len(given) != len(others):
+    inputs, old_inputs = node.all_input_nodes, old.all_input_nodes
+    if len(inputs) != len(old_inputs):
         return False
-    if any(one.name != other.name or one.meta.get("val") is not other.meta.get("val") for one, other in zip(given, others)):
+    if any(
+        new_input.name != old_input.name or new_input.meta.get("val") is not old_input.meta.get("val")
+        for new_input, old_input in zip(inputs, old_inputs)
+    ):
         return False
     return bool(_by_name(old) == _by_name(node))
 
 
 def _by_name(node: Node) -> Any:
-    return map_arg((node.args, node.kwargs), lambda given: given.name)
+    return map_arg((node.args, node.kwargs), lambda source: source.name)
 
 
 def _check_is_there(node: Node) -> None:
@@ -177,27 +180,27 @@ def _check_is_there(node: Node) -> None:
         raise GraphError(f"{shown_node(node)} gives a tensor, and its example value is a {type(value).__name__}; {_ADVICE}")
 
 
-def _check_agrees(node: Node, found: Any, said: Any) -> None:
-    if isinstance(found, (tuple, list)) and isinstance(said, (tuple, list)) and len(found) == len(said):
-        for one, other in zip(found, said):
-            _check_agrees(node, one, other)
-    elif isinstance(found, torch.Tensor) and not (isinstance(said, torch.Tensor) and _is_alike(found, said)):
-        device = f" on {found.device}" if isinstance(said, torch.Tensor) and said.device != found.device else ""
+def _check_agrees(node: Node, actual: Any, claimed: Any) -> None:
+    if isinstance(actual, (tuple, list)) and isinstance(claimed, (tuple, list)) and len(actual) == len(claimed):
+        for actual_part, claimed_part in zip(actual, claimed):
+            _check_agrees(node, actual_part, claimed_part)
+    elif isinstance(actual, torch.Tensor) and not (isinstance(claimed, torch.Tensor) and _is_alike(actual, claimed)):
+        device = f" on {actual.device}" if isinstance(claimed, torch.Tensor) and claimed.device != actual.device else ""
         raise GraphError(
-            f"{shown_node(node)} gives {shown_value(found)}{device}, and its example value says {shown_value(said)}; {_ADVICE} "
-            "anew when what it reads changes"
+            f"{shown_node(node)} gives {shown_value(actual)}{device}, and its example value says {shown_value(claimed)}; "
+            f"{_ADVICE} anew when what it reads changes"
         )
 
 
-def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether shape, dtype and device are equal; sizes of which that cannot be told are."""
-    if (one.dtype, one.device, one.ndim) != (other.dtype, other.device, other.ndim):
+def _is_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether shape, dtype and device are equal; sizes that cannot be compared count as equal."""
+    if (first.dtype, first.device, first.ndim) != (second.dtype, second.device, second.ndim):
         return False
-    return all(map(_may_be_equal, one.shape, other.shape))
+    return all(map(_may_be_equal, first.shape, second.shape))
 
 
-def _may_be_equal(one: Any, other: Any) -> bool:
-    if type(one) is int and type(other) is int:
-        return one == other
+def _may_be_equal(first: Any, second: Any) -> bool:
+    if type(first) is int and type(second) is int:
+        return first == second
 
-    return not fx.statically_known_true(one != other)
+    return not fx.statically_known_true(first != second)

@@ -1,4 +1,4 @@
-"""A graph of which one call is left: what runs the step is no longer a graph."""
+"""A graph of one call: the step runs as compiled code, not as the graph's operators."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ def phases_of(graph: FxGraph) -> dict[Node, Phase]:
     """The phase of each node, placeholders among them: those of tangents are the backward's, all others the forward's.
 
     Told by what the captures write: ``custom["phase"]`` (train_step, and what a pass has moved), ``partitioner_tag`` (joint),
-    ``autograd_backward`` (torch since 2.10). A node that says nothing is of the latest phase among those that it reads.
+    ``autograd_backward`` (torch since 2.10). A node without such a mark is of the latest phase among the nodes that it reads.
     """
     order: tuple[Phase, ...] = ("forward", "backward", "optimizer")
     phases: dict[Node, Phase] = {}
     for node in graph.nodes:
-        said = _said(node)
-        read = [order.index(phases[one]) for one in node.all_input_nodes]
-        phases[node] = order[max([order.index(said), *read])]
+        phase = _said(node)
+        read = [order.index(phases[source]) for source in node.all_input_nodes]
+        phases[node] = order[max([order.index(phase), *read])]
     return phases
 
 

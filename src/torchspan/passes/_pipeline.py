@@ -32,9 +32,9 @@ class Pipeline:
     passes: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
-        for second, one in enumerate(self.passes):
+        for second, pass_ in enumerate(self.passes):
             for before in self.passes[:second]:
-                _check_order(before, one)
+                _check_order(before, pass_)
 
     @staticmethod
     def parse(text: str) -> Pipeline:
@@ -42,14 +42,14 @@ class Pipeline:
         return Pipeline(tuple(_make(name, options) for name, options in _items(text)))
 
     def __str__(self) -> str:
-        return ",".join(str(one) for one in self.passes)
+        return ",".join(str(pass_) for pass_ in self.passes)
 
     def run(self, graph: Graph, context: PassContext | None = None, instruments: Sequence[Instrument] = ()) -> Graph:
         """The graph after every pass; PassError, which names the pass, if one fails or gives back what is not valid."""
         context = context or PassContext()
         graph.verify()
-        for one in self.passes:
-            graph = _checked(one, graph, context, instruments)
+        for pass_ in self.passes:
+            graph = _checked(pass_, graph, context, instruments)
         return graph
 
 
@@ -74,44 +74,44 @@ _CHANGES = {
 }
 
 
-def _checked(one: Pass, graph: Graph, context: PassContext, instruments: Sequence[Instrument]) -> Graph:
+def _checked(pass_: Pass, graph: Graph, context: PassContext, instruments: Sequence[Instrument]) -> Graph:
     """Run one pass between its checks."""
-    one.require(graph)
+    pass_.require(graph)
     for instrument in instruments:
-        instrument.before(one, graph)
+        instrument.before(pass_, graph)
     try:
-        after = one.run(graph, context)
-        verify_result(one, graph, after)
+        after = pass_.run(graph, context)
+        verify_result(pass_, graph, after)
     except InputError:
         raise  # a mistake in an option
     except Exception as cause:  # a pass may be foreign code: whatever it raises is told as the pass's
-        raise _failed(one, graph, cause, context, instruments) from cause
+        raise _failed(pass_, graph, cause, context, instruments) from cause
     for instrument in reversed(instruments):
-        instrument.after(one, graph, after)
+        instrument.after(pass_, graph, after)
     return after
 
 
 def _failed(
-    one: Pass, graph: Graph, cause: Exception, context: PassContext, instruments: Sequence[Instrument]
+    pass_: Pass, graph: Graph, cause: Exception, context: PassContext, instruments: Sequence[Instrument]
 ) -> TorchspanError:
     """The error of a pass that failed, with what the instruments add to it."""
-    told = f"pass {one.name} failed: {type(cause).__name__}: {cause}"
-    error = cause if isinstance(cause, TorchspanError) else PassError(told)
-    notes = [instrument.failed(one, graph, error, context) for instrument in instruments]
+    text = f"pass {pass_.name} failed: {type(cause).__name__}: {cause}"
+    error = cause if isinstance(cause, TorchspanError) else PassError(text)
+    notes = [instrument.failed(pass_, graph, error, context) for instrument in instruments]
     return type(error)("; ".join([str(error), *filter(None, notes)]))
 
 
-def verify_result(one: Pass, before: Graph, after: Graph) -> None:
+def verify_result(pass_: Pass, before: Graph, after: Graph) -> None:
     """Raise PassError unless `after` is a valid graph with the signature of `before`, and what the pass claims is true."""
     try:
         after.verify()
         if after is not before:
             check_change(before, after)
     except GraphError as cause:
-        raise PassError(f"pass {one.name} gave back a graph that is not valid: {cause}") from cause
+        raise PassError(f"pass {pass_.name} gave back a graph that is not valid: {cause}") from cause
     if (after.inputs, after.outputs, after.kind) != (before.inputs, before.outputs, before.kind):
-        raise PassError(f"pass {one.name} changed the graph's signature; a pass keeps inputs, outputs and kind")
-    one.ensure(before, after)
+        raise PassError(f"pass {pass_.name} changed the graph's signature; a pass keeps inputs, outputs and kind")
+    pass_.ensure(before, after)
 
 
 # text

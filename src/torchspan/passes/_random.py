@@ -15,6 +15,6 @@ def draws(node: Node) -> bool:
         return False
     for index, argument in enumerate(target._schema.arguments):
         if argument.name in _RATES and argument.has_default_value():
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-            return bool(given != 0)
+            rate = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            return bool(rate != 0)
     return True

@@ -54,15 +54,15 @@ _NOT_WRITTEN = ("val", "tensor_meta", "stack_trace", "original_aten", "eager_inp
 _NUM_VALUES = 64  # a constant of more elements is written by its shape alone
 
 
-def written_failure(one: Pass, graph: Graph, error: Exception, context: PassContext) -> str:
-    """The text of a file from which `one` is run again on `graph`."""
+def written_failure(pass_: Pass, graph: Graph, error: Exception, context: PassContext) -> str:
+    """The text of a file from which `pass_` is run again on `graph`."""
     called = {str(node.target).rpartition(".")[0] for node in graph.module.graph.nodes if node.op == "call_function"}
     imports = sorted({_REGISTERED_BY[name] for name in called & _REGISTERED_BY.keys()})
     head = _HEAD.format(
-        name=one.name,
+        name=pass_.name,
         error=str(error).replace("\\", "\\\\").replace('"""', "'''"),
         imports="".join(f"import {module}\n" for module in imports),
-        written=str(one),
+        written=str(pass_),
         torch=torch.__version__,
         strict=context.strict,
         kind=graph.kind,
@@ -76,14 +76,14 @@ def written_failure(one: Pass, graph: Graph, error: Exception, context: PassCont
 
 def groups_of(module: GraphModule) -> dict[str, list[int]]:
     """The ranks of each process group that a graph's collectives name, where there is one of that name here."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             for index, argument in enumerate(node.target._schema.arguments):
                 name = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
                 if argument.name in ("group", "group_name") and isinstance(name, str) and dist.is_initialized():
-                    found.setdefault(name, _ranks_of(name))
-    return {name: ranks for name, ranks in found.items() if ranks}
+                    groups.setdefault(name, _ranks_of(name))
+    return {name: ranks for name, ranks in groups.items() if ranks}
 
 
 def _ranks_of(name: str) -> list[int]:
@@ -109,20 +109,20 @@ def _lines(graph: Graph) -> Iterator[str]:
 
 def _graph_lines(module: GraphModule, writer: str) -> Iterator[tuple[str, Node | None]]:
     """A line a node, but for the output; where the metadata of what follows is another, a line that says so."""
-    said: dict[str, Any] = {}
+    current: dict[str, Any] = {}
     yield from ((line, None) for line in _attributes(module, writer))
     for node in module.graph.nodes:
         if node.op == "output":
             continue
         meta = {key: value for key, value in node.meta.items() if key not in _NOT_WRITTEN and _is_literal(value)}
-        if meta != said:
-            said = meta
+        if meta != current:
+            current = meta
             yield f"\n{writer}.meta({', '.join(f'{key}={value!r}' for key, value in meta.items())})", None
         yield _line(node, writer), node
 
 
 def _line(node: Node, writer: str) -> str:
-    arguments = [_text(one) for one in node.args] + [f"{key}={_text(one)}" for key, one in node.kwargs.items()]
+    arguments = [_text(value) for value in node.args] + [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
     extra = [f"gives={_value(node.meta['val'])}"] if "val" in node.meta else []
     if "seq_nr" in node.meta:
         extra.append(f"seq_nr={node.meta['seq_nr']!r}")
@@ -130,8 +130,8 @@ def _line(node: Node, writer: str) -> str:
         extra.append("finds_out=True")
     is_function = node.op == "call_function"
     target = _target(node.target) if is_function else str(node.target)
-    given = ", ".join([repr(node.name), repr(target), *arguments, *extra])
-    return f"{node.name} = {writer}.{'call' if is_function else node.op}({given})"
+    code = ", ".join([repr(node.name), repr(target), *arguments, *extra])
+    return f"{node.name} = {writer}.{'call' if is_function else node.op}({code})"
 
 
 def _target(target: Any) -> str:
@@ -190,14 +190,14 @@ def _is_literal(value: Any) -> bool:
 def _symbols(module: GraphModule) -> Iterator[str]:
     """A line for each symbol in the sizes of a graph, with what is known of its range."""
 
-    found: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
     for node in module.graph.nodes:
         value = node.meta.get("val")
         for size in [*getattr(value, "shape", ()), value]:
             if isinstance(size, torch.SymInt):
                 ranges = size.node.shape_env.var_to_range
-                found |= {str(symbol): ranges.get(symbol) for symbol in fx.free_symbols(size)}
-    for name, known in sorted(found.items(), key=lambda item: (len(item[0]), item[0])):
+                bounds |= {str(symbol): ranges.get(symbol) for symbol in fx.free_symbols(size)}
+    for name, known in sorted(bounds.items(), key=lambda item: (len(item[0]), item[0])):
         least, most = (None, None) if known is None else map(_bound, (known.lower, known.upper))
         yield f"{name} = RECORDING.symbol({name!r}, least={least}, most={most})"
 

@@ -37,10 +37,10 @@ def load_recording(path: Path) -> Recording:
     """
     if not path.is_file():
         raise InputError(f"no file {str(path)!r} to replay; expected one that a failing pass left")
-    found = runpy.run_path(str(path)).get("RECORDING")
-    if not isinstance(found, Recording):
+    recording = runpy.run_path(str(path)).get("RECORDING")
+    if not isinstance(recording, Recording):
         raise InputError(f"{str(path)!r} records no pass; expected a file that a failing pass left")
-    return found
+    return recording
 
 
 class Builder:
@@ -185,7 +185,7 @@ class Recording(Builder):
     def value(self, written: Any) -> Any:
         """The example value that a text stands for."""
         if isinstance(written, (tuple, list)):
-            return [self.value(one) for one in written]
+            return [self.value(part) for part in written]
         if not isinstance(written, str):
             return written
         if written.startswith("size "):
@@ -231,11 +231,11 @@ class _Opaque(torch.nn.Module):
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__()
-        self._said = f"{name} was a {kind}, of which a recorded graph has the call alone; it cannot be run"
+        self._refusal = f"{name} was a {kind}, of which a recorded graph has the call alone; it cannot be run"
 
     def forward(self, *_: Any) -> Any:
         """It cannot be called."""
-        raise InputError(self._said)
+        raise InputError(self._refusal)
 
 
 def _found(target: str) -> Any:

@@ -30,8 +30,8 @@ def viewed_by(node: Node) -> Node | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable or not any(value.alias_info for value in schema.returns):
         return None
-    given = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
-    return next((_node(one) for argument, one in zip(schema.arguments, given) if argument.alias_info), None)
+    values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+    return next((_node(value) for argument, value in zip(schema.arguments, values) if argument.alias_info), None)
 
 
 def _node(value: Any) -> Node | None:

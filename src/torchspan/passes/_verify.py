@@ -37,8 +37,8 @@ def check_waits(before: Graph, after: Graph) -> None:
     old = {node.name: num for node, num in _num_waits(before)}
     for node, num in _num_waits(after):
         if num != 1 and old.get(node.name) != num:
-            found = "is never waited for" if not num else f"is waited for {num} times"
-            raise GraphError(f"the result of the collective {shown_node(node)} {found}; expected one wait_tensor")
+            problem = "is never waited for" if not num else f"is waited for {num} times"
+            raise GraphError(f"the result of the collective {shown_node(node)} {problem}; expected one wait_tensor")
 
 
 def _num_waits(graph: Graph) -> Iterator[tuple[Node, int]]:

@@ -117,8 +117,8 @@ class ApplySAC(Pass):
     def ensure(self, before: Graph, after: Graph) -> None:
         """No more is kept than was, and the forward computes what it did: new nodes are the backward's."""
         if not self.collectives and before.num_collectives() != after.num_collectives():
-            found, expected = dict(after.num_collectives()), dict(before.num_collectives())
-            raise PassError(f"{self.name} changed the collectives: {expected} before, {found} after")
+            actual, expected = dict(after.num_collectives()), dict(before.num_collectives())
+            raise PassError(f"{self.name} changed the collectives: {expected} before, {actual} after")
         old, new = (_bytes_on_device(graph) for graph in (before, after))
         if new > old:
             raise PassError(f"{self.name} keeps {new} bytes for the backward, {old} before; expected no more")
@@ -160,7 +160,7 @@ class _Tally:
     def change(self, part: str | None, owners: set[Node]) -> int:
         """How many bytes more are kept if `part` has `owners` kept instead."""
         less, more = self._held[part] - owners, owners - self._held[part]
-        return _sum(one for one in more if not self._count[one]) - _sum(one for one in less if self._count[one] == 1)
+        return _sum(node for node in more if not self._count[node]) - _sum(node for node in less if self._count[node] == 1)
 
     def replace(self, part: str | None, owners: set[Node]) -> None:
         """Have `part` keep `owners` instead."""
@@ -265,15 +265,15 @@ class _Parts:
 def _parts(options: ApplySAC, graph: Graph, phases: Mapping[Node, Phase]) -> dict[Node, str]:
     """The part of each node of the forward that makes memory of its own."""
     patterns = patterns_of(options.modules)
-    found: dict[Node, str] = {}
+    parts: dict[Node, str] = {}
     for node in graph.module.graph.nodes:
         if phases[node] == "forward" and node.op == "call_function" and viewed_by(node) is None and producer_of(node) is node:
             path = (node.meta.get("custom") or {}).get("module")
             part = (part_of(path, patterns) if patterns else block_of(path)) if isinstance(path, str) else None
             if part is not None:
-                found[node] = part
-    taken = set(list(dict.fromkeys(found.values()))[options.every - 1 :: options.every])
-    return {node: part for node, part in found.items() if part in taken}
+                parts[node] = part
+    selection = set(list(dict.fromkeys(parts.values()))[options.every - 1 :: options.every])
+    return {node: part for node, part in parts.items() if part in selection}
 
 
 def _within(limit: int, parts: _Parts, others: Iterable[Node], again: list[str]) -> set[Node]:

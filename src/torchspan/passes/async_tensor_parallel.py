@@ -54,16 +54,16 @@ class AsyncTensorParallel(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         module = editable(graph)
-        found: list[_Gather | _Scatter] = [*_gathers(module.graph), *_scatters(module.graph)]
-        if not found:
+        matches: list[_Gather | _Scatter] = [*_gathers(module.graph), *_scatters(module.graph)]
+        if not matches:
             reason = (
                 "no gather of the sequence feeds a product, and no product feeds a scatter: this graph has no such parallelism"
             )
             context.report.decide("pass", self.name, "nothing changed", reason)
             return graph.with_module(module, str(self))
-        reason_not_fused = _why_not_fused(found)
+        reason_not_fused = _why_not_fused(matches)
         left: Counter[str] = Counter()
-        done = self._chunk(module.graph, found, left) if reason_not_fused else _fuse(module.graph, found, left)
+        done = self._chunk(module.graph, matches, left) if reason_not_fused else _fuse(module.graph, matches, left)
         module.graph.eliminate_dead_code()
         module.recompile()
         self._record(done, left, reason_not_fused, context)
@@ -76,20 +76,20 @@ class AsyncTensorParallel(Pass):
         if _moved(before) != _moved(after):
             raise PassError(f"{self.name} changed how many numbers are moved: {_moved(before)} before, {_moved(after)} after")
 
-    def _chunk(self, graph: FxGraph, found: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+    def _chunk(self, graph: FxGraph, matches: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
         places = {node: float(index) for index, node in enumerate(graph.nodes)}
         chunks, done = _Chunks(graph, self.chunks, places), Counter[str]()
-        for one in found:
-            num_rows = one.num_tokens // self.chunks
-            if one.sequence % self.chunks:
-                left[f"the sequence of a rank, {one.sequence}, is no multiple of {self.chunks} chunks"] += 1
+        for match in matches:
+            num_rows = match.num_tokens // self.chunks
+            if match.sequence % self.chunks:
+                left[f"the sequence of a rank, {match.sequence}, is no multiple of {self.chunks} chunks"] += 1
             elif num_rows < self.min_rows:
                 left[f"{num_rows} rows a chunk; min_rows is {self.min_rows}"] += 1
-            elif isinstance(one, _Gather):
-                chunks.gather(one)
+            elif isinstance(match, _Gather):
+                chunks.gather(match)
                 done["gathers with the products that read them"] += 1
             else:
-                chunks.scatter(one)
+                chunks.scatter(match)
                 done["products with the scatters of their sums"] += 1
         chunks.finish()
         reorder(graph, places)
@@ -241,8 +241,8 @@ def _has_product(node: Node, shape: tuple[int, ...]) -> bool:
         return _has_product(node.args[0], shape)  # type: ignore[arg-type]
     if is_pointwise(node):
         inputs = node.all_input_nodes
-        alike = all(tensor_of(one) is not None and value_of(one).shape == value.shape for one in inputs)
-        return alike and any(_has_product(one, shape) for one in inputs)
+        alike = all(tensor_of(source) is not None and value_of(source).shape == value.shape for source in inputs)
+        return alike and any(_has_product(source, shape) for source in inputs)
     return False
 
 
@@ -250,15 +250,15 @@ def _light_ancestors(node: Any, after: Node) -> list[Node] | None:
     """What `node` is made of that stands after `after`, in order; None where there is a product among it, or `after` itself."""
     if not isinstance(node, Node):
         return None
-    waiting, found = [node], set[Node]()
+    waiting, ancestors = [node], set[Node]()
     while waiting:
-        one = waiting.pop()
-        if one is after or (_is_product(one) and after < one):
+        source = waiting.pop()
+        if source is after or (_is_product(source) and after < source):
             return None
-        if one not in found and after < one:
-            found.add(one)
-            waiting += one.all_input_nodes
-    return sorted(found)
+        if source not in ancestors and after < source:
+            ancestors.add(source)
+            waiting += source.all_input_nodes
+    return sorted(ancestors)
 
 
 # chunks
@@ -273,46 +273,46 @@ class _Chunks:
         self._shapes: dict[Node, tuple[int, int, int]] = {}
         self._gathers: list[_Gather] = []
 
-    def gather(self, one: _Gather) -> None:
-        """Write chunks of `one`; weights are gathered before, as far as the products need them."""
-        write = Writer(self._graph, one.gathered).like(one.node)
-        shape = (one.num_ranks, value_of(one.gathered).shape[0], one.sequence)
+    def gather(self, gather: _Gather) -> None:
+        """Write chunks of `gather`; weights are gathered before, as far as the products need them."""
+        write = Writer(self._graph, gather.gathered).like(gather.node)
+        shape = (gather.num_ranks, value_of(gather.gathered).shape[0], gather.sequence)
         width = self._width(shape)
-        weights = sorted({node for product in one.products for node in _light_ancestors(product.args[1], one.node) or []})
+        weights = sorted({node for product in gather.products for node in _light_ancestors(product.args[1], gather.node) or []})
         late: set[Node] = set()
         for node in weights:
             if is_call(node, "wait_tensor") or any(parent in late for parent in node.all_input_nodes):
                 late.add(node)
         sent = []
         for chunk in range(self._num_chunks):
-            mine = write(_aten.slice.Tensor, one.source, 1, chunk * width, (chunk + 1) * width)
-            mine = write(_aten.clone.default, mine, memory_format=torch.contiguous_format)
-            sent.append(write(one.node.target, mine, *one.node.args[1:]))  # type: ignore[arg-type]
+            piece = write(_aten.slice.Tensor, gather.source, 1, chunk * width, (chunk + 1) * width)
+            piece = write(_aten.clone.default, piece, memory_format=torch.contiguous_format)
+            sent.append(write(gather.node.target, piece, *gather.node.args[1:]))  # type: ignore[arg-type]
         order = [*(node for node in weights if node not in late), *write.taken(), *sorted(late)]
         for begun in sent:
-            arrived = write.like(one.node)(one.wait.target, begun)  # type: ignore[arg-type]
+            arrived = write.like(gather.node)(gather.wait.target, begun)  # type: ignore[arg-type]
             rows = write(_aten.view.default, arrived, [-1, value_of(arrived).shape[-1]])
-            self._add(one.gathered, rows, shape)
-            for product in one.products:
+            self._add(gather.gathered, rows, shape)
+            for product in gather.products:
                 self._add(product, write.like(product)(product.target, rows, *product.args[1:]), shape)  # type: ignore[arg-type]
-        self._place([*order, *write.taken()], self._places[one.node])
-        self._gathers.append(one)
+        self._place([*order, *write.taken()], self._places[gather.node])
+        self._gathers.append(gather)
 
-    def scatter(self, one: _Scatter) -> None:
-        """Write chunks of `one`, and of what it is made of."""
-        write = Writer(self._graph, one.wait)
-        shape = (one.num_ranks, value_of(one.summed).shape[0], one.sequence)
-        arrived, whole = [], tuple(value_of(one.summed).shape)
+    def scatter(self, scatter: _Scatter) -> None:
+        """Write chunks of `scatter`, and of what it is made of."""
+        write = Writer(self._graph, scatter.wait)
+        shape = (scatter.num_ranks, value_of(scatter.summed).shape[0], scatter.sequence)
+        arrived, whole = [], tuple(value_of(scatter.summed).shape)
         for chunk in range(self._num_chunks):
-            rows = self._chunk(one.summed, chunk, shape, whole, write)
-            write.like(one.node)
+            rows = self._chunk(scatter.summed, chunk, shape, whole, write)
+            write.like(scatter.node)
             parts = write(_aten.view.default, rows, [shape[0] * shape[1], self._width(shape), whole[2]])
-            arrived.append(write(one.node.target, parts, *one.node.args[1:]))  # type: ignore[arg-type]
-        waits = [write(one.wait.target, node) for node in arrived]  # type: ignore[arg-type]
+            arrived.append(write(scatter.node.target, parts, *scatter.node.args[1:]))  # type: ignore[arg-type]
+        waits = [write(scatter.wait.target, node) for node in arrived]  # type: ignore[arg-type]
         joined = write(_aten.cat.default, waits, 1)
-        self._place(write.taken(), self._places[one.node])
-        replace_whole(one.wait, joined)
-        self._graph.erase_node(one.node)
+        self._place(write.taken(), self._places[scatter.node])
+        replace_whole(scatter.wait, joined)
+        self._graph.erase_node(scatter.node)
 
     def finish(self) -> None:
         """Join what is read whole, and erase what was written in chunks."""
@@ -325,8 +325,8 @@ class _Chunks:
                     self._places[part] = latest + (place + 1) * 1e-9 / len(written)
             else:
                 self._graph.erase_node(node)
-        for one in self._gathers:
-            _erase(one)
+        for gather in self._gathers:
+            _erase(gather)
 
     def _add(self, node: Node, part: Node, shape: tuple[int, int, int]) -> None:
         self._parts.setdefault(node, []).append(part)
@@ -348,7 +348,7 @@ class _Chunks:
             rows = self._chunk(node.args[0], chunk, shape, whole, write)  # type: ignore[arg-type]
             part = write.like(node)(node.target, rows, node.args[1])  # type: ignore[arg-type]
         elif _has_product(node, wide) or self._is_of_chunks(node):
-            parts = {one: self._chunk(one, chunk, shape, whole, write) for one in node.all_input_nodes}
+            parts = {source: self._chunk(source, chunk, shape, whole, write) for source in node.all_input_nodes}
             part = write.again(node, parts)
         else:
             return self._cut(node, chunk, shape, write.like(node))
@@ -358,9 +358,9 @@ class _Chunks:
     def _is_of_chunks(self, node: Node) -> bool:
         """Whether `node` is computed, token by token, of what is known by chunk."""
         value = value_of(node)
-        inputs = [one.args[0] if _is_flat_view(one) else one for one in node.all_input_nodes]
-        alike = all(tensor_of(one) is not None and value_of(one).shape == value.shape for one in node.all_input_nodes)
-        return is_pointwise(node) and alike and any(one in self._parts for one in inputs)
+        inputs = [source.args[0] if _is_flat_view(source) else source for source in node.all_input_nodes]
+        alike = all(tensor_of(source) is not None and value_of(source).shape == value.shape for source in node.all_input_nodes)
+        return is_pointwise(node) and alike and any(source in self._parts for source in inputs)
 
     def _cut(self, node: Node, chunk: int, shape: tuple[int, int, int], write: Writer) -> Node:
         num_ranks, batch, _ = shape
@@ -387,42 +387,42 @@ class _Chunks:
 # fused
 
 
-def _why_not_fused(found: Sequence[_Gather | _Scatter]) -> str | None:
+def _why_not_fused(matches: Sequence[_Gather | _Scatter]) -> str | None:
     """Why torch's fused operators cannot be used, or None."""
     # by the registry: both are plug-ins of one level, and neither knows the other's file
     facade: Any = Registry("torchspan.backports", "backport").get("symmetric_memory")
-    support = facade.SymmetricMemory.query(value_of(found[0].wait).device)
+    support = facade.SymmetricMemory.query(value_of(matches[0].wait).device)
     return None if support.is_available else str(support.reason)
 
 
-def _fuse(graph: FxGraph, found: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+def _fuse(graph: FxGraph, matches: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
     """Write torch's fused operators."""
-    gather_products, product_scatter = fused_products(sorted({str(one.node.args[-1]) for one in found}))
+    gather_products, product_scatter = fused_products(sorted({str(match.node.args[-1]) for match in matches}))
     done: Counter[str] = Counter()
-    for one in found:
-        if isinstance(one, _Gather):
-            last = max(one.products)
-            write = Writer(graph, last).like(one.node)
-            both = write(gather_products, one.source, [p.args[1] for p in one.products], 1, one.node.args[-1])
+    for match in matches:
+        if isinstance(match, _Gather):
+            last = max(match.products)
+            write = Writer(graph, last).like(match.node)
+            both = write(gather_products, match.source, [p.args[1] for p in match.products], 1, match.node.args[-1])
             results = write(operator.getitem, both, 1)
             whole = write(operator.getitem, both, 0)
-            for index, product in enumerate(one.products):
+            for index, product in enumerate(match.products):
                 flat = write.like(product)(operator.getitem, results, index)
                 replace_whole(product, write(_aten.reshape.default, flat, list(value_of(product).shape)))
-            replace_whole(one.gathered, whole)
-            _erase(one)
+            replace_whole(match.gathered, whole)
+            _erase(match)
             done["gathers with the products that read them"] += 1
         else:
-            summed = one.summed.args[0] if _is_flat_view(one.summed) else None
+            summed = match.summed.args[0] if _is_flat_view(match.summed) else None
             if not isinstance(summed, Node) or not _is_product(summed):
                 left["a sum of several products is scattered; the fused operator takes one"] += 1
                 continue
-            write = Writer(graph, one.wait).like(one.node)
-            shape = [*value_of(one.summed).shape[:2], -1]
+            write = Writer(graph, match.wait).like(match.node)
+            shape = [*value_of(match.summed).shape[:2], -1]
             rows = write(_aten.reshape.default, summed.args[0], shape)
-            fused = write(product_scatter, rows, summed.args[1], "sum", 1, one.node.args[-1])
-            replace_whole(one.wait, fused)
-            graph.erase_node(one.node)
+            fused = write(product_scatter, rows, summed.args[1], "sum", 1, match.node.args[-1])
+            replace_whole(match.wait, fused)
+            graph.erase_node(match.node)
             done["products with the scatters of their sums"] += 1
     reorder(graph, {})
     return done

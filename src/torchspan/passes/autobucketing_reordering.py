@@ -64,8 +64,8 @@ class AutobucketingReordering(Pass):
         result = graph.with_module(module, str(self))
         places = places_of(module.graph)
         gathers, scatters, reduces = parameter_gathers(result), gradient_scatters(result), gradient_reduces(result)
-        forward = [one for one in gathers if not one.is_of_backward]
-        again = [one for one in gathers if one.is_of_backward]
+        forward = [member for member in gathers if not member.is_of_backward]
+        again = [member for member in gathers if member.is_of_backward]
         merged = of_two_ranks(reduces)
         buckets = {
             "forward": self._merge(result, self._buckets(forward, first_mb=self.first_mb), places),
@@ -89,11 +89,11 @@ class AutobucketingReordering(Pass):
 
     def _buckets(self, members: Iterable[Member], first_mb: float | None = None) -> list[list[Member]]:
         """Neighbours of one group and dtype, by size, in the order of the graph; the very first of at most `first_mb`."""
-        found: list[list[Member]] = []
+        buckets: list[list[Member]] = []
         for group in grouped(members, lambda _: None):
-            first = self.bucket_mb if found or first_mb is None else min(first_mb, self.bucket_mb)
-            found += by_size(group, [first * 2**20, self.bucket_mb * 2**20])
-        return found
+            first = self.bucket_mb if buckets or first_mb is None else min(first_mb, self.bucket_mb)
+            buckets += by_size(group, [first * 2**20, self.bucket_mb * 2**20])
+        return buckets
 
     def _merge(self, graph: Graph, buckets: Sequence[Sequence[Member]], places: dict[Node, float]) -> list[Bucket]:
         """The collectives that take the place of those of each bucket; one of a single member stays as it is."""
@@ -103,8 +103,8 @@ class AutobucketingReordering(Pass):
             if len(bucket) == 1:
                 merged.append(Bucket([bucket[0].node], [bucket[0].wait], size))
             else:
-                one = merge(graph, bucket, places, _MODULE)
-                merged.append(Bucket(one.begin, one.end, size))
+                result = merge(graph, bucket, places, _MODULE)
+                merged.append(Bucket(result.begin, result.end, size))
         return merged
 
     def _record(
@@ -113,9 +113,9 @@ class AutobucketingReordering(Pass):
         if not any(buckets.values()):
             context.report.decide("pass", self.name, "nothing changed", "no parameter is gathered and no gradient scattered")
             return
-        num = {what: len(found) for what, found in buckets.items()}
+        num = {what: len(group) for what, group in buckets.items()}
         what = changed(before, after) or "no collective can be merged"
-        largest = max(bucket.size_bytes for found in buckets.values() for bucket in found)
+        largest = max(bucket.size_bytes for group in buckets.values() for bucket in group)
         reason = (
             f"{num['forward']} gathers of parameters in the forward, {num['again']} in the backward, {num['scatters']} scatters"
             f" of gradients; the largest moves {largest / 2**20:.1f} MiB"

@@ -53,12 +53,12 @@ class CudaGraph(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         if not _is_for_cuda(graph):
-            found = "no CUDA here" if not torch.cuda.is_available() else "the step computes on the CPU"
+            obstacle = "no CUDA here" if not torch.cuda.is_available() else "the step computes on the CPU"
             if context.strict:
                 raise PassError(
-                    f"{self.name} records kernels of a GPU, and there is {found}; leave it out, or --compile.strict"
+                    f"{self.name} records kernels of a GPU, and there is {obstacle}; leave it out, or --compile.strict"
                 )
-            context.report.decide("pass", self.name, "nothing changed", f"{found}; it records kernels of a GPU")
+            context.report.decide("pass", self.name, "nothing changed", f"{obstacle}; it records kernels of a GPU")
             return graph.with_module(graph.module, str(self))
         fixed = [spec.kind not in ("input", "tangent") for spec in graph.inputs]
         module = one_call(graph, _TARGET, Recording(graph.module, fixed, self.warmup).record_or_replay)
@@ -70,7 +70,7 @@ class CudaGraph(Pass):
 
 def _is_for_cuda(graph: Graph) -> bool:
     values = [node.meta.get("val") for node in graph.placeholders()]
-    return torch.cuda.is_available() and any(isinstance(one, Tensor) and one.device.type == "cuda" for one in values)
+    return torch.cuda.is_available() and any(isinstance(value, Tensor) and value.device.type == "cuda" for value in values)
 
 
 class Recording:
@@ -94,7 +94,9 @@ class Recording:
         return [result.clone() if isinstance(result, Tensor) else result for result in self._results]
 
     def _record(self, args: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        self._inputs = [one if is_fixed else one.clone() for one, is_fixed in zip(args, self._fixed, strict=True)]
+        self._inputs = [
+            argument if is_fixed else argument.clone() for argument, is_fixed in zip(args, self._fixed, strict=True)
+        ]
         states = torch.cuda.get_rng_state()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -109,10 +111,10 @@ class Recording:
         return graph
 
     def _refill(self, args: Sequence[Tensor]) -> None:
-        for index, (mine, given, is_fixed) in enumerate(zip(self._inputs, args, self._fixed, strict=True)):
+        for index, (own_input, argument, is_fixed) in enumerate(zip(self._inputs, args, self._fixed, strict=True)):
             if not is_fixed:
-                mine.copy_(given)
-            elif mine.data_ptr() != given.data_ptr():
+                own_input.copy_(argument)
+            elif own_input.data_ptr() != argument.data_ptr():
                 raise GuardError(
                     f"input {index} was moved to other memory since the step was recorded as a CUDA graph; expected parameters "
                     "and states that are changed in place; capture the step again"

@@ -101,8 +101,8 @@ def answers(name: str, patterns: str) -> bool:
     >>> answers("layers.0.attention.wq.weight", "*.attention | *.norm"), answers("layers.0.w1.weight", "*.attention")
     (True, False)
     """
-    wanted = patterns_of(patterns)
-    return not wanted or part_of(name.rpartition(".")[0], wanted) is not None
+    globs = patterns_of(patterns)
+    return not globs or part_of(name.rpartition(".")[0], globs) is not None
 
 
 def kept_bytes(graph: Graph) -> int:
@@ -118,13 +118,13 @@ def _of_forward(graph: Graph) -> list[Member]:
 
 def _read_later(gather: Member, later: set[Node]) -> list[Node]:
     """What the forward made of a gathered parameter alone, views and copies, that nodes of `later` read."""
-    found, todo = [], [gather.wait]
+    nodes, todo = [], [gather.wait]
     while todo:
         node = todo.pop()
         if any(user in later for user in node.users):
-            found.append(node)
+            nodes.append(node)
         todo += [user for user in node.users if user not in later and (_is_view(user) or user.target in _COPIES)]
-    return found
+    return nodes
 
 
 def _is_view(node: Node) -> bool:
@@ -134,7 +134,7 @@ def _is_view(node: Node) -> bool:
     if node.target is operator.getitem:
         return True
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and all(one.alias_info is not None for one in schema.returns)
+    return schema is not None and not schema.is_mutable and all(result.alias_info is not None for result in schema.returns)
 
 
 def _owner(node: Node) -> Node:
@@ -162,8 +162,8 @@ def _copy(node: Node, copies: dict[Node, Node]) -> Node:
     if node.op == "placeholder":
         return node
     if node not in copies:
-        made = {parent: _copy(parent, copies) for parent in node.all_input_nodes}
-        copies[node] = node.graph.node_copy(node, made.__getitem__)
+        parents = {parent: _copy(parent, copies) for parent in node.all_input_nodes}
+        copies[node] = node.graph.node_copy(node, parents.__getitem__)
         copies[node].meta = _of_backward(node.meta)
     return copies[node]
 

@@ -92,31 +92,31 @@ def is_decomposed(node: Node, table: Table) -> bool:
 
 
 def _form(node: Node, inputs: Sequence[Node]) -> Hashable | None:
-    """What is equal for nodes that become the same; None where sizes depend on data."""
-    numbers = {one: index for index, one in enumerate(inputs)}
+    """A key that is equal for nodes that are decomposed alike; None where sizes depend on data."""
+    numbers = {source: index for index, source in enumerate(inputs)}
     sizes: list[Hashable] = []
-    for one in inputs:
-        value = one.meta["val"]
+    for source in inputs:
+        value = source.meta["val"]
         if not isinstance(value, Tensor) or not all(type(size) is int for size in (*value.shape, *value.stride())):
             return None
         sizes.append((tuple(value.shape), value.stride(), value.dtype, value.device))
-    return node.target, repr(map_arg((node.args, node.kwargs), lambda one: f"%{numbers[one]}")), *sizes
+    return node.target, repr(map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")), *sizes
 
 
 def _decompose(node: Node, inputs: Sequence[Node], traced: GraphModule) -> None:
     """Write what a node's operator becomes before it, and let that take its place."""
     graph = node.graph
-    placeholders = [one for one in traced.graph.nodes if one.op == "placeholder"]
+    placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
     new: dict[Node, Any] = dict(zip(placeholders, inputs, strict=True))
     kept = {key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta", GRADIENT_OF)}
     result: Any = None
     with graph.inserting_before(node):
-        for one in traced.graph.nodes:
-            if one.op == "output":
-                result = map_arg(one.args[0], new.__getitem__)
-            elif one.op != "placeholder":
-                new[one] = graph.node_copy(one, new.__getitem__)
-                new[one].meta = {**kept, "val": one.meta.get("val")}
+        for inner in traced.graph.nodes:
+            if inner.op == "output":
+                result = map_arg(inner.args[0], new.__getitem__)
+            elif inner.op != "placeholder":
+                new[inner] = graph.node_copy(inner, new.__getitem__)
+                new[inner].meta = {**kept, "val": inner.meta.get("val")}
     _replace(node, result)
 
 
@@ -140,22 +140,22 @@ def _replace(node: Node, result: Any) -> None:
 def _traced(node: Node, inputs: Sequence[Node], table: Table) -> GraphModule | None:
     """What `node` becomes, as a graph of `inputs`; None where it stays what it is, or one of its inputs is its result."""
 
-    values = [one.meta["val"] for one in inputs]
+    values = [source.meta["val"] for source in inputs]
 
-    def call(*given: Any) -> Any:
-        known = dict(zip(inputs, given, strict=True))
+    def call(*tensors: Any) -> Any:
+        known = dict(zip(inputs, tensors, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     traced = fx.trace_fake(call, values, node.meta["val"], table)
     if traced is None:
         return None
-    operators = [one for one in traced.graph.nodes if one.op not in ("placeholder", "output")]
-    is_same = [one.target for one in operators] == [node.target]
-    holds_constants = any(one.op == "get_attr" for one in operators)
+    operators = [inner for inner in traced.graph.nodes if inner.op not in ("placeholder", "output")]
+    is_same = [inner.target for inner in operators] == [node.target]
+    holds_constants = any(inner.op == "get_attr" for inner in operators)
     parts = traced.graph.output_node().args[0]
     flat = parts if isinstance(parts, (tuple, list)) else [parts]
-    is_passed_through = any(not isinstance(one, Node) or one.op == "placeholder" for one in flat)
+    is_passed_through = any(not isinstance(part, Node) or part.op == "placeholder" for part in flat)
     return None if is_same or holds_constants or is_passed_through else traced
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,15 +15,15 @@ import torch
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from torchspan.core.collectives import is_call, reorder, wait_for
+from torchspan.core.collectives import reorder, wait_for
 from torchspan.core.errors import PassError
 from torchspan.core.graph import Graph
 from torchspan.passes._base import Pass, PassContext, Stage, editable, refuse_writes
-from torchspan.passes._writer import Writer, is_aten, is_pointwise, replace_whole, tensor_of
+from torchspan.passes._journey_window import Steps, Window
+from torchspan.passes._journeys import EXCHANGE, PRODUCT, Journey, find_journeys, is_target, nodes_after, summed
+from torchspan.passes._writer import Writer, is_pointwise, replace_whole, tensor_of
 
-_EXCHANGE = "torchspan.all_to_all_rows.default"
-_PRODUCT, _WEIGHT = "torchspan.grouped_rows_mm.default", "torchspan.grouped_rows_mm_weight.default"
-_PRODUCTS = ("aten.mm.", "aten.bmm.", "aten.addmm.", "aten.baddbmm.", "torchspan.grouped_rows_mm", "scaled_dot_product")
+_WEIGHT = "torchspan.grouped_rows_mm_weight.default"
 _PRODUCT_BYTES, _VECTOR_BYTES = 16, 128
 """On a CPU, rows of which width give the same bits wherever in memory they begin, and however many there are.
 
@@ -60,14 +60,14 @@ class OverlapExpertParallel(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         module = editable(graph)
-        journeys = list(_journeys(module.graph))
+        journeys = list(find_journeys(module.graph))
         whole: Counter[str] = Counter()
         places = {node: float(index) for index, node in enumerate(module.graph.nodes)}
         halves = _Halves(module.graph)
-        windows = [_Window.around(module.graph, journey) for journey in journeys]
+        windows = [Window.around(module.graph, journey) for journey in journeys]
         for journey, window in zip(journeys, windows):
             reason = "split is false" if not self.split else _why_whole(journey, self.exact)
-            steps = _Steps.of_whole(journey) if reason else halves.steps_of(journey)
+            steps = Steps.of_whole(journey) if reason else halves.steps_of(journey)
             if reason:
                 whole[reason] += 1
             window.place(steps, halves.erased, places)
@@ -79,7 +79,7 @@ class OverlapExpertParallel(Pass):
         return graph.with_module(module, str(self))
 
     def ensure(self, before: Graph, after: Graph) -> None:
-        """Nothing but exchanges of rows became more, and those at most twice as many; each still has one wait."""
+        """Only exchanges of rows were added, at most as many as there were; each still has one wait."""
         old, new = before.num_collectives(), after.num_collectives()
         exchanges = old.pop("all_to_all_rows", 0), new.pop("all_to_all_rows", 0)
         if old != new or not exchanges[0] <= exchanges[1] <= 2 * exchanges[0]:
@@ -88,7 +88,7 @@ class OverlapExpertParallel(Pass):
                 "expected twice as many exchanges at most, and the rest as it was"
             )
         for node in after.module.graph.nodes:
-            if _is(node, _EXCHANGE) and wait_for(node) is None:
+            if is_target(node, EXCHANGE) and wait_for(node) is None:
                 raise PassError(f"{self.name} left the exchange {node.name} with {len(node.users)} users; expected one wait")
 
     def _record(self, num_journeys: int, whole: Counter[str], context: PassContext) -> None:
@@ -105,133 +105,7 @@ class OverlapExpertParallel(Pass):
             context.report.decide("pass", self.name, choice, reason)
 
 
-# what is looked for
-
-
-@dataclass(frozen=True)
-class _Journey:
-    """Rows to their experts and back, forward or backward: an exchange, what is computed of its rows, an exchange back.
-
-    `rows` are the nodes in between that hold a value for each row, sorted by expert, `first` the first of them and `last` the
-    last; `back` brings them into the order in which they came. `sent_RX` and `received_RX` are the numbers of rows.
-    """
-
-    dispatch: Node
-    arrival: Node
-    first: Node
-    rows: tuple[Node, ...]
-    last: Node
-    back: Node
-    combine: Node
-    arrival_back: Node
-    sent_RX: Node
-    received_RX: Node
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of each rank."""
-        counts = tensor_of(self.received_RX)
-        assert counts is not None
-        return int(counts.shape[1])
-
-
-def _journeys(graph: FxGraph) -> Iterator[_Journey]:
-    for node in graph.nodes:
-        found = _journey(node) if _is(node, _EXCHANGE) else None
-        if found is not None:
-            yield found
-
-
-def _journey(dispatch: Node) -> _Journey | None:
-    """The journey that `dispatch` begins, or None."""
-    _, sent_R, received_R, _, group = dispatch.args
-    arrival, sent_RX, received_RX = wait_for(dispatch), _summed(sent_R, 1), _summed(received_R, 1)
-    first = next(iter(arrival.users)) if arrival is not None and len(arrival.users) == 1 else None
-    if first is None or sent_RX is None or received_RX is None or not is_aten(first, "index.Tensor"):
-        return None
-    order = _index(first)
-    if order is None or not _sorts_by_expert(order, received_RX):
-        return None
-    rows = _rows_from(first, received_RX)
-    for last in rows:
-        for back in last.users:
-            combine = next(iter(back.users)) if is_aten(back, "index.Tensor") and len(back.users) == 1 else None
-            inverse = _index(back)
-            if combine is None or inverse is None or not _is_argsort(inverse, order) or not _is(combine, _EXCHANGE):
-                continue
-            arrival_back = wait_for(combine)
-            is_reverse = _summed(combine.args[1], 1) is received_RX and _summed(combine.args[2], 1) is sent_RX
-            if arrival is None or arrival_back is None or not is_reverse or combine.args[4] != group:
-                continue
-            needed = _ancestors(last, rows)
-            kept = tuple(node for node in rows if node in needed)
-            return _Journey(dispatch, arrival, first, kept, last, back, combine, arrival_back, sent_RX, received_RX)
-    return None
-
-
-def _rows_from(first: Node, received_RX: Node) -> list[Node]:
-    """The nodes that hold a value for each row, as far as they are computed row by row, or expert by expert."""
-    rows = {first: None}
-    for node in _after(first):
-        if not any(parent in rows for parent in node.all_input_nodes):
-            continue
-        if _is(node, _PRODUCT):
-            is_of_rows = node.args[0] in rows and _summed(node.args[2], 0) is received_RX
-        else:
-            is_of_rows = is_pointwise(node) and all(_fits(parent, first) for parent in node.all_input_nodes)
-        if is_of_rows:
-            rows[node] = None
-    return list(rows)
-
-
-def _fits(node: Node, row: Node) -> bool:
-    """Whether `node` is a matrix with as many rows as `row`."""
-    value, like = tensor_of(node), tensor_of(row)
-    return value is not None and like is not None and value.ndim == 2 and str(value.shape[0]) == str(like.shape[0])
-
-
-def _sorts_by_expert(order: Node, received_RX: Node) -> bool:
-    """Whether `order` is the order that sorts rows by expert, which come sorted by rank and, of each rank, by expert."""
-    sort = order.args[0] if order.target is operator.getitem and order.args[1] == 1 else None
-    if not is_aten(sort, "sort.stable") or not isinstance(sort, Node) or sort.kwargs.get("stable") is not True:
-        return False
-    rest = sort.args[0]
-    counts = tensor_of(received_RX)
-    if not is_aten(rest, "remainder.Scalar") or not isinstance(rest, Node) or counts is None:
-        return False
-    search = rest.args[0]
-    if rest.args[1] != counts.shape[1] or not is_aten(search, "searchsorted.Tensor") or not isinstance(search, Node):
-        return False
-    ends = search.args[0]
-    flat = ends.args[0] if is_aten(ends, "cumsum.default") and isinstance(ends, Node) else None
-    is_right = search.kwargs.get("right") is True and is_aten(search.args[1], "arange.default")
-    return is_right and is_aten(flat, "view.default") and isinstance(flat, Node) and flat.args[0] is received_RX
-
-
-def _is_argsort(node: Node, of: Node) -> bool:
-    sort = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
-    return is_aten(sort, "sort.default") and isinstance(sort, Node) and sort.args == (of,)
-
-
-def _index(node: Node) -> Node | None:
-    """The one index that ``node`` takes rows by."""
-    indices = node.args[1] if is_aten(node, "index.Tensor") else None
-    one = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
-    return one if isinstance(one, Node) else None
-
-
-def _summed(node: Any, dim: int) -> Node | None:
-    """What `node` is the sum of along `dim`."""
-    if is_aten(node, "sum.dim_IntList") and list(node.args[1:]) == [[dim]] and isinstance(node.args[0], Node):
-        return node.args[0]
-    return None
-
-
-def _is(node: object, target: str) -> bool:
-    return isinstance(node, Node) and str(node.target) == target
-
-
-def _why_whole(journey: _Journey, is_exact: bool) -> str | None:
+def _why_whole(journey: Journey, is_exact: bool) -> str | None:
     """Why the experts of `journey` are not computed in halves, or None."""
     if journey.num_experts < 2:
         return "each rank has one expert; two halves need two"
@@ -256,26 +130,10 @@ def _why_whole(journey: _Journey, is_exact: bool) -> str | None:
     return None
 
 
-# what is written
-
-
-@dataclass
-class _Steps:
-    """The nodes of a journey, in the order in which they are to run: `send`, each of `compute`, `weights`, `receive`.
-
-    Each of `compute` begins with a wait and ends with an exchange that sends rows back.
-    """
-
-    send: list[Node]
-    compute: list[list[Node]]
-    weights: list[Node]
-    receive: list[Node]
-
-    @staticmethod
-    def of_whole(journey: _Journey) -> _Steps:
-        """Those of a journey that stays whole."""
-        compute = [journey.arrival, *journey.rows, journey.back, journey.combine]
-        return _Steps([journey.dispatch], [compute], [], [journey.arrival_back])
+def _device(node: Node) -> torch.device:
+    value = tensor_of(node)
+    assert value is not None
+    return value.device
 
 
 @dataclass(frozen=True)
@@ -311,7 +169,7 @@ class _Halves:
         self._sizes: dict[tuple[Node, Node], _Sizes] = {}
         self._replaced: list[Node] = []
 
-    def steps_of(self, journey: _Journey) -> _Steps:
+    def steps_of(self, journey: Journey) -> Steps:
         """Write what takes the place of `journey`; what it was stays until `finish`, and has no other users but itself."""
         write = Writer(self._graph, journey.arrival_back).like(journey.dispatch)
         source, _, _, _, group = journey.dispatch.args
@@ -323,7 +181,7 @@ class _Halves:
             write(exchange, rows, sizes.sent_R[half], sizes.received_R[half], sizes.num_received[half], group)  # type: ignore[arg-type]
             for half, rows in enumerate(halves_ND)
         ]
-        steps = _Steps(write.taken(), [], [], [])
+        steps = Steps(write.taken(), [], [], [])
         back = []
         for half, node in enumerate(sent):
             back.append(self._compute(journey, sizes, half, node, write))
@@ -340,13 +198,13 @@ class _Halves:
         self._replaced += [journey.arrival, journey.dispatch]
         return steps
 
-    def _sizes_of(self, journey: _Journey, write: Writer) -> _Sizes:
+    def _sizes_of(self, journey: Journey, write: Writer) -> _Sizes:
         key = journey.sent_RX, journey.received_RX
         if key not in self._sizes:
             self._sizes[key] = self._write_sizes(journey, write)
         return self._sizes[key]
 
-    def _write_sizes(self, journey: _Journey, write: Writer) -> _Sizes:
+    def _write_sizes(self, journey: Journey, write: Writer) -> _Sizes:
         sent_RX, received_RX = journey.sent_RX, journey.received_RX
         num_experts, middle = journey.num_experts, journey.num_experts // 2
         num_sent, num_received = journey.combine.args[3], journey.dispatch.args[3]
@@ -368,7 +226,7 @@ class _Halves:
             numbers += [write.number(write(_aten.sum.default, counts), 0, total) for counts in by_rank]
         return sizes
 
-    def _compute(self, journey: _Journey, sizes: _Sizes, half: int, sent: Node, write: Writer) -> Node:
+    def _compute(self, journey: Journey, sizes: _Sizes, half: int, sent: Node, write: Writer) -> Node:
         """Write the half's part of `journey`, from its wait to its way back, which is the result."""
         rows = write.like(journey.dispatch)(journey.arrival.target, sent)  # type: ignore[arg-type]
         if len(sizes.order_M) == half:
@@ -384,7 +242,7 @@ class _Halves:
         arguments = (sizes.received_R[half], sizes.sent_R[half], sizes.num_sent[half], combine.args[4])
         return write.like(combine)(combine.target, back, *arguments)  # type: ignore[arg-type]
 
-    def _write_order(self, journey: _Journey, sizes: _Sizes, half: int, write: Writer) -> None:
+    def _write_order(self, journey: Journey, sizes: _Sizes, half: int, write: Writer) -> None:
         num_experts, middle = journey.num_experts, journey.num_experts // 2
         begin, end = ((0, middle), (middle, num_experts))[half]
         counts_RX = write(_aten.slice.Tensor, journey.received_RX, 1, begin, end)
@@ -398,15 +256,15 @@ class _Halves:
     def _argsort(self, node: Node, write: Writer) -> Node:
         return write(operator.getitem, write(_aten.sort.stable, node, stable=True), 1)
 
-    def _part(self, node: Node, journey: _Journey, sizes: _Sizes, half: int, write: Writer) -> Node:
+    def _part(self, node: Node, journey: Journey, sizes: _Sizes, half: int, write: Writer) -> Node:
         """Write the half's part of the node `node`, whose arguments have parts."""
         middle, num_experts = journey.num_experts // 2, journey.num_experts
         replaced: dict[Node, Any] = {}
         for argument in node.all_input_nodes:
-            if _is(node, _PRODUCT) and argument is node.args[1]:
+            if is_target(node, PRODUCT) and argument is node.args[1]:
                 begin, end = ((0, middle), (middle, num_experts))[half]
                 replaced[argument] = write.like(node)(_aten.slice.Tensor, argument, 0, begin, end)
-            elif (_is(node, _PRODUCT) or _is(node, _WEIGHT)) and argument is node.args[2]:
+            elif (is_target(node, PRODUCT) or is_target(node, _WEIGHT)) and argument is node.args[2]:
                 replaced[argument] = sizes.counts_X[half]
             elif argument in self._parts:
                 replaced[argument] = self._parts[argument][half]
@@ -420,11 +278,11 @@ class _Halves:
         parts = write(_aten.split_with_sizes.default, node, list(sizes))
         return [write(operator.getitem, parts, half) for half in (0, 1)]
 
-    def _weight_gradients(self, journey: _Journey, sizes: _Sizes, write: Writer) -> list[Node]:
+    def _weight_gradients(self, journey: Journey, sizes: _Sizes, write: Writer) -> list[Node]:
         """Write, in halves, the gradients of experts' weights that are made of rows with known halves."""
         rows = set(journey.rows)
-        for node in list(_after(journey.first)):
-            if _is(node, _WEIGHT) and node.args[1] in rows and _summed(node.args[2], 0) is journey.received_RX:
+        for node in list(nodes_after(journey.first)):
+            if is_target(node, _WEIGHT) and node.args[1] in rows and summed(node.args[2], 0) is journey.received_RX:
                 parts = [self._part(node, journey, sizes, half, write) for half in (0, 1)]
                 replace_whole(node, write.like(node)(_aten.cat.default, parts))
                 self.erased.add(node)
@@ -443,139 +301,6 @@ class _Halves:
                 self._graph.erase_node(node)
         for node in self._replaced:
             self._graph.erase_node(node)
-
-
-def _device(node: Node) -> torch.device:
-    value = tensor_of(node)
-    assert value is not None
-    return value.device
-
-
-# when it runs
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The stretch of a graph in which a journey is arranged: from place `begin`, without it, the nodes of `inside`, in order.
-
-    `before` are those of them that the dispatch needs, `after` those that need what comes back.
-    """
-
-    journey: _Journey
-    begin: int
-    inside: tuple[Node, ...]
-    before: frozenset[Node]
-    after: frozenset[Node]
-    dependent: frozenset[Node]
-    inside_journey: frozenset[Node]
-
-    @staticmethod
-    def around(graph: FxGraph, journey: _Journey) -> _Window:
-        """From the last product or wait that the dispatch needs to what first joins the rows that came back with other work."""
-        nodes = list(graph.nodes)
-        index = {node: place for place, node in enumerate(nodes)}
-        needed, begin = {journey.dispatch}, index[journey.dispatch]
-        while begin > 0 and not (nodes[begin] in needed and _is_work_or_wait(nodes[begin])):
-            if nodes[begin] in needed:
-                needed.update(nodes[begin].all_input_nodes)
-            begin -= 1
-        dependent = _descendants(journey.dispatch, nodes[begin + 1 :])
-        back, end = index[journey.arrival_back], len(nodes) - 1
-        after, work = {journey.arrival_back}, set[Node]()
-        for place in range(back + 1, len(nodes)):
-            node = nodes[place]
-            if any(parent in after for parent in node.all_input_nodes):
-                if any(parent in work for parent in node.all_input_nodes):
-                    end = place
-                    break
-                after.add(node)
-            elif _is_work(node) or any(parent in work for parent in node.all_input_nodes):
-                work.add(node)
-        else:
-            end = back + 1
-        inside = tuple(node for node in nodes[begin + 1 : end] if node.op == "call_function")
-        between = frozenset(nodes[index[journey.dispatch] : back + 1])
-        return _Window(journey, begin, inside, frozenset(needed), frozenset(after), frozenset(dependent), between)
-
-    def place(self, steps: _Steps, erased: set[Node], places: dict[Node, float]) -> None:
-        """Give every node inside, and those of `steps`, their places."""
-        steps_nodes = {*steps.send, *steps.receive, *steps.weights, *(node for part in steps.compute for node in part)}
-        alive = [node for node in self.inside if node not in erased and node not in steps_nodes]
-        before = [node for node in alive if node in self.before]
-        after = [node for node in alive if node in self.after]
-        rest = [node for node in alive if node not in self.before and node not in self.after]
-        dependent = [node for node in rest if node in self.dependent]
-        free = [node for node in rest if node not in self.dependent]
-        operands, free = _parted(free, lambda node: node in self.inside_journey)
-        begun, operands = _begun(operands)
-        front, behind = (free, []) if steps.weights else _halved(free)
-        sooner, later = _begun(dependent)
-        order = [*before, *steps.send, *begun, *front, *operands]
-        for part in steps.compute:
-            order += part
-        order += [*steps.weights, *behind, *sooner, *steps.receive, *later, *after]
-        for step, node in enumerate(order):
-            places[node] = self.begin + (step + 1) / (len(order) + 1)
-
-
-def _is_work(node: Node) -> bool:
-    return node.op == "call_function" and any(name in str(node.target) for name in _PRODUCTS)
-
-
-def _is_work_or_wait(node: Node) -> bool:
-    return _is_work(node) or is_call(node, "wait_tensor") or is_aten(node, "_local_scalar_dense.default")
-
-
-def _parted(nodes: Iterable[Node], condition: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
-    parts: tuple[list[Node], list[Node]] = ([], [])
-    for node in nodes:
-        parts[not condition(node)].append(node)
-    return parts
-
-
-def _begun(nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """Those of `nodes` that need no wait among them, so that what they send is sent; and the others."""
-    late: dict[Node, None] = {}
-    for node in nodes:
-        if is_call(node, "wait_tensor") or any(parent in late for parent in node.all_input_nodes):
-            late[node] = None
-    return _parted(nodes, lambda node: node not in late)
-
-
-def _halved(nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """`nodes` cut after the product with which at least half of their products are done."""
-    total, done = sum(map(_is_work, nodes)), 0
-    for place, node in enumerate(nodes):
-        done += _is_work(node)
-        if total and 2 * done >= total:
-            return [*nodes[: place + 1]], [*nodes[place + 1 :]]
-    return [*nodes], []
-
-
-def _after(node: Node) -> Iterator[Node]:
-    """The nodes that stand after `node`."""
-    node = node.next
-    while node.op != "root":
-        yield node
-        node = node.next
-
-
-def _ancestors(node: Node, among: Sequence[Node]) -> set[Node]:
-    """`node` and those of `among`, in the order of the graph, that it is made of."""
-    found = {node}
-    for one in reversed(among):
-        if any(user in found for user in one.users):
-            found.add(one)
-    return found
-
-
-def _descendants(node: Node, among: Sequence[Node]) -> set[Node]:
-    """`node` and those of `among`, in the order of the graph, that are made of it."""
-    found = {node}
-    for one in among:
-        if any(parent in found for parent in one.all_input_nodes):
-            found.add(one)
-    return found
 
 
 PASS = OverlapExpertParallel

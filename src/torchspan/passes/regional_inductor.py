@@ -95,13 +95,13 @@ class RegionalInductor(Pass):
 
 def _annotate(module: GraphModule, patterns: str) -> None:
     """Annotate the nodes of the modules asked for, and take annotations off collectives and views of what is outside."""
-    wanted = patterns_of(patterns)
+    globs = patterns_of(patterns)
     for node in module.graph.nodes:
         custom = dict(node.meta.get("custom") or {})
         path = custom.get("module", "")
-        asked = part_of(path, wanted)
-        if asked is not None:
-            custom[_KEY] = asked
+        part = part_of(path, globs)
+        if part is not None:
+            custom[_KEY] = part
         elif isinstance(custom.get(_KEY), str) and (block := block_of(path)) is not None:
             # a region stays within its block: the blocks' regions are then equal, and one compile serves them all
             custom[_KEY] = f"{block}.{custom[_KEY]}"
@@ -137,7 +137,7 @@ def _in_process(report: Report) -> CompileRegion:
 
 
 def structure(module: GraphModule) -> Hashable:
-    """What is equal for two graphs that compute the same of inputs of the same shapes: one compile serves both."""
+    """A key that is equal for two graphs that compute the same from inputs of the same shapes: one compile serves both."""
     number: dict[Node, int] = {}
     lines: list[Hashable] = []
     for node in module.graph.nodes:
@@ -150,7 +150,7 @@ def structure(module: GraphModule) -> Hashable:
 
 
 def _identity(held: Any) -> Hashable:
-    """A graph that an operator calls, as FlexAttention does, is told by what it computes; anything else by what it is."""
+    """The key of a graph that an operator calls, as FlexAttention does, is what it computes; of all else, the object itself."""
     return structure(held) if isinstance(held, GraphModule) else id(held)
 
 

@@ -1,4 +1,4 @@
-"""Remove operators that change nothing: views of the same geometry, copies that nobody can tell apart, waits for nothing."""
+"""Remove operators without effect: views of the same geometry, copies that cannot be told from the original, idle waits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _same(node: Node, graph: Graph) -> Node | None:
         waited = node.args[0]
         return waited if isinstance(waited, Node) and not _may_be_pending(waited) else None
     if _is_view(node):
-        return next((one for one in _viewed(node) if _is_same_geometry(one, node)), None)
+        return next((source for source in _viewed(node) if _is_same_geometry(source, node)), None)
     if node.target in _COPIES:
         copied = node.args[0]
         if isinstance(copied, Node) and _is_same_geometry(copied, node) and _begins_alone(copied) and _is_unseen(node, graph):
@@ -117,9 +117,9 @@ def _viewed(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _is_same_geometry(one: Node, other: Node) -> bool:
+def _is_same_geometry(first: Node, second: Node) -> bool:
     """Whether two values are laid out alike in their memory, for every batch, and read alike."""
-    a, b = one.meta.get("val"), other.meta.get("val")
+    a, b = first.meta.get("val"), second.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or type(a) is not type(b) or a.layout is not torch.strided:
         return False
     kinds = [(t.dtype, t.device, t.layout, t.is_conj(), t.is_neg(), t.ndim) for t in (a, b)]
@@ -134,38 +134,38 @@ def _is_same_geometry(one: Node, other: Node) -> bool:
 
 def _begins_alone(node: Node) -> bool:
     """Whether a value is at the beginning of memory that the graph itself made."""
-    made = all(root.op == "call_function" for root in _roots(node))
-    return made and fx.statically_known_true(node.meta["val"].storage_offset() == 0)
+    is_own = all(root.op == "call_function" for root in _roots(node))
+    return is_own and fx.statically_known_true(node.meta["val"].storage_offset() == 0)
 
 
 def _is_unseen(copy: Node, graph: Graph) -> bool:
     """Whether no output would share memory that it does not share now, if `copy` were what it copies."""
     roots = [_roots(value) if isinstance(value, Node) else frozenset() for value in graph.output_values()]
-    if not any(copy in found for found in roots):
+    if not any(copy in memories for memories in roots):
         return True
     copied = _roots(copy.args[0])  # type: ignore[arg-type]
-    return not any(copied & found for found in roots)
+    return not any(copied & memories for memories in roots)
 
 
 def _roots(node: Node) -> frozenset[Node]:
     """The nodes that made the memory in which the value of `node` may lie."""
-    found, todo, seen = set[Node](), [node], set[Node]()
+    roots, todo, seen = set[Node](), [node], set[Node]()
     while todo:
-        one = todo.pop()
-        if one in seen:
+        source = todo.pop()
+        if source in seen:
             continue
-        seen.add(one)
-        if one.op == "placeholder":
-            found.add(one)
-        elif _is_view(one) or one.target in _VIEWS_IN_FACT or not isinstance(one.target, torch._ops.OpOverload):
-            todo += one.all_input_nodes  # what is no plain operator may give back anything that it is given
-            if not one.all_input_nodes or (one.target is not operator.getitem and not _is_view(one)):
-                found.add(one)
-        elif any(returned.alias_info is not None for returned in one.target._schema.returns):
-            todo += one.all_input_nodes  # several views
+        seen.add(source)
+        if source.op == "placeholder":
+            roots.add(source)
+        elif _is_view(source) or source.target in _VIEWS_IN_FACT or not isinstance(source.target, torch._ops.OpOverload):
+            todo += source.all_input_nodes  # what is no plain operator may give back anything that it is given
+            if not source.all_input_nodes or (source.target is not operator.getitem and not _is_view(source)):
+                roots.add(source)
+        elif any(returned.alias_info is not None for returned in source.target._schema.returns):
+            todo += source.all_input_nodes  # several views
         else:
-            found.add(one)
-    return frozenset(found)
+            roots.add(source)
+    return frozenset(roots)
 
 
 def _sharing(graph: Graph) -> set[tuple[str, str]]:
@@ -179,8 +179,8 @@ def _sharing(graph: Graph) -> set[tuple[str, str]]:
         (f"input {index} ({spec.kind} {spec.name})", frozenset([node]))
         for index, (node, spec) in enumerate(zip(graph.placeholders(), graph.inputs))
     ]
-    pairs = [*combinations(outputs, 2), *((one, other) for one in outputs for other in inputs)]
-    return {(one, other) for (one, roots), (other, others) in pairs if roots & others}
+    pairs = [*combinations(outputs, 2), *((output, input_) for output in outputs for input_ in inputs)]
+    return {(first, second) for (first, roots), (second, others) in pairs if roots & others}
 
 
 PASS = RemoveNoops

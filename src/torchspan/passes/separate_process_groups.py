@@ -40,13 +40,13 @@ class SeparateProcessGroups(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         module = editable(graph)
         result = graph.with_module(module, str(self))
-        wanted = self._wanted(result)
-        names = _names(wanted)
-        for node, purpose in wanted.items():
+        purposes = self._wanted(result)
+        names = _names(purposes)
+        for node, purpose in purposes.items():
             node.args = (*node.args[:-1], names[purpose, str(node.args[-1])])
         create_named_groups(result)
         module.recompile()
-        self._record(wanted, set(names.values()), context)
+        self._record(purposes, set(names.values()), context)
         return result
 
     def ensure(self, before: Graph, after: Graph) -> None:
@@ -59,27 +59,27 @@ class SeparateProcessGroups(Pass):
         """The collectives that get another group, with what they move."""
         parameters = _made_of_parameters(graph) if self.parameters else set()
         gradients = _becoming_gradients(graph) if self.gradients else set()
-        found: dict[Node, str] = {}
+        purposes: dict[Node, str] = {}
         for node in graph.module.graph.nodes:
             if is_call(node, GATHER) and node.args[0] in parameters:
-                found[node] = PARAMETERS
+                purposes[node] = PARAMETERS
             elif (is_call(node, SCATTER) or is_call(node, REDUCE)) and node in gradients:
-                found[node] = GRADIENTS
-        return found
+                purposes[node] = GRADIENTS
+        return purposes
 
-    def _record(self, wanted: Mapping[Node, str], names: set[str], context: PassContext) -> None:
-        if not wanted:
+    def _record(self, purposes: Mapping[Node, str], names: set[str], context: PassContext) -> None:
+        if not purposes:
             context.report.decide("pass", self.name, "nothing changed", "no parameter is gathered and no gradient summed up")
             return
-        num = {purpose: sum(one == purpose for one in wanted.values()) for purpose in (PARAMETERS, GRADIENTS)}
+        num = {purpose: sum(kind == purpose for kind in purposes.values()) for purpose in (PARAMETERS, GRADIENTS)}
         what = f"{num[PARAMETERS]} gathers of parameters, {num[GRADIENTS]} sums of gradients in groups of their own"
         context.report.decide("pass", self.name, what, f"groups: {', '.join(sorted(names))}")
 
 
-def _names(wanted: Mapping[Node, str]) -> dict[tuple[str, str], str]:
+def _names(purposes: Mapping[Node, str]) -> dict[tuple[str, str], str]:
     """The name of each new group, by what moves in it and the group that it stands for."""
 
-    pairs = dict.fromkeys((purpose, str(node.args[-1])) for node, purpose in wanted.items())
+    pairs = dict.fromkeys((purpose, str(node.args[-1])) for node, purpose in purposes.items())
     missing = [group for _, group in pairs if distributed.find_group(group) is None]
     if missing:
         raise PassError(
@@ -95,21 +95,21 @@ def _collectives(graph: Graph) -> list[Node]:
 
 def _made_of_parameters(graph: Graph) -> set[Node]:
     """Stored parameters, and what is made of them alone, without other ranks."""
-    found = {node for node, spec in zip(graph.placeholders(), graph.inputs) if spec.kind == "parameter"}
+    nodes = {node for node, spec in zip(graph.placeholders(), graph.inputs) if spec.kind == "parameter"}
     for node in graph.module.graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "call_function" and inputs and found.issuperset(inputs) and "_c10d_functional" not in str(node.target):
-            found.add(node)
-    return found
+        if node.op == "call_function" and inputs and nodes.issuperset(inputs) and "_c10d_functional" not in str(node.target):
+            nodes.add(node)
+    return nodes
 
 
 def _becoming_gradients(graph: Graph) -> set[Node]:
-    """Gradients, and the nodes of whose values nothing becomes but gradients, with no other tensor taking part."""
-    found = set(graph.gradients())
+    """Gradients, and nodes whose values only become gradients, by operators that take no other tensor."""
+    nodes = set(graph.gradients())
     for node in reversed(graph.module.graph.nodes):
-        if node.op == "call_function" and node.users and all(user in found and _only_moves(user) for user in node.users):
-            found.add(node)
-    return found
+        if node.op == "call_function" and node.users and all(user in nodes and _only_moves(user) for user in node.users):
+            nodes.add(node)
+    return nodes
 
 
 def _only_moves(node: Node) -> bool:

@@ -35,9 +35,9 @@ class ValidateFlexAttnAnnotation(Pass):
             )
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
-        found = [node for node in graph.module.graph.nodes if is_flex(node)]
-        reason = "each is in a region that regional_inductor compiles" if found else "the graph has no FlexAttention"
-        context.report.decide("pass", self.name, f"{len(found)} nodes checked", reason)
+        nodes = [node for node in graph.module.graph.nodes if is_flex(node)]
+        reason = "each is in a region that regional_inductor compiles" if nodes else "the graph has no FlexAttention"
+        context.report.decide("pass", self.name, f"{len(nodes)} nodes checked", reason)
         return graph.with_module(graph.module, str(self))
 
 

@@ -164,7 +164,7 @@ def joint_gradient_placements(joint: Any) -> list[Any] | None:
 
 
 def _placements(creation: Any) -> Any:
-    """The placements in how torch makes a DTensor again: a spec up to 2.12, the placements themselves since."""
+    """The placements in torch's recipe for a DTensor: a spec up to 2.12, the placements themselves since."""
     context = getattr(creation, "meta", None)
     first = context[0] if isinstance(context, tuple) and context else None
     return getattr(first, "placements", first)

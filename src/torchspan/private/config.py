@@ -22,6 +22,6 @@ def config_code() -> str:
 
     configs = (torch._dynamo.config, torch._functorch.config, torch._inductor.config)
     lines = [line for config in configs for line in config.codegen_config().splitlines()]
-    wanted = [line for line in lines if line and not any(name in line for name in ("compile_threads", "fx_graph_cache"))]
-    imports = sorted({f"import {line.partition('.config.')[0]}.config" for line in wanted if ".config." in line})
-    return "\n".join([*imports, *wanted])
+    settings = [line for line in lines if line and not any(name in line for name in ("compile_threads", "fx_graph_cache"))]
+    imports = sorted({f"import {line.partition('.config.')[0]}.config" for line in settings if ".config." in line})
+    return "\n".join([*imports, *settings])

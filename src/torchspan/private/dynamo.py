@@ -147,17 +147,17 @@ def _forget_cleanup(code: Any) -> None:
 def named_backend(name: str) -> Callable[..., Any] | str:
     """The function behind a backend that this process registered, to be sent to another; the name of one that torch brings."""
     registry = sys.modules.get("torch._dynamo.backends.registry")
-    found = registry._COMPILER_FNS.get(name) if registry else None
-    is_ours = found is not None and not str(getattr(found, "__module__", "")).startswith("torch.")
-    return found if is_ours else name  # type: ignore[return-value]
+    function = registry._COMPILER_FNS.get(name) if registry else None
+    is_ours = function is not None and not str(getattr(function, "__module__", "")).startswith("torch.")
+    return function if is_ours else name  # type: ignore[return-value]
 
 
 def backend_function(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function behind a backend that torch brings, that is registered here, or that was given."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    found: Callable[..., Any] = lookup_backend(backend)
-    return found
+    function: Callable[..., Any] = lookup_backend(backend)
+    return function
 
 
 def guards_hold(function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
@@ -165,7 +165,7 @@ def guards_hold(function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
     entries = _debug_get_cache_entry_list(function.__code__)
-    return any(one.guard_manager.check(dict(names)) for one in entries)
+    return any(entry.guard_manager.check(dict(names)) for entry in entries)
 
 
 def compile_limit() -> int:
@@ -198,9 +198,14 @@ def noting_recompiles() -> Iterator[Callable[[], list[tuple[str, str, str, str]]
 
     def recompiles() -> list[tuple[str, str, str, str]]:
         return [
-            (str(one.compile_id), str(one.co_name), f"{one.co_filename}:{one.co_firstlineno}", one.recompile_reason)
-            for one in utils.get_compilation_metrics()
-            if one.recompile_reason
+            (
+                str(metrics.compile_id),
+                str(metrics.co_name),
+                f"{metrics.co_filename}:{metrics.co_firstlineno}",
+                metrics.recompile_reason,
+            )
+            for metrics in utils.get_compilation_metrics()
+            if metrics.recompile_reason
         ]
 
     try:

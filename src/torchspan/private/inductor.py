@@ -79,8 +79,8 @@ def cxx_names() -> list[str]:
     """The C++ compilers that inductor looks for, in its order."""
     from torch._inductor import config
 
-    wanted = config.cpp.cxx
-    return [name for name in (wanted if isinstance(wanted, (tuple, list)) else (wanted,)) if name]
+    compilers = config.cpp.cxx
+    return [name for name in (compilers if isinstance(compilers, (tuple, list)) else (compilers,)) if name]
 
 
 def compile_traced(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

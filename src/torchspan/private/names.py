@@ -46,8 +46,8 @@ class PrivateName:
     def find(self) -> Any:
         """The module or the attribute, imported now; ImportError or AttributeError where this torch has none."""
         module, _, attribute = self.place.partition(":")
-        found = importlib.import_module(module)
-        return attrgetter(attribute)(found) if attribute else found
+        holder = importlib.import_module(module)
+        return attrgetter(attribute)(holder) if attribute else holder
 
 
 def names_in(module: str, *attributes: str, since: str | None = None, until: str | None = None) -> tuple[PrivateName, ...]:
@@ -68,12 +68,12 @@ def find(names: Iterable[PrivateName], key: str) -> Any:
     >>> find(names_in("torch._guards", "TracingContext.get"), "TracingContext").__name__
     'TracingContext'
     """
-    wanted = next((name for name in names if name.key == key), None)
-    if wanted is None:
+    private_name = next((name for name in names if name.key == key), None)
+    if private_name is None:
         raise AttributeError(f"no private name of torch is listed here as {key!r}")
-    module, _, attribute = wanted.place.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, key) if attribute else found
+    module, _, attribute = private_name.place.partition(":")
+    holder = importlib.import_module(module)
+    return getattr(holder, key) if attribute else holder
 
 
 def _minor(release: str) -> tuple[int, int]:

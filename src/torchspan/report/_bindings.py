@@ -1,4 +1,4 @@
-"""What the names of a file are given: by assignments, parameters, loops and imports, scope by scope. Nothing of it is run."""
+"""The values that names get in a file: from assignments, parameters, loops and imports, by scope. Nothing is run."""
 
 from __future__ import annotations
 
@@ -62,11 +62,13 @@ class Bindings:
         scope = self._scope_of(name, node)
         if scope is None:
             return None
-        found = self._names[scope][name]
+        bindings = self._names[scope][name]
         is_here = scope in self._scopes(node)[:1]
-        if is_here and not any(b.how == "parameter" or b.line < self.statement(node).lineno for b in found):
+        if is_here and not any(b.how == "parameter" or b.line < self.statement(node).lineno for b in bindings):
             return None if isinstance(scope, ast.Module) else False
-        return not any(b.how in ("loop", "defined") or self._is_number_given(b) for b in found) and not _is_cpu_alone(found)
+        return not any(b.how in ("loop", "defined") or self._is_number_given(b) for b in bindings) and not _is_cpu_alone(
+            bindings
+        )
 
     def is_number(self, node: ast.expr, depth: int = 0) -> bool:
         """Whether an expression is the number of a device, as far as the file says."""
@@ -80,10 +82,10 @@ class Bindings:
             return not is_text and (self.is_number(node.left, depth) or self.is_number(node.right, depth))
         if not isinstance(node, (ast.Name, ast.Attribute)):
             return False
-        found = self.of_expression(node)
-        if depth < 4 and any(self._is_number_given(b, depth + 1) for b in found):
+        bindings = self.of_expression(node)
+        if depth < 4 and any(self._is_number_given(b, depth + 1) for b in bindings):
             return True
-        is_unknown = all(b.value is None or (isinstance(b.value, ast.Constant) and b.value.value is None) for b in found)
+        is_unknown = all(b.value is None or (isinstance(b.value, ast.Constant) and b.value.value is None) for b in bindings)
         return is_unknown and (node.id if isinstance(node, ast.Name) else node.attr) in _RANKS
 
     def statement(self, node: ast.AST) -> ast.stmt:
@@ -143,9 +145,9 @@ class Bindings:
         return Binding(name, line, None, "assigned")
 
     def _collect_parameters(self, node: ast.arguments) -> None:
-        given = [*node.posonlyargs, *node.args]
-        defaults: list[ast.expr | None] = [None] * (len(given) - len(node.defaults)) + list(node.defaults)
-        for argument, default in [*zip(given, defaults), *zip(node.kwonlyargs, node.kw_defaults)]:
+        positional = [*node.posonlyargs, *node.args]
+        defaults: list[ast.expr | None] = [None] * (len(positional) - len(node.defaults)) + list(node.defaults)
+        for argument, default in [*zip(positional, defaults), *zip(node.kwonlyargs, node.kw_defaults)]:
             binding = Binding(argument.arg, argument.lineno, default, "parameter", argument.annotation)
             self._names.setdefault(self.parents[node], {}).setdefault(argument.arg, []).append(binding)
 
@@ -165,8 +167,8 @@ def _is_inside(part: ast.AST, scope: Any) -> bool:
     return part in scope.body if isinstance(scope.body, list) else part is scope.body
 
 
-def _is_cpu_alone(found: list[Binding]) -> bool:
+def _is_cpu_alone(bindings: list[Binding]) -> bool:
     """Whether all that a name is given is the CPU, or nothing (a parameter that is None unless it is given)."""
-    values = [getattr(b.value, "args", [b.value])[:1] for b in found]
+    values = [getattr(b.value, "args", [b.value])[:1] for b in bindings]
     texts = [value[0].value for value in values if value and isinstance(value[0], ast.Constant)]
-    return bool(found) and len(texts) == len(found) and all(text in ("cpu", None) for text in texts)
+    return bool(bindings) and len(texts) == len(bindings) and all(text in ("cpu", None) for text in texts)

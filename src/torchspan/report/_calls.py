@@ -185,15 +185,15 @@ class Calls:
         """``x.cuda()``, ``x.cuda(0)``, ``x.cuda(rank)``, ``x.cuda(non_blocking=True)``."""
         self._editor.asked(func.end_lineno or node.lineno)
         self._editor.add(Edit(self._source.end(func) - len("cuda"), self._source.end(func), "to"))
-        given = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "device")]
+        devices = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "device")]
         if node.args[1:]:
             self._editor.open(node.args[1], "non_blocking=")  # .to takes a type there
         name = "device=" if self._places.is_of_storage(node) else ""
-        if not given:
+        if not devices:
             rest = ", " if node.keywords else ""
             self._editor.insert(self._editor.after_paren(node), f"{name}{self._editor.word(node)}{rest}")
             return
-        argument = given[0]
+        argument = devices[0]
         if name and node.args:
             self._editor.insert(self._editor.after_paren(node), name)
         if isinstance(argument, ast.Constant) and argument.value in (0, None):

@@ -19,8 +19,8 @@ class Note:
 
 
 @dataclass
-class Found:
-    """What was found in one file. `words` are the names that its portable lines need at its top."""
+class Changes:
+    """The changes to one file. `words` are the names that its portable lines need at its top."""
 
     edits: list[Edit] = field(default_factory=list)
     notes: dict[int, list[Note]] = field(default_factory=dict)
@@ -29,27 +29,27 @@ class Found:
 
 
 class Editor:
-    """Collects the edits of one file in `found`."""
+    """Collects the edits of one file in `changes`."""
 
     def __init__(self, places: Places) -> None:
-        self.found = Found()
+        self.changes = Changes()
         self._places = places
         self._source = places.source
 
     def asked(self, line: int) -> None:
         """A statement in `line` asked for CUDA."""
-        self.found.lines.add(line)
+        self.changes.lines.add(line)
 
     def add(self, edit: Edit) -> None:
         """Add an edit as it is."""
-        self.found.edits.append(edit)
+        self.changes.edits.append(edit)
 
     def word(self, node: ast.AST) -> str:
         """What the device is called where `node` is; the top of the file has to say so where nothing there does."""
         usable = {word: self._places.bindings.is_usable(word, node) for word in WORDS}
         word = next((word for word, is_usable in usable.items() if is_usable is not False), WORDS[0])
         if usable[word] is None:
-            self.found.words.add(word)
+            self.changes.words.add(word)
         return word
 
     def here(self, node: ast.AST, text: str) -> str:
@@ -82,7 +82,7 @@ class Editor:
 
     def guard(self, node: ast.Call) -> None:
         """Make the call only where there is an accelerator."""
-        self.found.lines.add(node.lineno)
+        self.changes.lines.add(node.lineno)
         line = self._source.lines[node.lineno - 1]
         if isinstance(self._places.parent(node), ast.Expr) and self._places.is_alone(node):
             indent = line[: len(line) - len(line.lstrip())]
@@ -94,23 +94,23 @@ class Editor:
     def edit(self, node: ast.expr, text: str) -> None:
         """Put `text` in the place of an expression."""
         edit = Edit(self._source.begin(node), self._source.end(node), text)
-        if edit not in self.found.edits:
-            self.found.edits.append(edit)
-        self.found.lines.add(node.lineno)
+        if edit not in self.changes.edits:
+            self.changes.edits.append(edit)
+        self.changes.lines.add(node.lineno)
 
     def insert(self, place: int, text: str) -> None:
         """Put `text` at a place."""
-        self.found.edits.append(Edit(place, place, text))
+        self.changes.edits.append(Edit(place, place, text))
 
     def open(self, node: ast.expr, text: str) -> None:
         """Put `text` before an expression."""
-        self.found.edits.append(Edit(self._source.begin(node), self._source.begin(node), text, opens=True))
+        self.changes.edits.append(Edit(self._source.begin(node), self._source.begin(node), text, opens=True))
 
     def note(self, node: ast.expr | ast.stmt, text: str, *, is_work: bool = False) -> None:
         """Say what is to be known of a place."""
-        self.found.notes.setdefault(node.lineno, []).append(Note(text, is_work))
+        self.changes.notes.setdefault(node.lineno, []).append(Note(text, is_work))
         if is_work:
-            self.found.lines.add(node.lineno)
+            self.changes.lines.add(node.lineno)
 
     def numbered(self, argument: ast.expr) -> None:
         """Make a number the device of that number."""
@@ -124,7 +124,7 @@ class Editor:
         if isinstance(value, ast.IfExp) and "is_available" in self._source.code(value.test):
             return
         is_loose = isinstance(value, (ast.IfExp, ast.Lambda, ast.NamedExpr))
-        self.found.lines.add(value.lineno)
+        self.changes.lines.add(value.lineno)
         if is_loose:
             self.open(value, "(")
         self.insert(self._source.end(value), f"{')' if is_loose else ''} if {IS_HERE} else {other}")

@@ -35,16 +35,16 @@ class GraphPage(Instrument):
         self._path = path
         self._graphs: list[tuple[str, Graph]] = []
 
-    def before(self, one: Pass, graph: Graph) -> None:
+    def before(self, pass_: Pass, graph: Graph) -> None:
         """The graph that the first pass is given is on the page too."""
         if not self._graphs:
             self._add("captured", graph)
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Put the result on the page."""
-        self._add(str(one), after)
+        self._add(str(pass_), after)
 
-    def failed(self, one: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
+    def failed(self, pass_: Pass, graph: Graph, error: Exception, context: PassContext) -> str | None:
         """The page ends with the graph that the pass was given."""
         return f"the graphs before it: {self._path}"
 
@@ -128,7 +128,7 @@ class _Table:
 
     def row(self, node: Node, stands_for: Mapping[Node, str]) -> int:
         """The number of a node's row."""
-        reads = tuple(dict.fromkeys(given.name for given in node.all_input_nodes))
+        reads = tuple(dict.fromkeys(source.name for source in node.all_input_nodes))
         arguments = stands_for.get(node) or _arguments(node)
         custom = node.meta.get("custom") or {}
         value = shown_value(node.meta["val"]) if node.meta.get("val") is not None else ""
@@ -208,8 +208,8 @@ def _longest_rising(numbers: Sequence[int]) -> set[int]:
         previous.append(places[length - 1] if length else -1)
         ends[length : length + 1] = [number]
         places[length : length + 1] = [index]
-    found, at = set[int](), places[-1] if places else -1
+    members, at = set[int](), places[-1] if places else -1
     while at >= 0:
-        found.add(numbers[at])
+        members.add(numbers[at])
         at = previous[at]
-    return found
+    return members

@@ -96,8 +96,8 @@ def _facts(page: Page) -> Iterable[tuple[str, str]]:
     is_bad = run.outcome != "ended"
     yield "outcome", f'<span class="{"outcome-bad" if is_bad else ""}">{_text(run.outcome)}</span> after {run.seconds:.1f} s'
     if page.usual:
-        given, reason = page.usual
-        yield "given", f"<b>{_text(given)}</b>, where a card says nothing else: {_text(reason)}"
+        device, reason = page.usual
+        yield "given", f"<b>{_text(device)}</b>, where a card says nothing else: {_text(reason)}"
     if run.world_size and run.world_size > 1:
         yield "rank", f"{run.rank} of {run.world_size}: this page is of this rank alone"
     if run.num_processes > 1:
@@ -125,14 +125,14 @@ def _statement(statement: Statement, file: File, number: int, page: Page) -> str
     lines = f"{statement.first}" if statement.first == statement.last else f"{statement.first}–{statement.last}"
     key = hashlib.sha256(f"{file.path}\0{statement.source}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
     count = f"{statement.count:,}×" if statement.is_reached else "named only"
-    said = "".join([_entries(statement.entries, page), _notes(statement)])
-    said = said and f'<div class="said">{said}</div>'
+    details = "".join([_entries(statement.entries, page), _notes(statement)])
+    details = details and f'<div class="said">{details}</div>'
     return (
         f'<article class="line{"" if statement.is_reached else " unreached"}" id="{anchor}">'
         f'<div class="where"><a href="#{anchor}" title="{_text(file.name)}:{lines}">{lines}</a>'
         f'<span class="count soft">{count}</span>'
         f'<label class="tools"><input type="checkbox" data-key="torchspan-{key}">ported</label></div>'
-        f'<div class="body">{_pair(statement)}{said}</div></article>'
+        f'<div class="body">{_pair(statement)}{details}</div></article>'
     )
 
 
@@ -167,12 +167,12 @@ def _entries(entries: Sequence[Entry], page: Page) -> str:
 
 def _entry(entry: Entry, page: Page, *, is_only: bool) -> str:
     is_usual = (entry.given, entry.reason) == page.usual
-    given = "" if entry.standing is Standing.SIMULATED else f" → <b>{_text(entry.given)}</b>"
+    target = "" if entry.standing is Standing.SIMULATED else f" → <b>{_text(entry.given)}</b>"
     badge = f' <span class="badge {entry.standing.badge}">{entry.standing}</span>' if entry.standing.badge else ""
     times = f' <span class="soft">{entry.count:,}×</span>' if entry.count > 1 and not is_only else ""
     reason = "" if is_usual else f' <span class="why">{_text(entry.reason)}</span>'
     inside = f' <span class="soft">in {_text(entry.function)}</span>' if entry.function and entry.function != "<module>" else ""
-    return f"<li><code>{_text(entry.asked)}</code>{given}{badge}{reason}{times}{inside}</li>"
+    return f"<li><code>{_text(entry.asked)}</code>{target}{badge}{reason}{times}{inside}</li>"
 
 
 def _notes(statement: Statement) -> str:
@@ -188,9 +188,9 @@ def _installed(installed: Sequence[File], page: Page) -> str:
         for statement in file.statements
     ]
     body = "".join(
-        f"<tr><td><code>{_text(place)}</code></td><td><code>{_text(source)}</code></td><td>{asked}</td>"
+        f"<tr><td><code>{_text(place)}</code></td><td><code>{_text(source)}</code></td><td>{request}</td>"
         f'<td class="number">{count}</td></tr>'
-        for place, source, asked, count in rows
+        for place, source, request, count in rows
     )
     head = '<tr><th>line</th><th>source</th><th>asked</th><th class="number">times</th></tr>'
     return (

@@ -182,12 +182,12 @@ def make_page(report: Report, run: Run, program_files: Iterable[str] = ()) -> Pa
 def program_files(script: str | None, folder: str) -> list[str]:
     """The files of the program that this process imported: those under the folder of its script, or `folder`, not installed."""
     root = Path(absolute(script, folder)).parent if script else Path(folder)
-    found = {absolute(script, folder)} if script else set()
+    paths = {absolute(script, folder)} if script else set()
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
         if isinstance(path, str) and path.endswith(".py") and not is_installed(path) and _is_under(path, root):
-            found.add(absolute(path, folder))
-    return sorted(found)
+            paths.add(absolute(path, folder))
+    return sorted(paths)
 
 
 def absolute(path: str, folder: str) -> str:

@@ -65,7 +65,7 @@ class Places:
         return CALLS.get(short) or CALLS.get(short.partition(".")[0]) or Rule("none", note=ONLY_CUDA)
 
     def is_choice(self, node: ast.AST) -> bool:
-        """Whether it is the accelerator where there is one, and the CPU elsewhere: no more and no less."""
+        """Whether it is exactly this choice: the accelerator where there is one, else the CPU."""
         if not (isinstance(node, ast.IfExp) and isinstance(node.test, ast.Call) and is_cuda(node.body)):
             return False
         is_other = isinstance(node.orelse, ast.Constant) and isinstance(node.orelse.value, str)
@@ -93,9 +93,9 @@ class Places:
         is_inverted = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
         while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             test = test.operand
-        wanted = ("cpu", "cuda") if is_inverted else ("cuda", "cpu")
-        asked, kind = self.asked_of(test)
-        return asked if (body, orelse) == (wanted if kind == "cuda" else wanted[::-1]) else ""
+        kinds = ("cpu", "cuda") if is_inverted else ("cuda", "cpu")
+        device, kind = self.asked_of(test)
+        return device if (body, orelse) == (kinds if kind == "cuda" else kinds[::-1]) else ""
 
     def asked_of(self, test: ast.expr) -> tuple[str, str]:
         """The kind of the device that a condition asks about, as code, and the kind that it asks for; "" where it does not."""
@@ -107,10 +107,10 @@ class Places:
             return "", ""
         left, right, op = test.left, test.comparators[0], test.ops[0]
         is_reversed = isinstance(op, (ast.In, ast.NotIn)) or text_of(left) is not None
-        asked, kind = self.asked(right, text_of(left)) if is_reversed else self.asked(left, text_of(right))
+        device, kind = self.asked(right, text_of(left)) if is_reversed else self.asked(left, text_of(right))
         if isinstance(op, (ast.NotEq, ast.NotIn)):
-            return asked, {"cuda": "cpu", "cpu": "cuda", "": ""}[kind]
-        return (asked, kind) if isinstance(op, (ast.Eq, ast.In)) else ("", "")
+            return device, {"cuda": "cpu", "cpu": "cuda", "": ""}[kind]
+        return (device, kind) if isinstance(op, (ast.Eq, ast.In)) else ("", "")
 
     def asked(self, device: ast.expr, kind: str | None) -> tuple[str, str]:
         """The code of the kind of `device`, which is compared with `kind`, if that is the CPU or CUDA."""

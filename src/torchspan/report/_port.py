@@ -125,16 +125,16 @@ def _is_text(node: ast.stmt) -> bool:
 def own_files(script: Path) -> list[Path]:
     """The script and every module under its folder that it imports, or one of those does; nothing is run."""
     root = script.absolute().parent
-    found, waiting = [], [script.absolute()]
+    files, waiting = [], [script.absolute()]
     while waiting:
         path = waiting.pop(0)
-        if path in found:
+        if path in files:
             continue
-        found.append(path)
+        files.append(path)
         tree = Source(str(path)).tree
         for node in ast.walk(tree) if tree is not None else ():
             waiting += _files_of(node, path, root)
-    return found
+    return files
 
 
 def _files_of(node: ast.AST, path: Path, root: Path) -> Iterator[Path]:

@@ -46,7 +46,7 @@ class Porter:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._rewriter = Rewriter(source)
-        self._found = self._rewriter.editor.found
+        self._changes = self._rewriter.editor.changes
 
     def port(self, span: tuple[int, int], subjects: Iterable[str] = ()) -> Port:
         """The statement of these lines, made portable; `subjects` is what torchspan saw it ask for."""
@@ -54,10 +54,10 @@ class Porter:
             return Port(None, ())
         subjects = list(subjects)
         before, after = self.source.shown(span), self.source.edited(span, self.edits(span, subjects))
-        notes = [note for line in range(span[0], span[1] + 1) for note in self._found.notes.get(line, ())]
+        notes = [note for line in range(span[0], span[1] + 1) for note in self._changes.notes.get(line, ())]
         if not notes:
-            asked = [subject for subject in subjects if after == before or not subject.startswith("torch.distributed.")]
-            words = [word for subject in asked for start, word in SUBJECT_NOTES if subject.startswith(start)][:1]
+            requests = [subject for subject in subjects if after == before or not subject.startswith("torch.distributed.")]
+            words = [word for subject in requests for start, word in SUBJECT_NOTES if subject.startswith(start)][:1]
             notes = [Note(word, is_work=True) for word in words]
         is_whole = after == before or is_python(after) or self._is_python_inside(span, after)
         if not is_whole:
@@ -76,18 +76,18 @@ class Porter:
     def edits(self, span: tuple[int, int], subjects: Iterable[str] = ()) -> list[Edit]:
         """All that is to be changed in the file, with what only a run tells of the statement of these lines."""
         is_loaded = any(subject.startswith("torch.load, storage") for subject in subjects)
-        return [*self._found.edits, *(self._map_location(span) if is_loaded else ())]
+        return [*self._changes.edits, *(self._map_location(span) if is_loaded else ())]
 
     def named(self) -> list[tuple[int, int]]:
         """The statements that name CUDA, whether or not they were reached."""
-        return sorted({self.source.span(line) for line in self._found.lines})
+        return sorted({self.source.span(line) for line in self._changes.lines})
 
     def header(self) -> str | None:
         """What the portable lines of this file need at its top, if anything."""
-        if not (self._found.edits or self._found.words):
+        if not (self._changes.edits or self._changes.words):
             return None
         lines = [] if self._has_torch else ["import torch"]
-        lines += [f"{word} = {HERE}" for word in WORDS if word in self._found.words]
+        lines += [f"{word} = {HERE}" for word in WORDS if word in self._changes.words]
         return "\n".join(lines) or None
 
     @cached_property

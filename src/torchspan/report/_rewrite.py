@@ -30,7 +30,7 @@ _FOREIGN = ("triton", "pynvml", "cupy", "pycuda")
 
 
 class Rewriter:
-    """Goes through one file; what it finds is in `editor.found`."""
+    """Goes through one file; what it finds is in `editor.changes`."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -91,10 +91,10 @@ class Rewriter:
         if self.places.is_backend_choice(node):
             self.editor.edit(node, self.editor.here(node, BACKEND))
             return True
-        asked = self.places.asked_whether_cuda(node)
-        if asked:
-            self.editor.edit(node, asked)
-        return bool(asked)
+        code = self.places.asked_whether_cuda(node)
+        if code:
+            self.editor.edit(node, code)
+        return bool(code)
 
     def _port_attribute(self, node: ast.Attribute) -> bool:
         """What is named and not called: a function handed on, a class, a setting, ``x.is_cuda``."""

@@ -46,15 +46,15 @@ class Source:
     @cached_property
     def names(self) -> dict[str, str]:
         """What each imported name stands for, dotted."""
-        found: dict[str, str] = {}
+        names: dict[str, str] = {}
         for node in ast.walk(self.tree) if self.tree else ():
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     first = alias.name.partition(".")[0]
-                    found[alias.asname or first] = alias.name if alias.asname else first
+                    names[alias.asname or first] = alias.name if alias.asname else first
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
-        return found
+                names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+        return names
 
     def dotted(self, node: ast.AST) -> str | None:
         """What an expression names, if it is a name that was imported or an attribute of one.

@@ -25,9 +25,11 @@ def draw_table(page: Page, console: Console) -> None:
     for file in page.files:
         if not file.is_installed:
             _draw_file(file, console)
-    counts = ((page.summary[name], one, many, what) for name, one, many, what in _SUMMARY)
-    said = ", ".join(f"{count:,} {one if count == 1 else many} {what}" for count, one, many, what in counts if count)
-    console.print(Text(said or "no line asks for a device that is not here", "bold"))
+    counts = ((page.summary[name], singular, plural, what) for name, singular, plural, what in _SUMMARY)
+    summary = ", ".join(
+        f"{count:,} {singular if count == 1 else plural} {what}" for count, singular, plural, what in counts if count
+    )
+    console.print(Text(summary or "no line asks for a device that is not here", "bold"))
 
 
 def _draw_file(file: File, console: Console) -> None:

@@ -62,12 +62,12 @@ class Provided:
 
 def provided() -> list[Provided]:
     """What every backport provides; those that have to be imported for it come last."""
-    found = []
+    entries = []
     for name in REGISTRY.names():
         spec = importlib.util.find_spec(REGISTRY.target(name).partition(":")[0])
         if spec is not None and spec.origin is not None:
-            found.append(read_backport(name, Path(spec.origin).read_text(), Path(spec.origin).parent))
-    return sorted(found, key=lambda one: not one.is_read)
+            entries.append(read_backport(name, Path(spec.origin).read_text(), Path(spec.origin).parent))
+    return sorted(entries, key=lambda entry: not entry.is_read)
 
 
 def read_backport(name: str, text: str, folder: Path = Path()) -> Provided:
@@ -78,21 +78,21 @@ def read_backport(name: str, text: str, folder: Path = Path()) -> Provided:
     names = reader.names | {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
     places = (frozenset(names), frozenset(reader.modules), frozenset(reader.changed))
     return Provided(
-        name, *places, _words(tree), _impossible(reader.given), reader.is_read, reader.unread_target, reader.refused
+        name, *places, _words(tree), _impossible(reader.options), reader.is_read, reader.unread_target, reader.refused
     )
 
 
-def imported(one: Provided) -> Provided:
+def imported(entry: Provided) -> Provided:
     """What a backport provides, asked of the backport itself."""
-    backport: Backport = REGISTRY.get(one.backport).BACKPORT
-    names, modules, changed = set(one.names), set(one.modules), set(one.changed)
+    backport: Backport = REGISTRY.get(entry.backport).BACKPORT
+    names, modules, changed = set(entry.names), set(entry.modules), set(entry.changed)
     for patch in backport.patches():
         if isinstance(patch, MissingModule):
             modules.add(patch.target)
         elif isinstance(patch, (MissingName, Replacement, Redefinition)):
             (names if isinstance(patch, MissingName) else changed).add(f"{patch.target}.{patch.attribute}")
     names |= {f"{backport.target}.{attribute}" for attribute in backport.names}
-    return replace(one, names=frozenset(names), modules=frozenset(modules), changed=frozenset(changed), is_read=True)
+    return replace(entry, names=frozenset(names), modules=frozenset(modules), changed=frozenset(changed), is_read=True)
 
 
 class _Reader:
@@ -111,10 +111,10 @@ class _Reader:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "torchspan.backports":
                 for beside in (alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()):
-                    found = _constants(ast.parse((folder / f"{beside}.py").read_text()))
-                    self.constants |= {f"{beside}.{name}": text for name, text in found.items()}
+                    constants = _constants(ast.parse((folder / f"{beside}.py").read_text()))
+                    self.constants |= {f"{beside}.{name}": text for name, text in constants.items()}
         self.makers = dict(filter(None, (_maker(node) for node in tree.body)))
-        self.given = _declared(tree)
+        self.options = _declared(tree)
 
     def read(self) -> None:
         inside = {id(inner) for _, call in self.makers.values() for inner in ast.walk(call)}
@@ -126,17 +126,19 @@ class _Reader:
                     parameters, call = self.makers[node.func.id]
                     values = (_text(argument, self.constants) for argument in node.args)
                     self.add(call, {**self.constants, **dict(zip(parameters, values))})
-        target = _text(self.given.get("target"), self.constants)
+        target = _text(self.options.get("target"), self.constants)
         self.is_read = self.is_read and bool(target)
-        if isinstance(self.given.get("is_module"), ast.Constant):
+        if isinstance(self.options.get("is_module"), ast.Constant):
             self.modules.add(target)
         is_read_so_far = self.is_read
         for module, names in self.find_names(target):
             self.names |= {f"{module}.{key}" for key in self.keys(names)}
             self.refused |= {f"{module}.{key}": reason for key, reason in self.find_refused(names)}
-        self.changed |= {f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(self.given.get(option))}
+        self.changed |= {
+            f"{target}.{key}" for option in ("replaces", "redefines") for key in self.keys(self.options.get(option))
+        }
         self.unread_target = target if is_read_so_far else ""
-        also = self.given.get("also")
+        also = self.options.get("also")
         parts = also.elts if isinstance(also, (ast.Tuple, ast.List)) else [] if also is None else [also]
         known = {*_PATCHES, *self.makers}
         if not all(isinstance(part, ast.Call) and getattr(part.func, "id", "") in known for part in parts):
@@ -146,9 +148,9 @@ class _Reader:
         """Add what a call of one of the patches' classes says."""
         kind = call.func.id  # type: ignore[attr-defined]
         by_name = {keyword.arg: keyword.value for keyword in call.keywords}
-        given = [*call.args[1 if kind in _OWNED else 0 :], None, None]
-        target = _text(given[0] or by_name.get("target"), constants)
-        attribute = _text(given[1] or by_name.get("attribute"), constants)
+        arguments = [*call.args[1 if kind in _OWNED else 0 :], None, None]
+        target = _text(arguments[0] or by_name.get("target"), constants)
+        attribute = _text(arguments[1] or by_name.get("attribute"), constants)
         if kind == "MissingModule":
             self.modules.add(target)
         else:
@@ -158,8 +160,8 @@ class _Reader:
 
     def find_names(self, target: str) -> Iterator[tuple[str, ast.expr | None]]:
         """The modules that get names, with the names: the one that the backport is for, and those elsewhere."""
-        yield target, self.given.get("names")
-        elsewhere = self.given.get("elsewhere")
+        yield target, self.options.get("names")
+        elsewhere = self.options.get("elsewhere")
         modules = [*self.keys(elsewhere)]
         self.modules.update(modules)
         yield from zip(modules, (value for _, value in self.entries(elsewhere)))
@@ -199,11 +201,11 @@ class _Reader:
 
 def _constants(tree: ast.Module) -> dict[str, str]:
     """The names that are assigned constant text anywhere in a file."""
-    found: dict[str, str] = {}
+    constants: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = _text(node.value, found)
-    return found
+            constants[node.targets[0].id] = _text(node.value, constants)
+    return constants
 
 
 def _tables(tree: ast.Module) -> dict[str, ast.Dict]:
@@ -234,9 +236,9 @@ def _declared(tree: ast.Module) -> dict[str | None, ast.expr]:
     return {}
 
 
-def _impossible(given: Mapping[str | None, ast.expr]) -> str:
+def _impossible(keywords: Mapping[str | None, ast.expr]) -> str:
     """Why a backport cannot work; where it asks the machine, that it may not."""
-    node = given.get("impossible")
+    node = keywords.get("impossible")
     if node is None:
         return ""
     reason = _text(node.body, {}) if isinstance(node, ast.Lambda) else ""
@@ -259,13 +261,13 @@ def _text(node: ast.expr | None, constants: Mapping[str, str]) -> str:
 
 def _words(tree: ast.Module) -> frozenset[str]:
     """Every argument, attribute, function and text in a file that can be a name."""
-    found: set[str] = set()
+    words: set[str] = set()
     for node in ast.walk(tree):
         for attribute in ("arg", "attr", "name", "value"):
             word = getattr(node, attribute, None)
             if isinstance(word, str) and word.isidentifier():
-                found.add(word)
-    return frozenset(found)
+                words.add(word)
+    return frozenset(words)
 
 
 def _texts(tree: ast.Module) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Where a program asks before it uses: what stands under such a question is no need.
+"""Where a program checks that torch has something before it uses it: what stands under such a check is no need.
 
 A guard is one of: a ``try`` that catches what a missing name raises and goes on; an ``if`` (or ``and``, ``… if … else``) over a
 version of torch, ``hasattr``, ``TYPE_CHECKING`` or a flag that was made by one of these; a decorator with such a test; a
-``return`` under such an ``if``. Both branches of an ``if`` are guarded: the other one is for torches that have a name no more.
+``return`` under such an ``if``. Both branches of an ``if`` are guarded: the other is for torches that no longer have a name.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class Guards:
 
     def reason_of(self, test: ast.expr) -> str:
         """What a condition asks about torch, or nothing."""
-        found = self._tests.get(id(test))
-        if found is None:
-            found = self._tests[id(test)] = next((reason for node in ast.walk(test) if (reason := self._asks(node))), "")
-        return found
+        answer = self._tests.get(id(test))
+        if answer is None:
+            answer = self._tests[id(test)] = next((reason for node in ast.walk(test) if (reason := self._asks(node))), "")
+        return answer
 
     def _asks(self, node: ast.AST) -> str:
         if isinstance(node, ast.Name):

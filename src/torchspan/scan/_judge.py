@@ -35,9 +35,9 @@ def releases_asked(names: Names, torch: str | None) -> int:
     """The releases that the scan is for."""
     if torch is None:
         return sum(1 << index for index, minor in enumerate(names.minors) if _version(minor) >= _version(_coverage.OLDEST))
-    wanted = ".".join(torch.removeprefix("torch").lstrip("=<>~ v").partition("+")[0].split(".")[:2])
-    if wanted in names.minors:
-        return 1 << names.minors.index(wanted)
+    release = ".".join(torch.removeprefix("torch").lstrip("=<>~ v").partition("+")[0].split(".")[:2])
+    if release in names.minors:
+        return 1 << names.minors.index(release)
     close = difflib.get_close_matches(torch, names.minors, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise InputError(
@@ -90,20 +90,20 @@ class Judge:
             return None
         if use.kind in ("store", "set") and not self._is_need_where_set(use.name):
             return None
-        found = (
+        presence = (
             self.names.look_up_member(use.name)
             if use.kind in ("member", "set")
             else self.names.look_up(use.name, is_module=use.kind == "module")
         )
-        name, mask = found.name, found.mask
+        name, mask = presence.name, presence.mask
         if use.keyword:
             if mask == 0:
                 return None  # the function is a finding of its own
-            found, name = self._accepting(use)
-            has_function, mask = mask, found.mask
+            presence, name = self._accepting(use)
+            has_function, mask = mask, presence.mask
             if mask & has_function == has_function:
                 return None
-        if mask == self.names.all or (mask == 0 and not found.is_known):
+        if mask == self.names.all or (mask == 0 and not presence.is_known):
             return None
         if mask == 0 and name.rpartition(".")[2] in _DEVICES_OF_OTHERS:
             return None
@@ -116,15 +116,15 @@ class Judge:
     def _accepting(self, use: Use) -> tuple[Presence, str]:
         """In which releases a function accepts an argument: itself, or the one that it passes it on to; and what to call it."""
         name = f"{use.name}({use.keyword}=)"
-        found = self.names.accepting(use.name, use.keyword)
+        presence = self.names.accepting(use.name, use.keyword)
         if not self.names.definitions(use.name).isdisjoint(_PASSES_ON):
             named = self.names.accepting(_CHECKPOINT, use.keyword, by_name=True).mask
-            found = replace(found, mask=found.mask & named) if named else found
-        if use.given:
-            taking = self.names.taking(use.name, use.keyword, use.given)
-            if found.mask & ~taking and found.mask & taking:
-                return replace(found, mask=found.mask & taking), f"{use.name}({use.keyword}={use.given})"
-        return found, name
+            presence = replace(presence, mask=presence.mask & named) if named else presence
+        if use.argument:
+            taking = self.names.taking(use.name, use.keyword, use.argument)
+            if presence.mask & ~taking and presence.mask & taking:
+                return replace(presence, mask=presence.mask & taking), f"{use.name}({use.keyword}={use.argument})"
+        return presence, name
 
     def _coverage_of(self, use: Use, name: str) -> tuple[int, _coverage.Provided | None]:
         """In which releases a backport provides what is used, and which one."""
@@ -132,19 +132,19 @@ class Judge:
         places |= {f"{owner}.{name.rpartition('.')[2]}" for owner in self.names.definitions(use.name.rpartition(".")[0])}
         places |= {_PASSES_ON[place] for place in places if use.keyword and place in _PASSES_ON}
         lacking = self.supported & ~self.names.look_up(use.name).mask
-        for index, one in enumerate(self.provided):
-            if any(one.may_cover(place) for place in places):
-                one = self.provided[index] = _coverage.imported(one)
+        for index, entry in enumerate(self.provided):
+            if any(entry.may_cover(place) for place in places):
+                entry = self.provided[index] = _coverage.imported(entry)
             mask = 0
             if not use.keyword:
-                mask = self.supported if any(one.covers_name(place) for place in places) else 0
-            elif any(one.covers_keyword(place, use.keyword) for place in places):
+                mask = self.supported if any(entry.covers_name(place) for place in places) else 0
+            elif any(entry.covers_keyword(place, use.keyword) for place in places):
                 mask = self.supported
-            elif use.keyword in one.words and any(one.covers_name(place) for place in places):
+            elif use.keyword in entry.words and any(entry.covers_name(place) for place in places):
                 mask = lacking  # where torch has the name it is torch's own, without the argument
             if mask:
-                refusal = next(filter(None, map(one.refuses, places)), "")
-                return (0 if refusal else mask), replace(one, impossible=refusal)
+                refusal = next(filter(None, map(entry.refuses, places)), "")
+                return (0 if refusal else mask), replace(entry, impossible=refusal)
         return 0, None
 
     def _is_set_here(self, name: str) -> bool:
@@ -152,9 +152,9 @@ class Judge:
         return any(".".join(parts[:length]) in self.sets for length in range(2, len(parts) + 1))
 
 
-def says(names: Names, judged: Judged, asked: int) -> str:
-    """What a judgement means for a program that uses the name on the releases `asked`."""
-    uncovered = asked & ~judged.has & ~judged.provided
+def says(names: Names, judged: Judged, releases: int) -> str:
+    """What a judgement means for a program that uses the name on these `releases`."""
+    uncovered = releases & ~judged.has & ~judged.provided
     if not judged.has and not judged.provided:
         return since(names, judged.has)
     return since(names, judged.has) + (_says_uncovered(names, uncovered, judged) if uncovered else _says_covered(judged))

@@ -43,8 +43,8 @@ def advice(error: BaseException) -> str | None:
         return None
     judge = _judge()
     here = 1 << judge.names.minors.index(release)
-    for one in _causes(error):
-        for use in missed(one):
+    for cause in _causes(error):
+        for use in missed(cause):
             judged = judge.judge(use)
             if judged is not None and not judged.has & here:
                 return f"torchspan: {tell(judge, judged, use, here)}"
@@ -95,10 +95,10 @@ def missed(error: BaseException) -> Iterator[Use]:
         if _may_be_torchs(error.obj, text):
             yield from (use for use in _uses_at(error) if use.name.rpartition(".")[2] in re.findall(r"\w+", text))
     elif isinstance(error, TypeError):
-        found = _KEYWORD.search(text)
-        if found is not None:
-            yield from _missed_keyword(error, *found.groups())
-        yield from (use for use in _uses_at(error) if use.keyword and (found is None or use.keyword == found.group(2)))
+        match = _KEYWORD.search(text)
+        if match is not None:
+            yield from _missed_keyword(error, *match.groups())
+        yield from (use for use in _uses_at(error) if use.keyword and (match is None or use.keyword == match.group(2)))
     for option in _OPTION_OF_COMPILE.findall(text):
         yield Use(0, f"torch._inductor.config.{option}", "name")
 
@@ -172,11 +172,11 @@ def _uses_at(error: BaseException) -> Iterator[Use]:
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     trace: TracebackType | None = error.__traceback__
-    found = []
+    frames = []
     while trace is not None:
-        found.append((trace.tb_frame, trace.tb_lineno))
+        frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    return found[::-1]
+    return frames[::-1]
 
 
 @cache
@@ -198,10 +198,10 @@ def _uses_in(file: str) -> tuple[Use, ...]:
 
 def _statement(file: str, line: int) -> ast.AST:
     """The innermost statement of `file` that `line` belongs to."""
-    found = [
+    statements = [
         node for node in ast.walk(_tree(file)) if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
     ]
-    return min(found, key=lambda node: (node.end_lineno or 0) - node.lineno, default=ast.Module([], []))
+    return min(statements, key=lambda node: (node.end_lineno or 0) - node.lineno, default=ast.Module([], []))
 
 
 def _last_line(statement: ast.AST, line: int) -> int:
@@ -213,11 +213,11 @@ def _last_line(statement: ast.AST, line: int) -> int:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what its traceback shows above it."""
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 @cache

@@ -192,15 +192,15 @@ class Paths:
         if isinstance(node, ast.Attribute) and is_self(node.value):
             return self.path_of_binding(scope.find_attribute(node.attr), node.attr, depth)
         inner, suffix = _step(node)
-        found = self.path(inner, scope, depth + 1) if inner is not None else None
-        if found is None or (suffix.startswith(".__") and "()" not in found[0]):
+        base = self.path(inner, scope, depth + 1) if inner is not None else None
+        if base is None or (suffix.startswith(".__") and "()" not in base[0]):
             return None
-        return found[0] + suffix, found[1]
+        return base[0] + suffix, base[1]
 
-    def path_of_binding(self, found: tuple[_Binding, Scope] | None, name: str, depth: int) -> tuple[str, str] | None:
-        if found is None:
+    def path_of_binding(self, entry: tuple[_Binding, Scope] | None, name: str, depth: int) -> tuple[str, str] | None:
+        if entry is None:
             return None
-        binding, scope = found
+        binding, scope = entry
         if binding.target is not None:
             return binding.target, binding.guard
         if binding.annotation is not None:

@@ -21,13 +21,13 @@ _PROJECT = re.compile(r"^\[project\][^\n]*\n(?P<body>(?:(?!^\[)[^\n]*\n?)*)", re
 _DEPENDENCIES = re.compile(r"^dependencies\s*=\s*\[", re.MULTILINE)
 
 
-def fix_requires(found: Scan, paths: Sequence[str | os.PathLike[str]]) -> str:
+def fix_requires(result: Scan, paths: Sequence[str | os.PathLike[str]]) -> str:
     """Write the oldest torch that the scanned project runs on into its ``pyproject.toml``; returns what was done.
 
     That is what it needs, or what it runs on with torchspan where it requires torchspan. A bound is raised, never lowered.
 
     Args:
-        found: what the scan of `paths` found.
+        result: of the scan of `paths`.
         paths: of the project; its ``pyproject.toml`` is beside the first one, or in a folder above it.
 
     Raises:
@@ -36,12 +36,12 @@ def fix_requires(found: Scan, paths: Sequence[str | os.PathLike[str]]) -> str:
     file = _pyproject(Path(paths[0]).resolve())
     text = file.read_text()
     requirements = list(_requirements(text))
-    has_torchspan = any(one.name.lower() == "torchspan" for one, _, _ in requirements)
-    releases = found.runs if has_torchspan else found.needs
+    has_torchspan = any(requirement.name.lower() == "torchspan" for requirement, _, _ in requirements)
+    releases = result.runs if has_torchspan else result.needs
     if not releases:
-        raise InputError(f"no one torch release has all that is used: no bound to write into {file}; {found.summary}")
-    if releases[0] == found.known[0]:
-        return f"{file}: left as it is: what is used is in every torch from {found.known[0]} on"
+        raise InputError(f"no one torch release has all that is used: no bound to write into {file}; {result.summary}")
+    if releases[0] == result.known[0]:
+        return f"{file}: left as it is: what is used is in every torch from {result.known[0]} on"
     changed = _with_bound(text, requirements, releases[0], file)
     if changed == text:
         return f"{file}: left as it is: torch>={releases[0]} holds already"
@@ -58,18 +58,18 @@ def _pyproject(path: Path) -> Path:
 
 def _requirements(text: str) -> Iterator[tuple[Requirement, int, int]]:
     """The requirements in the lists of a ``pyproject.toml``, with where their text begins and ends."""
-    for found in _TEXT.finditer(text):
-        line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
+    for match in _TEXT.finditer(text):
+        line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
         if "#" in line or re.match(r"\s*(name|version|description|readme|license)\s*=", line):
             continue
         try:
-            yield Requirement(found.group(2)), found.start(2), found.end(2)
+            yield Requirement(match.group(2)), match.start(2), match.end(2)
         except InvalidRequirement:
             continue
 
 
 def _with_bound(text: str, requirements: Sequence[tuple[Requirement, int, int]], minor: str, file: Path) -> str:
-    torch = [one for one in requirements if canonicalize_name(one[0].name) == "torch"]
+    torch = [entry for entry in requirements if canonicalize_name(entry[0].name) == "torch"]
     for requirement, start, end in reversed(torch):
         if not requirement.url and _lower_bound(requirement.specifier) < Version(minor):
             text = text[:start] + _raised(requirement, minor) + text[end:]
@@ -77,12 +77,12 @@ def _with_bound(text: str, requirements: Sequence[tuple[Requirement, int, int]],
 
 
 def _lower_bound(specifiers: SpecifierSet) -> Version:
-    versions = [Version(one.version.removesuffix(".*")) for one in specifiers if one.operator in _LOWER]
+    versions = [Version(specifier.version.removesuffix(".*")) for specifier in specifiers if specifier.operator in _LOWER]
     return max(versions, default=Version("0"))
 
 
 def _raised(requirement: Requirement, minor: str) -> str:
-    kept = sorted(str(one) for one in requirement.specifier if one.operator not in _LOWER)
+    kept = sorted(str(specifier) for specifier in requirement.specifier if specifier.operator not in _LOWER)
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     marker = f"; {requirement.marker}" if requirement.marker else ""
     return f"{requirement.name}{extras}{','.join([f'>={minor}', *kept])}{marker}".replace('"', "'")
@@ -92,8 +92,8 @@ def _added(text: str, minor: str, file: Path) -> str:
     project = _PROJECT.search(text)
     if project is None:
         raise InputError(f"{file} has no [project] and no requirement of torch; write 'torch>={minor}' where it lists its own")
-    found = _DEPENDENCIES.search(text, project.start("body"), project.end("body"))
-    if found is None:
+    match = _DEPENDENCIES.search(text, project.start("body"), project.end("body"))
+    if match is None:
         return text[: project.start("body")] + f'dependencies = ["torch>={minor}"]\n' + text[project.start("body") :]
-    is_empty = text[found.end() :].lstrip().startswith("]")
-    return text[: found.end()] + f'"torch>={minor}"' + ("" if is_empty else ", ") + text[found.end() :]
+    is_empty = text[match.end() :].lstrip().startswith("]")
+    return text[: match.end()] + f'"torch>={minor}"' + ("" if is_empty else ", ") + text[match.end() :]

@@ -117,26 +117,26 @@ def scan(paths: Sequence[str | os.PathLike[str]], torch: str | None = None) -> S
             can be read.
     """
     names = Names.load()
-    asked = releases_asked(names, torch)
+    releases = releases_asked(names, torch)
     files = list(_files(paths))
     read, unreadable, num_lines = _read(files, names.members_of_tensors_alone)
     if unreadable and len(unreadable) == len(files):
         first, reason = next(iter(unreadable.items()))
         raise InputError(f"none of {len(files)} files can be read; {first}: {reason}")
     judge = Judge(names, {name for uses in read.values() for name in uses.sets})
-    found = _Findings(judge, asked)
-    findings = [finding for path, uses in read.items() for finding in found.of(path, uses)]
-    running = found.running & judge.supported
+    tally = _Findings(judge, releases)
+    findings = [finding for path, uses in read.items() for finding in tally.of(path, uses)]
+    running = tally.running & judge.supported
     return Scan(
         findings=tuple(findings),
-        asked=judge.releases(asked),
-        needs=judge.releases(found.needed),
+        asked=judge.releases(releases),
+        needs=judge.releases(tally.needed),
         runs=judge.releases(running),
         num_files=len(files),
         num_lines=num_lines,
         unreadable=unreadable,
         known=names.minors,
-        summary=_summary(judge, found.needed, asked, running, len(files), num_lines),
+        summary=_summary(judge, tally.needed, releases, running, len(files), num_lines),
     )
 
 
@@ -147,14 +147,14 @@ def _files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     seen: set[Path] = set()
     for path in map(Path, paths):
         if not path.exists():
-            found = sorted(_installed(str(path)))
-            if not found:
+            files = sorted(_installed(str(path)))
+            if not files:
                 raise _missing(path)
         else:
-            found = sorted(_python_files(path)) if path.is_dir() else [path]
-        if not found:
+            files = sorted(_python_files(path)) if path.is_dir() else [path]
+        if not files:
             raise InputError(f"no Python file in {str(path)!r}; expected a folder with *.py files, or a file")
-        for file in found:
+        for file in files:
             if file not in seen:
                 seen.add(file)
                 yield file
@@ -217,9 +217,9 @@ def _read(files: Sequence[Path], of_tensors: Container[str]) -> tuple[dict[str, 
 class _Findings:
     """Makes findings of judgements, and keeps what all of them `needed`, and what is `running` with the backports."""
 
-    def __init__(self, judge: Judge, asked: int) -> None:
+    def __init__(self, judge: Judge, releases: int) -> None:
         self.judge = judge
-        self.asked = asked
+        self.releases = releases
         self.needed = self.running = judge.names.all
 
     def of(self, path: str, uses: FileUses) -> Iterator[Finding]:
@@ -243,16 +243,16 @@ class _Findings:
         else:
             self.needed &= has
             self.running &= provided
-            standing = "uncovered" if self.asked & ~provided else "covered"
-        if not self.asked & ~has or (standing == "guarded" and not provided):
+            standing = "uncovered" if self.releases & ~provided else "covered"
+        if not self.releases & ~has or (standing == "guarded" and not provided):
             return None  # all releases that the scan is for have it, or it is no name of torch's, and the program knows
         names = self.judge.names
-        text = f"{since(names, has)} (guarded: {use.guard})" if use.guard else says(names, judged, self.asked)
+        text = f"{since(names, has)} (guarded: {use.guard})" if use.guard else says(names, judged, self.releases)
         backport = judged.backport.backport if judged.backport is not None else ""
         return Finding(path, use.line, judged.name, self.judge.releases(has), standing, text, backport, use.guard)
 
 
-def _summary(judge: Judge, needed: int, asked: int, running: int, num_files: int, num_lines: int) -> str:
+def _summary(judge: Judge, needed: int, releases: int, running: int, num_files: int, num_lines: int) -> str:
     """The answer in one sentence."""
     names = judge.names
     place = f"{num_files} file{'s' if num_files != 1 else ''}, {num_lines} lines"
@@ -260,9 +260,9 @@ def _summary(judge: Judge, needed: int, asked: int, running: int, num_files: int
     text = f"{place}: needs {needs}" if needed else f"{place}: no one torch release has all that it uses"
     if running != needed & judge.supported:
         text += f"; with torchspan runs on {_range(names, running)}"
-    if asked != judge.supported:
-        (minor,) = judge.releases(asked)
-        runs = "runs" if asked & needed else "runs with torchspan" if asked & running else "does not run"
+    if releases != judge.supported:
+        (minor,) = judge.releases(releases)
+        runs = "runs" if releases & needed else "runs with torchspan" if releases & running else "does not run"
         text += f"; {runs} on torch {minor}"
     return text
 

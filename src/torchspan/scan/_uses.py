@@ -18,7 +18,7 @@ class Use:
     """One use of a dotted name of torch; `keyword` is an argument passed to it; `guard` says why it is no need, or is empty.
 
     A ``member`` is asked of an instance of a class, and a ``set`` one is set on it: ``torch.ones().grad_dtype`` stands for the
-    attribute of what ``torch.ones`` gives, ``torch.nn.Linear().weight`` for one of an instance of the class. `given` is the
+    attribute of what ``torch.ones`` gives, ``torch.nn.Linear().weight`` for one of an instance of the class. `argument` is the
     kind of the argument, such as ``list``, where the syntax shows it.
     """
 
@@ -27,7 +27,7 @@ class Use:
     kind: Kind
     keyword: str = ""
     guard: str = ""
-    given: str = ""
+    argument: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,21 +201,21 @@ class _Reader(Paths):
         self.scope = outer
 
     def visit_attribute(self, node: ast.Attribute, guard: Guard) -> None:
-        found = self.path(node)
+        path = self.path(node)
         is_store = isinstance(node.ctx, ast.Store)
-        if found is None or "()" in found[0]:
-            if found is None and node.attr in self.of_tensors and not is_self(node.value):
-                found = f"torch.Tensor().{node.attr}", ""
-            if found is not None and "." in found[0].rpartition("()")[2] and not isinstance(node.ctx, ast.Del):
-                self.add(node, found[0], "set" if is_store else "member", _bound(guard, found[1]))
+        if path is None or "()" in path[0]:
+            if path is None and node.attr in self.of_tensors and not is_self(node.value):
+                path = f"torch.Tensor().{node.attr}", ""
+            if path is not None and "." in path[0].rpartition("()")[2] and not isinstance(node.ctx, ast.Del):
+                self.add(node, path[0], "set" if is_store else "member", _bound(guard, path[1]))
             self.visit(node.value, guard)
         elif not isinstance(node.ctx, ast.Del):
-            self.add(node, found[0], "store" if is_store else "name", _bound(guard, found[1]))
+            self.add(node, path[0], "store" if is_store else "name", _bound(guard, path[1]))
 
     def spelled(self, node: ast.expr) -> tuple[str, str] | None:
         """The dotted name of torch that an expression spells without a call, and the guard it was bound under."""
-        found = self.path(node)
-        return None if found is None or "()" in found[0] else found
+        path = self.path(node)
+        return None if path is None or "()" in path[0] else path
 
     def visit_call(self, node: ast.Call, guard: Guard) -> None:
         function = self.path(node.func)
@@ -292,7 +292,7 @@ class _Reader(Paths):
         its = _bound(guard, bound_under)
         for keyword in node.keywords:
             if keyword.arg is not None:
-                self.add(keyword, function, "keyword", its, keyword=keyword.arg, given=self.kind_of(keyword.value))
+                self.add(keyword, function, "keyword", its, keyword=keyword.arg, argument=self.kind_of(keyword.value))
 
     def kind_of(self, node: ast.expr) -> str:
         """What kind of argument an expression is, where its syntax shows it: ``list``, ``str``, ``Tag``; None is no kind."""
@@ -300,16 +300,24 @@ class _Reader(Paths):
             return "" if node.value is None else type(node.value).__name__
         if isinstance(node, (ast.List, ast.Tuple, ast.Dict, ast.Set)):
             return type(node).__name__.lower()
-        found = self.spelled(node) if isinstance(node, ast.Attribute) else None
-        return "Tag" if found is not None and found[0].startswith("torch.Tag.") else ""
+        path = self.spelled(node) if isinstance(node, ast.Attribute) else None
+        return "Tag" if path is not None and path[0].startswith("torch.Tag.") else ""
 
     def add(
-        self, node: ast.AST, name: str, kind: Kind, guard: Guard, *, keyword: str = "", is_import: bool = False, given: str = ""
+        self,
+        node: ast.AST,
+        name: str,
+        kind: Kind,
+        guard: Guard,
+        *,
+        keyword: str = "",
+        is_import: bool = False,
+        argument: str = "",
     ) -> None:
         if kind == "store":
             self.sets.add(name)
         reason = guard.for_kind("import" if kind == "module" or is_import else kind)
-        self.uses.append(Use(node.lineno, name, kind, keyword, reason, given))  # type: ignore[attr-defined]
+        self.uses.append(Use(node.lineno, name, kind, keyword, reason, argument))  # type: ignore[attr-defined]
 
 
 def _bound(guard: Guard, bound_under: str) -> Guard:

@@ -1,4 +1,4 @@
-"""What a step has compiled: rank 0 compiles and hands to all ranks, the others load and compile nothing.
+"""Compiled code for all ranks: rank 0 compiles the parts of a step and hands them over; the others load them.
 
 That is a region, or the whole step with its collectives. What is handed over are the entries that the compile left in torch's
 cache folder, so ranks need no folder in common. A region waits until the graphs of all ranks are whole; then all agree on what
@@ -45,7 +45,7 @@ class CompiledPart:
 
     def call(self, *args: Any) -> Any:
         """Run it."""
-        assert self.function is not None, f"{self.name} runs before it was settled what runs it"
+        assert self.function is not None, f"{self.name} is called before settle() has compiled or loaded it"
         return self.function(*args)
 
     @property
@@ -65,7 +65,7 @@ class HandingOver:
         self.parts: list[CompiledPart] = []
 
     def compile_region(self, module: GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
-        """What will run a part, once it is settled."""
+        """The part, as an object that can be called once `settle` has run."""
         module = rename_groups(module, self._groups) if self._groups else module
         try:
             digest = digest_of_graph(module, inputs)
@@ -89,17 +89,17 @@ class HandingOver:
 
     def _hand_over(self) -> None:
         for digest in self._agreed():
-            mine = [part for part in self.parts if part.digest == digest]
-            packed = broadcast(self._compiled(mine[0]) if self._job.rank == 0 else b"")
-            if self._job.rank and mine:
-                self._take(mine[0], packed)
-            for part in mine[1:]:
-                part.function = mine[0].function
+            own_parts = [part for part in self.parts if part.digest == digest]
+            packed = broadcast(self._compiled(own_parts[0]) if self._job.rank == 0 else b"")
+            if self._job.rank and own_parts:
+                self._take(own_parts[0], packed)
+            for part in own_parts[1:]:
+                part.function = own_parts[0].function
 
     def _agreed(self) -> list[str]:
         """Rank 0's digests, each once and in its order, which all ranks learn here."""
-        mine = list(dict.fromkeys(part.digest for part in self.parts if part.digest))
-        agreed: list[str] = json.loads(broadcast(json.dumps(mine).encode() if self._job.rank == 0 else b""))
+        digests = list(dict.fromkeys(part.digest for part in self.parts if part.digest))
+        agreed: list[str] = json.loads(broadcast(json.dumps(digests).encode() if self._job.rank == 0 else b""))
         if agreed and self._job.rank:
             prepare_to_load({})  # seconds, while rank 0 compiles
         for part in self.parts:

@@ -102,16 +102,16 @@ class KeptStep:
 
     def save(self, graph: Graph) -> None:
         """Keep `graph`; where that is not possible, the report says why."""
-        why_not, mine = None, b""
+        why_not, content = None, b""
         try:
-            mine = transport.dumps(_described(graph, self._groups), keep_values=True)
+            content = transport.dumps(_described(graph, self._groups), keep_values=True)
         except InputError as cause:
             why_not = str(cause)
         reasons = [reason for reason in _gathered(self._job, why_not) if reason is not None]
         if reasons:
             self._report.decide("artifact", "step", "not kept", reasons[0])
             return
-        steps = _gathered_once(self._job, mine)
+        steps = _gathered_once(self._job, content)
         if self._job.rank == 0:
             self._write(steps)
         self._report.decide("artifact", "step", "kept", f"the next start of this job loads it from {self._path}")
@@ -131,8 +131,8 @@ class KeptStep:
         manifest = read_manifest(content[8 : 8 + size])
         differ = mismatches(manifest, self._entries)
         if differ:
-            said = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
-            raise InputError(f"{self._path} was made for another job: {said}")
+            differences = "; ".join(f"entry {name!r}: {how}" for name, how in differ.items())
+            raise InputError(f"{self._path} was made for another job: {differences}")
         start = 8 + size
         payloads: dict[str, bytes] = {}
         for payload in manifest["payloads"]:
@@ -141,21 +141,21 @@ class KeptStep:
                 raise IntegrityError(f"{self._path} is damaged: the bytes of {payload['name']} are not those that were written")
             payloads[payload["name"]] = part
             start += payload["size"]
-        mine = f"rank{self._job.rank}"
+        name = f"rank{self._job.rank}"
         with warnings.catch_warnings():  # torch 2.13 warns of its own TreeSpec as it is unpickled
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-            step = transport.loads(payloads[mine if mine in payloads else "rank0"])
+            step = transport.loads(payloads[name if name in payloads else "rank0"])
         return self._restored(step)
 
     def _restored(self, step: _Step) -> Graph:
         functions = [self._function(part) for part in step.parts]
         attributes = {
-            name: _Call(functions[one.index]) if isinstance(one, _PartRef) else one
-            for name, one in step.graph.attributes.items()
+            name: _Call(functions[value.index]) if isinstance(value, _PartRef) else value
+            for name, value in step.graph.attributes.items()
         }
         module = build(replace(step.graph, attributes=attributes))
-        mine = {name: own for own, name in self._groups.items()}
-        module = rename_groups(module, mine)
+        names = {name: own for own, name in self._groups.items()}
+        module = rename_groups(module, names)
         module.meta.update(step.meta)
         graph = Graph(module, step.inputs, step.outputs, step.kind, step.notes)
         for node, value in zip(graph.placeholders(), step.values, strict=True):
@@ -163,7 +163,7 @@ class KeptStep:
         return graph
 
     def _function(self, part: _Part) -> Callable[..., Any]:
-        inputs = [one.empty() if isinstance(one, TensorSpec) else one for one in part.inputs]
+        inputs = [spec.empty() if isinstance(spec, TensorSpec) else spec for spec in part.inputs]
         function = load_packed_graph(build(part.graph), inputs, part.packed, report=self._report, region=part.name)
         if function is None:
             raise InputError(f"the code of {part.name} in {self._path} does not load here; its attempt says why")
@@ -216,21 +216,23 @@ def _packed(part: CompiledPart) -> _Part:
     packed = pack_graph(part.module, part.inputs) if part.is_compiled else None
     if packed is None:
         raise InputError(f"{part.name} was not compiled, so that the next start may still compile it")
-    return _Part(part.name, describe(part.module), tuple(describe_input(one) for one in part.inputs), packed)
+    return _Part(part.name, describe(part.module), tuple(describe_input(value) for value in part.inputs), packed)
 
 
 # what a step is made of and for
 
 
 def entries_of(config: TrainConfig, plan: Plan, job: Job, program: nn.Module) -> dict[str, Any]:
-    """What two starts must have in common for one to use the other's step, by name."""
+    """What must be equal in two starts for one to use the other's step, by name."""
     training, compile_ = config.training, config.compile
     return {
         **platform_entries(),
         "torchspan": _digest_of_files(Path(torchspan.__file__).parent.rglob("*.py")),
         "model": f"{plan.spec.name} {plan.flavour}: {plan.spec.flavour(plan.flavour)}",
         "code": _digest_of_files(_files([*(type(module) for module in program.modules()), *map(type, plan.pipeline.passes)])),
-        "state": {name: [list(one.shape), str(one.dtype), str(one.device)] for name, one in _state(program).items()},
+        "state": {
+            name: [list(tensor.shape), str(tensor.dtype), str(tensor.device)] for name, tensor in _state(program).items()
+        },
         "ranks": f"{job.world_size} ranks: {plan.degrees}",
         "parallelism": asdict(config.parallelism),
         "batch": [training.global_batch_size, training.gradient_accumulation_steps, training.seq_len],
@@ -248,13 +250,13 @@ def _state(program: nn.Module) -> dict[str, torch.Tensor]:
 
 def _files(classes: Iterable[type]) -> set[Path]:
     """The files of these classes and their bases, but for torch's, whose version is an entry of its own."""
-    found: set[Path] = set()
-    for cls in {base for one in classes for base in inspect.getmro(one)}:
+    paths: set[Path] = set()
+    for cls in {base for subclass in classes for base in inspect.getmro(subclass)}:
         module = sys.modules.get(cls.__module__)
         file = getattr(module, "__file__", None)
         if file is not None and not cls.__module__.startswith("torch."):
-            found.add(Path(file))
-    return found
+            paths.add(Path(file))
+    return paths
 
 
 def _digest_of_files(files: Iterable[Path]) -> str:
@@ -265,21 +267,21 @@ def _digest_of_files(files: Iterable[Path]) -> str:
 # ranks
 
 
-def _gathered(job: Job, mine: Any) -> list[Any]:
-    """What each rank has, on every rank."""
+def _gathered(job: Job, value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank."""
     if job.mesh is None:
-        return [mine]
-    found: list[Any] = [None] * job.world_size
-    dist.all_gather_object(found, mine)
-    return found
+        return [value]
+    values: list[Any] = [None] * job.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _gathered_once(job: Job, mine: bytes) -> list[bytes]:
-    """Each rank's bytes on rank 0; nothing for a rank whose bytes are rank 0's."""
-    digests = _gathered(job, hashlib.sha256(mine).hexdigest())
+def _gathered_once(job: Job, content: bytes) -> list[bytes]:
+    """Each rank's bytes, on rank 0; empty for a rank whose bytes are equal to rank 0's."""
+    digests = _gathered(job, hashlib.sha256(content).hexdigest())
     if len(set(digests)) == 1:
-        return [mine]
-    found: list[Any] = [None] * job.world_size
-    own = mine if job.rank == 0 or digests[job.rank] != digests[0] else b""
-    dist.gather_object(own, found if job.rank == 0 else None)
-    return found
+        return [content]
+    contents: list[Any] = [None] * job.world_size
+    own = content if job.rank == 0 or digests[job.rank] != digests[0] else b""
+    dist.gather_object(own, contents if job.rank == 0 else None)
+    return contents

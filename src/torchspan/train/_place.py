@@ -1,4 +1,4 @@
-"""Place: where a process of a job keeps its tensors, and by which backend it talks to the others."""
+"""Place: the device of a process of a job, and the backend by which it talks to the others."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def choose_place(num_gpus: int, has_nccl: bool, ranks: Ranks) -> Place:
     if ranks.world_size > 1 and not has_nccl:
         return Place("cpu", None, "gloo", f"this torch has no NCCL, by which {ranks.world_size} ranks on GPUs would talk")
     if num_gpus < ranks.num_local:
-        found = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
-        return Place("cpu", None, "gloo", f"{found} for {ranks.num_local} ranks here; NCCL needs one for each")
+        gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
+        return Place("cpu", None, "gloo", f"{gpus} for {ranks.num_local} ranks here; NCCL needs one for each")
     if ranks.world_size == 1:
         return Place("cuda", 0, "cpu:gloo,cuda:nccl", "a CUDA GPU is here")
     return Place("cuda", ranks.local_rank, "cpu:gloo,cuda:nccl", "each rank of this machine has a GPU of its own")

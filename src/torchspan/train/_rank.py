@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed: one `line`, the `trace` of what is no error of ours, the exit code, and the clock's seconds."""
+    """How a rank failed: one `line`, the `trace` if the error is not torchspan's, the exit code, and the time in seconds."""
 
     line: str
     trace: str | None
@@ -32,7 +32,7 @@ class Failure:
 
     @staticmethod
     def of(error: BaseException) -> Failure:
-        """What is to be shown of `error`: of ours its message alone, of others the traceback too."""
+        """What to show of `error`: the message, and the traceback too if the error is not torchspan's."""
         if isinstance(error, TorchspanError):
             return Failure(_one_line(str(error)), None, error.exit_code, time.time())
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))

@@ -23,16 +23,16 @@ def check_numbers(stages: Stages, step: BoundGraph, example: tuple[Tensor, Tenso
     """
     arguments = step.arguments(*example)
 
-    def gather(mine: Any) -> list[Any]:
+    def gather(value: Any) -> list[Any]:
         if job.mesh is None:
-            return [mine]
+            return [value]
         everyones: list[Any] = [None] * job.world_size
-        dist.all_gather_object(everyones, mine)
+        dist.all_gather_object(everyones, value)
         return everyones
 
-    found = bisect(stages.stages, arguments, gather)
-    if found is not None:
-        raise PassError(found.text)
+    finding = bisect(stages.stages, arguments, gather)
+    if finding is not None:
+        raise PassError(finding.text)
     if job.rank == 0:
-        told = ", ".join(f"{stage.one} ({stage.one.claim()})" for stage in stages.stages)
-        log.info("bisect: on the first batch every pass keeps what it claims of the numbers: %s", told or "there is none")
+        claims = ", ".join(f"{stage.pass_} ({stage.pass_.claim()})" for stage in stages.stages)
+        log.info("bisect: on the first batch every pass keeps what it claims of the numbers: %s", claims or "there is none")

@@ -17,7 +17,7 @@ from torchspan.train.data import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to: the model, its flavour by name, the degrees of parallelism, the passes."""
+    """What a configuration means: the model, its flavour by name, the degrees of parallelism, the passes."""
 
     spec: ModelSpec
     flavour: str
@@ -84,15 +84,15 @@ def degrees_of(parallelism: Parallelism, world_size: int) -> Degrees:
 def _pipeline(config: TrainConfig) -> Pipeline:
     """The passes of both options, in their order, and the one for activation checkpointing where its stage begins."""
     texts = (config.compile.joint_passes, config.compile.passes)
-    passes = [one for text in texts for one in Pipeline.parse(text).passes]
+    passes = [pass_ for text in texts for pass_ in Pipeline.parse(text).passes]
     (*checkpointing,) = Pipeline.parse(config.activation_checkpoint.as_pass()).passes if config.compile.enable else ()
-    if checkpointing and any(one.name == checkpointing[0].name for one in passes):
+    if checkpointing and any(pass_.name == checkpointing[0].name for pass_ in passes):
         raise InputError(
             f"--activation_checkpoint.mode is {config.activation_checkpoint.mode}, and --compile.passes has "
             f"{checkpointing[0].name}: the same in two ways; expected one of them"
         )
     later = STAGES[STAGES.index("memory") :]
-    place = next((index for index, one in enumerate(passes) if one.stage in later), len(passes))
+    place = next((index for index, pass_ in enumerate(passes) if pass_.stage in later), len(passes))
     return Pipeline((*passes[:place], *checkpointing, *passes[place:]))
 
 

@@ -157,29 +157,29 @@ def check_same_collectives(graph: Graph, job: Job, after: str = "") -> None:
     """
     if job.mesh is None:
         return
-    mine = _collectives(graph)
+    collectives = _collectives(graph)
     everyones: list[Any] = [None] * job.world_size
-    dist.all_gather_object(everyones, hashlib.sha256(repr([one[1:] for one in mine]).encode()).hexdigest())
+    dist.all_gather_object(everyones, hashlib.sha256(repr([collective[1:] for collective in collectives]).encode()).hexdigest())
     if len(set(everyones)) == 1:
         return
     differing = [rank for rank, digest in enumerate(everyones) if digest != everyones[0]]
-    dist.all_gather_object(everyones, [tuple(map(str, one)) for one in mine])
+    dist.all_gather_object(everyones, [tuple(map(str, collective)) for collective in collectives])
     where = _first_difference(everyones[0], everyones[differing[0]], differing[0])
-    told = f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for ever: {where}"
+    text = f"the graphs of ranks {differing} call other collectives than that of rank 0, and would wait for ever: {where}"
     if after:
-        raise PassError(f"pass {after} gave back graphs that do not fit each other: {told}; does the pass look at its rank?")
-    raise CaptureError(f"{told}; does the model branch on its rank?")
+        raise PassError(f"pass {after} gave back graphs that do not fit each other: {text}; does the pass look at its rank?")
+    raise CaptureError(f"{text}; does the model branch on its rank?")
 
 
-def _first_difference(mine: list[tuple[str, ...]], others: list[tuple[str, ...]], rank: int) -> str:
+def _first_difference(first: list[tuple[str, ...]], others: list[tuple[str, ...]], rank: int) -> str:
     """Where two lists of collectives part, as text.
 
     >>> _first_difference([("gather_1", "gather", "[2]", "f32")], [], 1)
     'collective 1 is gather_1 (gather of [2] f32) on rank 0, and none on rank 1'
     """
-    pairs = zip_longest(mine, others)
-    index, (one, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if (pair[0] or ())[1:] != (pair[1] or ())[1:])
-    shown = [f"{c[0]} ({c[1]} of {' '.join(c[2:])})" if c else "none" for c in (one, other)]
+    pairs = zip_longest(first, others)
+    index, (left, right) = next((i, pair) for i, pair in enumerate(pairs, 1) if (pair[0] or ())[1:] != (pair[1] or ())[1:])
+    shown = [f"{c[0]} ({c[1]} of {' '.join(c[2:])})" if c else "none" for c in (left, right)]
     return f"collective {index} is {shown[0]} on rank 0, and {shown[1]} on rank {rank}"
 
 

@@ -42,7 +42,7 @@ class Rank:
     output: Path | None
 
     def has_failed(self) -> bool:
-        """Whether it said so, or ended with an exit code that says so."""
+        """Whether it wrote a failure, or ended with another exit code than 0."""
         return self.failure_file.exists() or bool(self.process.poll())
 
 
@@ -110,7 +110,7 @@ def _wait(ranks: Sequence[Rank], received: Sequence[int]) -> int:
 def _start(command: Sequence[str], number: int, num_ranks: int, folder: Path, environ: Mapping[str, str]) -> Rank:
     """Start a rank in a session of its own: an interrupt of the terminal reaches the launcher alone, which ends the ranks."""
     failure_file = folder / f"{number}.json"
-    told = {
+    variables = {
         "RANK": number,
         "LOCAL_RANK": number,
         "WORLD_SIZE": num_ranks,
@@ -126,7 +126,7 @@ def _start(command: Sequence[str], number: int, num_ranks: int, folder: Path, en
         stream = None if output is None else stack.enter_context(output.open("wb"))
         process = subprocess.Popen(
             list(command),
-            env={**environ, **{name: str(value) for name, value in told.items()}},
+            env={**environ, **{name: str(value) for name, value in variables.items()}},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -216,12 +216,12 @@ def _say(text: str) -> None:
 
 def _end(ranks: Sequence[Rank]) -> None:
     """End every rank and all that it started: asked first, then killed."""
-    left = [one for rank in ranks for one in _processes_of(rank)]
-    for one in left:
-        _send(one, signal.SIGTERM)
+    left = [process for rank in ranks for process in _processes_of(rank)]
+    for process in left:
+        _send(process, signal.SIGTERM)
     _, left = psutil.wait_procs(left, timeout=END_S)
-    for one in left:
-        _send(one, signal.SIGKILL)
+    for process in left:
+        _send(process, signal.SIGKILL)
     for rank in ranks:
         rank.process.wait()
 

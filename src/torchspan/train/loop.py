@@ -42,7 +42,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The loss of each step over the whole batch, the seconds each took, and how it came about."""
+    """The loss of each step over the whole batch, the seconds that each took, and the Report."""
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -72,7 +72,7 @@ def train(config: TrainConfig, report: Report | None = None) -> TrainResult:
         torch.set_num_threads(config.training.threads)
     with joined(config.parallelism, report) as job, flex_attention_provided(plan.spec.flavour(plan.flavour), job, report):
         annotate = config.compile.enable and any(
-            one.reads_annotations and not getattr(one, "modules", "") for one in pipeline.passes
+            pass_.reads_annotations and not getattr(pass_, "modules", "") for pass_ in pipeline.passes
         )
         program = build_program(plan.spec, config, job, annotate)
         if not config.compile.enable:
@@ -183,7 +183,7 @@ def _eager(program: Loss) -> Step:
 def _transformed(graph: Graph, settings: Compile, pipeline: Pipeline, job: Job, report: Report, watch: Watch) -> Graph:
     """The graph after the pipeline; where a pass compiles, rank 0 does, and hands the compiled code to the others."""
     handing_over = None
-    if any(one.compiles for one in pipeline.passes):
+    if any(pass_.compiles for pass_ in pipeline.passes):
         handing_over = _handing_over(settings, job, report)
     compile_region = handing_over.compile_region if handing_over else None
     graph = pipeline.run(graph, PassContext(report, compile_region, settings.strict), watch.instruments)

@@ -59,13 +59,13 @@ def _ties(model: nn.Module) -> list[Tie]:
 
 
 def _tie_again(ties: list[Tie]) -> None:
-    """Make one parameter of those that the plans made of a tied one; InputError where they are split in different ways."""
+    """Tie parameters again that were one before the plans; InputError where the plans split them in different ways."""
     for tie in ties:
         (first, name, path), *others = tie
         parameter = first._parameters[name]
         for other, other_name, other_path in others:
-            found = other._parameters[other_name]
-            if getattr(found, "placements", None) != getattr(parameter, "placements", None):
+            other_parameter = other._parameters[other_name]
+            if getattr(other_parameter, "placements", None) != getattr(parameter, "placements", None):
                 raise InputError(f"{path} and {other_path} are one parameter, and the plan splits them in different ways")
             other.register_parameter(other_name, parameter)
 

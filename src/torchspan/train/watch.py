@@ -47,9 +47,9 @@ class SameCollectives(Instrument):
     def __init__(self, job: Job) -> None:
         self._job = job
 
-    def after(self, one: Pass, before: Graph, after: Graph) -> None:
+    def after(self, pass_: Pass, before: Graph, after: Graph) -> None:
         """Compare the ranks."""
-        check_same_collectives(after, self._job, one.name)
+        check_same_collectives(after, self._job, pass_.name)
 
 
 def _difference(before: dict[str, int], after: dict[str, int]) -> str:

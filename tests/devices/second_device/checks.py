@@ -276,4 +276,4 @@ def outcome(one: Check) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps({one.__name__: outcome(one) for one in CHECKS}))
+    print(json.dumps({question.__name__: outcome(question) for question in CHECKS}))

@@ -87,7 +87,7 @@ def what_is_wrong(name: str) -> str:
         before = len(environment.report.decisions)
         made = SPELLINGS[name]()
         assert (made.dtype, made.device.type) == (torch.float32, "second"), f"{made.dtype} on {made.device}"
-        told = [one.reason for one in environment.report.decisions[before:]]
+        told = [decision.reason for decision in environment.report.decisions[before:]]
         assert "SECOND has no double precision" in told, told
 
     return outcome(asked)

@@ -128,8 +128,8 @@ def _streams() -> dict[str, Any]:
 
 def _random() -> dict[str, Any]:
     def generator(device: Any = None) -> torch.Generator:
-        found: torch.Generator = torch.ops.second_device.default_generator(_index(device))
-        return found
+        result: torch.Generator = torch.ops.second_device.default_generator(_index(device))
+        return result
 
     def all_generators() -> list[torch.Generator]:
         return [generator(index) for index in range(torch.ops.second_device.num_devices())]
