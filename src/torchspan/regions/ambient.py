@@ -49,23 +49,34 @@ SWITCHES: Mapping[str, _Switch] = {
 
 @dataclass(frozen=True)
 class Ambient:
-    """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached)."""
+    """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached).
+
+    `changed` are the names in `configs` whose values are not torch's own.
+    """
 
     switches: Mapping[str, Any]
     is_grad: bool
     is_inference: bool
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    changed: tuple[tuple[str, str], ...] = ()
+
+    def text(self) -> str:
+        """All of it that is not torch's default, in words that are the same in each process."""
+        changed = [(name, key, self.configs[name][key]) for name, key in self.changed]
+        return repr((dict(self.switches), self.is_grad, self.is_inference, self.autocast, changed))
 
 
 def capture() -> Ambient:
     """The caller's state."""
+    configs = {name: _config_values(name) for name in CONFIGS if name in sys.modules}
     return Ambient(
         {name: read() for name, (read, _) in SWITCHES.items()},
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         autocast_state(),
-        {name: _config_values(name) for name in CONFIGS if name in sys.modules},
+        configs,
+        tuple((name, key) for name, values in configs.items() for key in values if not sys.modules[name]._is_default(key)),
     )
 
 

@@ -136,6 +136,8 @@ class Region:
             found = self._generations.serving(call) or self._generations.meant(call)
             generation = found or self._opened(call)
         if generation is None or found is not None:
+            if generation is not None and generation.stage == "compiling" and generation.record is not None:
+                generation.record.wait()
             return generation
         self._life.start(generation, call)
         if self._host.is_waiting:
@@ -154,7 +156,7 @@ class Region:
             return self._host.verify == "always" and generation.agreement is None
         agreement = generation.agreement
         if agreement is not None:  # asked in every call, as it goes by how far the calls are
-            is_now = generation.stage != "eager" and self._life.is_agreed(generation, agreement)
+            is_now = generation.stage != "eager" and self._life.ranks.is_agreed(generation, agreement)
             return is_now and generation.stage == "ready"
         if generation.stage != "ready":
             return False
@@ -293,7 +295,7 @@ class Region:
         outputs = code.trace(call.target, *call.args, **call.kwargs)
         with generation.lock:
             if code.misses and generation.stage == "swapped":
-                self._life.reject(generation, self._life.miss(code))
+                self._life.miss_when_traced(generation, code, call)
         generation.first_run.set()
         return outputs
 
