@@ -2,9 +2,8 @@
 
     python benchmarks/second_start.py --out benchmarks/results/second_start.json
 
-The first start compiles, the second one loads what the first left in the cache folder. Seconds are those from the first call on;
-importing torch and making the model come before that on both sides. Steps of plain torch.compile are in no row: its first call
-compiles, or loads, in the program's process.
+The first start compiles, the second one loads what the first left in the cache folder. Seconds are those from the first call on:
+importing torch and making the model come before that on both sides.
 """
 
 from __future__ import annotations

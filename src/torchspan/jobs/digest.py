@@ -39,6 +39,7 @@ def _tokens(pickled: bytes) -> Iterator[tuple[str, Any]]:
     memory: list[Any] = []
     latest: Any = None
     names: dict[str, str] = {}
+    argument: Any
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "MEMOIZE":
             memory.append(latest)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from torchspan.private import config
+
 CONFIGS = ("torch._dynamo.config", "torch._functorch.config", "torch._inductor.config")
 # what a process decides for itself
 _OWN = {"compile_threads", "worker_start_method", "quiesce_async_compile_pool"}
@@ -51,7 +53,7 @@ SWITCHES: Mapping[str, _Switch] = {
 class Ambient:
     """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached).
 
-    `changed` are the names in `configs` whose values are not torch's own.
+    `changed` are the names in `configs` whose values the program has set.
     """
 
     switches: Mapping[str, Any]
@@ -62,7 +64,7 @@ class Ambient:
     changed: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
-        """All of it that is not torch's default, in words that are the same in each process."""
+        """All of it but what torch or the environment set, in words that are the same in each process."""
         changed = [(name, key, self.configs[name][key]) for name, key in self.changed]
         return repr((dict(self.switches), self.is_grad, self.is_inference, self.autocast, changed))
 
@@ -76,7 +78,12 @@ def capture() -> Ambient:
         torch.is_inference_mode_enabled(),
         autocast_state(),
         configs,
-        tuple((name, key) for name, values in configs.items() for key in values if not sys.modules[name]._is_default(key)),
+        tuple(
+            (name, key)
+            for name, values in configs.items()
+            for key, value in values.items()
+            if config.is_set_by_program(sys.modules[name], key, value)
+        ),
     )
 
 

@@ -107,7 +107,7 @@ class Lifecycle:
             generation.is_odd = self._can_be_sent(call)
             self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where=_SENDING))
             return
-        generation.record = self._record(payload, state)
+        generation.record = generation.record or self._record(payload, state)
         work = _Work(generation, _held(call.target), payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
 
@@ -117,7 +117,7 @@ class Lifecycle:
         if host.verify == "off" or watch.is_watched() or groups_here() is not None or not can_be_kept(host.settings):
             return None
         try:
-            return Record(f"{self.part.name} {self.strategy}", payload, state, 2 * max(1, len(self.part.targets)))
+            return Record(f"{self.part.name} {self.strategy}", payload, state, 2 * max(1, len(self.part.targets)) - 1)
         except OSError as cause:  # no folder for caches
             self.decide("not kept", f"the next start compiles again: {described(cause)}")
             return None
@@ -230,7 +230,7 @@ class Lifecycle:
         else:
             self.decide("verified apart", "it has collectives: compared with eager where it was compiled")
         generation.stage = "ready"
-        if generation.is_agreeing:
+        if agreement is not None and generation.is_agreeing:
             self.ranks.begin(generation, agreement)
 
     def _compile_without_damaged(self, work: _Work, ending: Ending) -> None:
@@ -383,6 +383,8 @@ class Lifecycle:
         """What an earlier run compiled does not serve this one: compile."""
         self.decide("compiled again", f"what an earlier run compiled does not serve: {why}")
         self._remove_record(generation)
+        if generation.record is not None:
+            generation.record.begin_again()
         self.start_again(generation, call)
 
     def miss_when_traced(self, generation: Generation, code: FromCaches, call: Call) -> None:

@@ -82,6 +82,10 @@ class Record:
             self._offered = None
             starts.keep(self._folder, self._name, self._digest(kind), content)
 
+    def begin_again(self) -> None:
+        """What was read does not serve: keep what is compiled instead."""
+        self.is_loaded = False
+
     def remove(self, kind: str) -> None:
         """Have no record any more: it does not serve."""
         starts.remove(self._folder, self._name, self._digest(kind))
