@@ -116,6 +116,12 @@ PIECES = (
     Piece("branch on data", "", "if x.sum() > 0:\n    x = x * 2", 1),
     Piece("where", "", "x = torch.where(x > 0, x, x * 0.1)"),
     Piece("raises by data", "", "if x.abs().max() > 1000:\n    raise ValueError(f'too large: {tuple(x.shape)}')", 2),
+    Piece(
+        "raises in an operator",
+        "self.p{n} = nn.Embedding(2, 4)",
+        "x = x + self.p{n}((x.detach().abs() > 1000).sum(1))",
+        3,
+    ),
     Piece("raises by shape", "", "if x.shape[0] == 5:\n    raise OddError('five rows')", 2),
     Piece("asserts", "", "assert x.shape[0] != 7, 'seven rows'", 1),
     Piece("catches", "", "try:\n    check(x)\nexcept OddError:\n    x = -x", 1),
@@ -152,15 +158,15 @@ ARGUMENTS = (  # what the forward does with its arguments beside `x`
     Choice("others", "x = x + sum(others.values())", 1),
 )
 
-INPUTS = (  # {rows}
-    Choice("plain", "torch.randn({rows}, 4)", 10),
-    Choice("with gradient", "torch.randn({rows}, 4, requires_grad=True)", 5),
-    Choice("with history", "torch.randn({rows}, 4, requires_grad=True) * 1", 1),
-    Choice("transposed", "torch.randn(4, {rows}).t()", 2),
-    Choice("every second row", "torch.randn(2 * {rows}, 4)[::2]", 2),
-    Choice("expanded", "torch.randn(1, 4).expand({rows}, 4)", 1),
-    Choice("with an offset", "torch.randn({rows} + 1, 4)[1:]", 1),
-    Choice("a parameter", "nn.Parameter(torch.randn({rows}, 4))", 1),
+INPUTS = (  # {rows}, and {dtype}: the model's
+    Choice("plain", "torch.randn({rows}, 4{dtype})", 10),
+    Choice("with gradient", "torch.randn({rows}, 4{dtype}, requires_grad=True)", 5),
+    Choice("with history", "torch.randn({rows}, 4{dtype}, requires_grad=True) * 1", 1),
+    Choice("transposed", "torch.randn(4, {rows}{dtype}).t()", 2),
+    Choice("every second row", "torch.randn(2 * {rows}, 4{dtype})[::2]", 2),
+    Choice("expanded", "torch.randn(1, 4{dtype}).expand({rows}, 4)", 1),
+    Choice("with an offset", "torch.randn({rows} + 1, 4{dtype})[1:]", 1),
+    Choice("a parameter", "nn.Parameter(torch.randn({rows}, 4{dtype}))", 1),
 )
 
 ODD_INPUTS = (
@@ -217,6 +223,11 @@ CALLS = (
     Choice("two calls, one backward", "out = [{call}, {call}]\n(total(out[0]) + total(out[1])).backward()", 2),
     Choice("vmap", "out = torch.vmap(lambda x: {call}, randomness='same')(torch.stack([x, x * 2]))", 1),
     Choice("torch.func", "out = torch.func.grad(lambda x: total({call}))(x.detach())", 1),
+    Choice(
+        "functional call",
+        "out = torch.func.functional_call(model, {k: v * 2 for k, v in model.named_parameters()}, (x,))\ntotal(out).backward()",
+        1,
+    ),
     Choice("thread", "out = in_threads(1, lambda: {call})", 2),
     Choice("threads", "out = in_threads(2, lambda: {call})\ntotal(out).backward()", 2, only_pure=True),
     Choice("forward itself", "out = {forward_call}", 1),
@@ -423,7 +434,8 @@ class Program:
     busy: set[int]
 
     def __str__(self) -> str:
-        head = f"# seed {self.seed}: backend {self.backend}, {self.options}\n\n{self.setup}"
+        own = self.setup.replace(PRELUDE, "from _random_programs import PRELUDE  # what all programs begin with\n")
+        head = f"# seed {self.seed}: backend {self.backend}, {self.options}\n\n{own}"
         body = [
             f"\n# step {number}{', which waits for no compile' * (number in self.busy)}\n{text}"
             for number, text in enumerate(self.steps)
@@ -442,6 +454,7 @@ class Draft:
         self.random = random.Random(self.seed)
         self.rows = self.random.choice([2, 3, 4])
         self.uses: list[Choice] = []
+        self.dtype = ""
 
     def program(self) -> Program:
         """The program of this seed."""
@@ -497,7 +510,9 @@ class Draft:
         lines = [f"torch.manual_seed({self.seed})", f"random.seed({self.seed})", f"np.random.seed({self.seed})"]
         made = "Model()"
         if self.random.random() < 0.1:
-            made += self.random.choice([".double()", ".eval()", ".bfloat16()", ".requires_grad_(False)"])
+            kind = self.random.choice([".double()", ".eval()", ".bfloat16()", ".requires_grad_(False)"])
+            self.dtype = {".double()": ", dtype=torch.float64", ".bfloat16()": ", dtype=torch.bfloat16"}.get(kind, "")
+            made += kind
         if self.random.random() < 0.15:
             hook = self.hook()
             return [*lines, f"model = {made}", hook, "model = start(model)", self.optimizer()]
@@ -541,7 +556,7 @@ class Draft:
         """One call in one of the ways to call, with its arguments."""
         way = self.pick([one for one in CALLS if self.is_pure or not one.only_pure])
         given = given or self.pick(INPUTS)
-        lines = [f"x = {given.text.replace('{rows}', str(self.rows))}"]
+        lines = [f"x = {given.text.replace('{rows}', str(self.rows)).replace('{dtype}', self.dtype)}"]
         if way.wants_grad:
             lines.append("x = x.detach().requires_grad_()")
         named = self.arguments()

@@ -29,6 +29,7 @@ from torch.nn.modules import module as torch_module
 
 from torchspan.core.numerics import difference
 
+_numbers = itertools.count()  # of modules: dynamo keeps what it has found in one by its name
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_hooks_always_called", "_global_forward_hooks_with_kwargs")
 
 
@@ -120,9 +121,9 @@ class Seen:
 class World:
     """One run of a program, with modules, generators and settings of its own."""
 
-    def __init__(self, name: str, program: Program, start: Callable[[Any], Any]) -> None:
+    def __init__(self, program: Program, start: Callable[[Any], Any]) -> None:
         self.program = program
-        self.module = types.ModuleType(f"program_{name}")
+        self.module = types.ModuleType(f"program_{next(_numbers)}")
         vars(self.module).update(_names(), start=start)
         sys.modules[self.module.__name__] = self.module
         self._state = _read_state()
@@ -143,7 +144,7 @@ class World:
             try:
                 self._execute(f"step {number}", self.program.steps[number])
             except Exception as cause:  # noqa: BLE001 - the program's own: it is compared
-                error = re.sub(r"0x[0-9a-f]+", "0x", f"{type(cause).__name__}: {cause}")
+                error = re.sub(r"0x[0-9a-f]+|program_\d+", "…", f"{type(cause).__name__}: {cause}")
             with torch.no_grad():
                 return Seen(error, self._values() | {"random state": _random_values()})
 

@@ -136,8 +136,8 @@ def judge_torch(program: Program) -> str:
 def _compared(program: Program, start: Callable[[Any], Any], count: Callable[[], int]) -> Iterator[tuple[int, str, bool]]:
     """Of each step: its number, what differs after it, and whether compiled code ran in it."""
     comparison = comparison_for(program)
-    eager = World("eager", program, lambda model: model)
-    other = World("compiled", program, start)
+    eager = World(program, lambda model: model)
+    other = World(program, start)
     try:
         for number in range(len(program.steps)):
             faulthandler.dump_traceback_later(HANGS_S, exit=True)
