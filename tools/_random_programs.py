@@ -39,6 +39,7 @@ class Choice:
     weight: int = 2
     only_pure: bool = False
     wants_grad: bool = False  # the input is to require a gradient
+    is_usual: bool = True  # for a call: one that is compiled, so that a program may consist of such calls
 
 
 PIECES = (
@@ -219,22 +220,30 @@ CALLS = (
         wants_grad=True,
     ),
     Choice("gradient of the input", "out = {call}\nout = out, torch.autograd.grad(total(out), x)", 1, wants_grad=True),
-    Choice("later", "later = {call}\nout = {call}\ntotal(later).backward()", 1),
+    Choice("later", "later = {call}\nout = {call}\ntotal(later).backward()", 1, is_usual=False),
     Choice("two calls, one backward", "out = [{call}, {call}]\n(total(out[0]) + total(out[1])).backward()", 2),
-    Choice("vmap", "out = torch.vmap(lambda x: {call}, randomness='same')(torch.stack([x, x * 2]))", 1),
-    Choice("torch.func", "out = torch.func.grad(lambda x: total({call}))(x.detach())", 1),
+    Choice("vmap", "out = torch.vmap(lambda x: {call}, randomness='same')(torch.stack([x, x * 2]))", 1, is_usual=False),
+    Choice("torch.func", "out = torch.func.grad(lambda x: total({call}))(x.detach())", 1, is_usual=False),
     Choice(
         "functional call",
         "out = torch.func.functional_call(model, {k: v * 2 for k, v in model.named_parameters()}, (x,))\ntotal(out).backward()",
         1,
+        is_usual=False,
     ),
-    Choice("thread", "out = in_threads(1, lambda: {call})", 2),
+    Choice("thread", "out = in_threads(1, lambda: {call})", 2, is_usual=False),
     Choice("threads", "out = in_threads(2, lambda: {call})\ntotal(out).backward()", 2, only_pure=True),
-    Choice("forward itself", "out = {forward_call}", 1),
-    Choice("inside another", "out = torch.tanh(first_of({call}))\ntotal(out).backward()", 1),
-    Choice("checkpointed", "out = checkpoint(lambda x: {call}, x, use_reentrant=False)\ntotal(out).backward()", 1),
-    Choice("saved elsewhere", "with torch.autograd.graph.save_on_cpu():\n    out = {call}\ntotal(out).backward()", 1),
-    Choice("copied", "copied = copy.deepcopy(model)\nout = copied(x)\ntotal(out).backward()", 1),
+    Choice("forward itself", "out = {forward_call}", 1, is_usual=False),
+    Choice("inside another", "out = torch.tanh(first_of({call}))\ntotal(out).backward()", 1, is_usual=False),
+    Choice(
+        "checkpointed", "out = checkpoint(lambda x: {call}, x, use_reentrant=False)\ntotal(out).backward()", 1, is_usual=False
+    ),
+    Choice(
+        "saved elsewhere",
+        "with torch.autograd.graph.save_on_cpu():\n    out = {call}\ntotal(out).backward()",
+        1,
+        is_usual=False,
+    ),
+    Choice("copied", "copied = copy.deepcopy(model)\nout = copied(x)\ntotal(out).backward()", 1, is_usual=False),
 )
 
 CHANGES = (
@@ -466,7 +475,8 @@ class Draft:
 
     def options(self) -> dict[str, object]:
         """How it is compiled, beside the backend."""
-        options: dict[str, object] = {"strategy": self.random.choices(["whole", "per_block"], [80, 20])[0]}
+        has_blocks = any(one.name == "blocks" for one in self.pieces)
+        options: dict[str, object] = {"strategy": self.random.choice(["whole", "per_block"]) if has_blocks else "whole"}
         if self.random.random() < 0.1:
             options["dynamic"] = self.random.choice([True, False])
         if self.random.random() < 0.05:
@@ -531,7 +541,7 @@ class Draft:
 
     def steps(self) -> list[str]:
         """Three calls of one kind, so that it is compiled; then changes and other calls, each followed by the usual one."""
-        usual = self.call()
+        usual = self.call(is_usual=True)
         steps = [usual, usual, usual]
         for _ in range(self.random.randint(2, 4)):
             steps += self.episode(usual)
@@ -552,9 +562,10 @@ class Draft:
         owner = self.random.choice(["model", "model.last"])
         return self.pick(HOOKS).text.replace("{owner}", owner)
 
-    def call(self, given: Choice | None = None) -> str:
+    def call(self, given: Choice | None = None, is_usual: bool = False) -> str:
         """One call in one of the ways to call, with its arguments."""
-        way = self.pick([one for one in CALLS if self.is_pure or not one.only_pure])
+        ways = [one for one in CALLS if self.is_pure or not one.only_pure]
+        way = self.pick([one for one in ways if one.is_usual or not is_usual])
         given = given or self.pick(INPUTS)
         lines = [f"x = {given.text.replace('{rows}', str(self.rows)).replace('{dtype}', self.dtype)}"]
         if way.wants_grad:

@@ -222,13 +222,16 @@ def _write_state(state: tuple[Any, ...]) -> None:
 # comparison
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """How two worlds are compared: bit by bit, or within the tolerance of `dtypes`; whether gradients' hooks have an order."""
+    """How two worlds are compared: numbers within the tolerance of `dtypes`, all else exactly; and whether bits were equal.
 
-    is_exact: bool
+    Hooks of gradients need not be `is_ordered`.
+    """
+
     is_ordered: bool
     dtypes: tuple[torch.dtype, ...] = ()
+    is_bitwise: bool = True
 
     def of(self, actual: Seen, expected: Seen) -> str:
         """What differs; "" if nothing does."""
@@ -265,10 +268,9 @@ class Comparison:
             return self.gap(name, list(actual.unbind()), list(expected.unbind()))
         if _is_bitwise(actual, expected):
             return ""
+        self.is_bitwise = False
         near = difference(actual, expected, *self.dtypes, name=name)
-        if near is None and not self.is_exact:
-            return ""
-        return near or f"{name}: differs in rounding: {_short(actual)} instead of {_short(expected)}"
+        return f"{near}: {_short(actual)} instead of {_short(expected)}" if near else ""
 
 
 _LAYOUT: Mapping[str, Callable[[torch.Tensor], Any]] = {

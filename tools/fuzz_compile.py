@@ -6,8 +6,8 @@
 Each program comes from its seed (:mod:`_random_programs`) and is run in two worlds that share nothing: its text with
 ``start=torchspan.compile``, and with a ``start`` that does nothing. After each step these are equal: what was returned, and of
 which memory; the arguments; gradients, buffers and attributes; hooks fired and what the forward noted elsewhere; the state of
-each random generator; the exception. With the backends `eager` and `aot_eager` every bit is, with `inductor` numbers are within
-torchspan.core.numerics' tolerance. Between steps the compile is waited for, so that the second call takes over.
+each random generator; the exception. Numbers are equal within the tolerance of torchspan.core.numerics, and programs in which
+every bit is equal are counted. Between steps the compile is waited for, so that the second call takes over.
 
 Where something differs, the program is run once more with torch.compile in the place of torchspan's, and the text says whether
 that differs too.
@@ -61,6 +61,8 @@ class Verdict:
     num_models: int = 0
     num_swapped: int = 0
     num_compiled_steps: int = 0
+    backend: str = ""
+    is_bitwise: bool = True
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -115,27 +117,29 @@ def judge(program: Program) -> Verdict:
     """Run a program in both worlds, to its end or to the first difference."""
     began = time.monotonic()
     starter = Started(program)
-    verdict = Verdict(program.seed, num_steps=len(program.steps))
-    for number, gap, is_compiled in _compared(program, starter, lambda: starter.num_compiled_calls):
+    verdict = Verdict(program.seed, num_steps=len(program.steps), backend=program.backend)
+    comparison = comparison_for(program)
+    for number, gap, is_compiled in _compared(program, comparison, starter, lambda: starter.num_compiled_calls):
         verdict.num_compiled_steps += is_compiled
         if gap:
             verdict.difference, verdict.step = gap, number
             break
     verdict.num_models, verdict.num_swapped = len(starter.reports), starter.num_swapped
-    verdict.outcomes = starter.outcomes()
+    verdict.outcomes, verdict.is_bitwise = starter.outcomes(), comparison.is_bitwise
     verdict.seconds = time.monotonic() - began
     return verdict
 
 
 def judge_torch(program: Program) -> str:
     """What differs where plain torch.compile stands in torchspan's place; "" if nothing does."""
-    steps = _compared(program, by_torch(program), lambda: 0)
+    steps = _compared(program, comparison_for(program), by_torch(program), lambda: 0)
     return next((f"step {number}: {gap}" for number, gap, _ in steps if gap), "")
 
 
-def _compared(program: Program, start: Callable[[Any], Any], count: Callable[[], int]) -> Iterator[tuple[int, str, bool]]:
+def _compared(
+    program: Program, comparison: Comparison, start: Callable[[Any], Any], count: Callable[[], int]
+) -> Iterator[tuple[int, str, bool]]:
     """Of each step: its number, what differs after it, and whether compiled code ran in it."""
-    comparison = comparison_for(program)
     eager = World(program, lambda model: model)
     other = World(program, start)
     try:
@@ -156,12 +160,9 @@ def _compared(program: Program, start: Callable[[Any], Any], count: Callable[[],
 
 
 def comparison_for(program: Program) -> Comparison:
-    """Bit by bit but for inductor, which sums in another order."""
-    if program.backend != "inductor":
-        return Comparison(True, program.backend == "eager")
-    text = str(program)
-    lower = (torch.bfloat16,) if "bfloat16" in text else ()
-    return Comparison(False, False, (torch.float32, *lower))
+    """With the tolerance of the types that its text names; one compiled backward gives all gradients in an order of its own."""
+    lower = [dtype for dtype in (torch.bfloat16, torch.float32) if str(dtype).removeprefix("torch.") in str(program)]
+    return Comparison(program.backend == "eager", tuple(lower))
 
 
 # many
@@ -224,6 +225,8 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "programs": len(verdicts),
         "differ": [{"seed": one.seed, "step": one.step, "what": one.difference} for one in verdicts if one.difference],
         "programs in which compiled code took over": sum(one.num_swapped > 0 for one in verdicts),
+        "programs by backend": dict(Counter(one.backend for one in verdicts)),
+        "programs that are bitwise eager's, by backend": dict(Counter(one.backend for one in verdicts if one.is_bitwise)),
         "models": sum(one.num_models for one in verdicts),
         "models that were taken over": sum(one.num_swapped for one in verdicts),
         "steps": sum(one.num_steps for one in verdicts),

@@ -172,9 +172,12 @@ class FromCaches:
         return self._call.run(self._run, (target, *args), kwargs)
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call, and let dynamo trace what is new to it."""
+        """Call, and let dynamo trace what is new to it.
+
+        A hook that a module gets later is a change like any other: by default dynamo does not look, and would not call it.
+        """
         self.has_traced = True
-        with known_isas(self._isas), breaking_at_old_collectives():
+        with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
             with marked(args, kwargs, self._dims), nesting(self._nested):
                 return self._call.run(self._entry, (target, *args), kwargs)
 
