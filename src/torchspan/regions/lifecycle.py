@@ -459,11 +459,11 @@ class Lifecycle:
         generation.done.clear()
         self.start(generation, call)
 
-    def withdraw(self, generation: Generation, why: str) -> None:
-        """Calls run eagerly from now on: what was compiled has no backward that serves. Said once."""
+    def withdraw(self, generation: Generation, why: str, where: str = "in the backward") -> None:
+        """Calls run eagerly from now on: a part of what was compiled does not serve, such as its backward. Said once."""
         if generation.stage != "eager":
             self.retire(generation, why)
-            self._attempt(Ending("failed", 0.0, cause=why, where="in the backward"))
+            self._attempt(Ending("failed", 0.0, cause=why, where=where))
 
     def note_failure(self, cause: Exception, where: str) -> None:
         """A call runs eagerly because something failed before it: an Attempt the first time, and counted from then on."""

@@ -23,6 +23,7 @@ from torchspan.regions.generation import MAX_UNSERVED, PATIENCE, Family, Generat
 from torchspan.regions.handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.regions.host import Host
 from torchspan.regions.lifecycle import Lifecycle
+from torchspan.regions.outside import has_global_hooks
 from torchspan.regions.part import Part
 from torchspan.regions.signature import general
 from torchspan.regions.transformers import as_called
@@ -95,6 +96,9 @@ class Region:
         """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
         if dispatch.is_transformed():
             self._decide("eager", "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled")
+            return None
+        if has_global_hooks():
+            self._decide("eager", "there are hooks on all modules, for which compiled code does not look")
             return None
         try:
             call.signature  # noqa: B018 - computed here: whatever an argument may be, the program has its own use for it
