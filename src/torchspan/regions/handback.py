@@ -138,6 +138,10 @@ class FromArtifact:
 
     trace = run
 
+    def run_and_see(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Call, and say that compiled code ran; raises GuardError as `run` does."""
+        return self.run(target, *args, **kwargs), True
+
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether its guards hold in this call; nothing is run."""
         return any(one.serves(original(target), args, kwargs) for one in self._entries)
@@ -170,6 +174,15 @@ class FromCaches:
     def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, by what was traced."""
         return self._call.run(self._run, (target, *args), kwargs)
+
+    def run_and_see(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Call, by what was traced, and say whether any compiled code ran."""
+        call = self._call
+        outer, call.num_graphs = call.num_graphs, 0
+        try:
+            return self._run(target, *args, **kwargs), call.num_graphs > 0
+        finally:
+            call.num_graphs = outer
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it.
