@@ -28,7 +28,7 @@ from torchspan.regions.compiler_state import known_isas_here
 from torchspan.regions.phases import PHASES, PhaseName, phase_of
 from torchspan.regions.settings import Settings
 from torchspan.regions.watch import Finished
-from torchspan.regions.worker import Task
+from torchspan.regions.worker import Isas, Task
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def profile_compile(
         raise InputError(f"what is profiled is a module or a function, not {type(model).__name__}")
     args, kwargs = _arguments(inputs)
     settings = Settings(backend, mode, dict(options or {}), fullgraph, dynamic)
-    task = Task(model, False, args, kwargs, settings.to_send(), ambient.capture(), dict(known_isas_here()))
+    task = Task(model, False, args, kwargs, settings.to_send(), ambient.capture(), Isas(known_isas_here()))
     payload = transport.dumps(task, groups=groups_here())
     is_fresh = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors((args, kwargs)))
     began_ns = time.time_ns()

@@ -3,7 +3,7 @@
 Aliasing is kept: tensors that share a storage (tied weights, views) share one on the other side. What a program may index
 with or divide by (small integer tensors, small buffers) travels by value; parameters never do. Code of ``__main__`` and of
 modules that the other process could not import travels by value, so that a script is never run again. A process group travels
-by its name, see :mod:`.groups`.
+by its name, see :mod:`.groups`. Objects of some classes travel apart, so that the rest is the same bytes whatever they hold.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,16 @@ def _code_of_file(make: Callable[..., types.CodeType], arguments: tuple[Any, ...
 
 
 class _Pickler(cloudpickle.Pickler):
-    def __init__(self, file: io.BytesIO, keep_values: bool, has_module: Callable[[types.ModuleType], bool]) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        keep_values: bool,
+        has_module: Callable[[types.ModuleType], bool],
+        apart: tuple[type, ...],
+    ) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._apart = apart
+        self.parts: list[bytes] = []
         self._has_module = has_module
         self._keep_values = keep_values
         self.storages: dict[int, tuple[int, str, bytes | None]] = {}
@@ -49,6 +58,9 @@ class _Pickler(cloudpickle.Pickler):
         self._importable: dict[str, bool] = {}
 
     def persistent_id(self, obj: Any) -> Any:
+        if type(obj) in self._apart:
+            self.parts.append(pickle.dumps(obj))
+            return "apart", len(self.parts) - 1
         if type(obj) not in _PLAIN or obj.layout is not torch.strided or obj.is_quantized:
             return None
         is_parameter = type(obj) is torch.nn.Parameter
@@ -159,13 +171,16 @@ def _imported(name: str) -> types.ModuleType | None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, storages: dict[int, tuple[int, str, bytes | None]]) -> None:
-        super().__init__(file)
-        self._described = storages
+    def __init__(self, content: Content) -> None:
+        super().__init__(io.BytesIO(content.value))
+        self._described = content.storages
+        self._parts = content.parts
         self._built: dict[int, torch.UntypedStorage] = {}
         self._tensors: dict[int, torch.Tensor] = {}
 
-    def persistent_load(self, pid: Any) -> torch.Tensor:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "apart":
+            return pickle.loads(self._parts[pid[1]])
         _, number, key, layout, requires_grad, is_parameter = pid
         if number not in self._tensors:
             tensor = self._tensor(key, *layout)
@@ -193,35 +208,55 @@ class _Unpickler(pickle.Unpickler):
         return self._built[key]
 
 
-def dumps(value: object, *, keep_values: bool = False, is_for_elsewhere: bool = False, groups: Groups | None = None) -> bytes:
+@dataclass(frozen=True)
+class Content:
+    """What is sent: the pickled `value`, the `storages` of its tensors (bytes, device, content), what travels apart, groups."""
+
+    storages: dict[int, tuple[int, str, bytes | None]]
+    value: bytes
+    parts: list[bytes]
+    groups: Groups | None
+
+
+def dumps(
+    value: object,
+    *,
+    keep_values: bool = False,
+    is_for_elsewhere: bool = False,
+    groups: Groups | None = None,
+    apart: tuple[type, ...] = (),
+) -> bytes:
     """`value` as bytes, tensors described; with `keep_values` every tensor travels whole.
 
     With `is_for_elsewhere` the other process has installed packages only, not what lies beside the program. `groups` are the
-    process groups that it is to have, see `groups_of`.
+    process groups that it is to have, see `groups_of`. Objects of the classes `apart` are pickled by themselves.
 
     Raises InputError, naming the cause, for what cannot be sent.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file, keep_values, _is_installed if is_for_elsewhere else is_importable)
+    pickler = _Pickler(file, keep_values, _is_installed if is_for_elsewhere else is_importable, apart)
     with _by_value(pickler.by_value), torch.no_grad():
         try:
             pickler.dump(value)
         except Exception as cause:  # whatever a user's own __reduce__ or __getstate__ raises
             raise InputError(f"the program cannot be sent to the compile process: {cause or type(cause).__name__}") from cause
-    return pickle.dumps((pickler.storages, file.getvalue(), *((groups,) if groups is not None else ())))
+    return pickle.dumps((pickler.storages, file.getvalue(), pickler.parts, groups))
+
+
+def opened(content: bytes) -> Content:
+    """What :func:`dumps` gave, divided; none of the program's own classes is looked at."""
+    return Content(*pickle.loads(content))
 
 
 def loads(content: bytes) -> Any:
     """What :func:`dumps` was given, with zeros where weights were."""
-    storages, value, *_ = pickle.loads(content)
     with torch.no_grad():
-        return _Unpickler(io.BytesIO(value), storages).load()
+        return _Unpickler(opened(content)).load()
 
 
 def groups_of(content: bytes) -> Groups | None:
     """The process groups of the rank that sent this, where it was one of several."""
-    _, _, *groups = pickle.loads(content)
-    return groups[0] if groups else None
+    return opened(content).groups
 
 
 def is_importable(module: types.ModuleType) -> bool:

@@ -14,6 +14,12 @@ def __getattr__(name: str) -> Any:
     return find(NAMES, name)
 
 
+def is_set_by_program(module: Any, name: str, value: Any) -> bool:
+    """Whether a setting has neither torch's own value nor one that the environment's variables give it."""
+    entry = module._config[name]
+    return value not in (entry.default, entry.env_value_default, entry.env_value_force)
+
+
 def config_code() -> str:
     """Python text that sets dynamo's, AOTAutograd's and inductor's settings that are not as torch has them by default."""
     import torch._dynamo.config

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,10 +72,21 @@ def compile_static(graph: GraphModule, inputs: list[Any], options: Mapping[str, 
 
 
 def cache_folder() -> Path:
-    """The folder of inductor's caches, and of AOTAutograd's."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """The folder of inductor's caches, and of AOTAutograd's; inductor is not imported for it, which would take seconds."""
+    name = "torch._inductor.runtime.cache_dir_utils"
+    module = sys.modules.get(name) or _alone(name)
+    return Path(module.cache_dir())
 
-    return Path(cache_dir())
+
+@functools.cache
+def _alone(name: str) -> Any:
+    """A module of torch's that needs none of the packages around it, run without them."""
+    path = Path(torch.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(f"torchspan_alone.{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def cxx_names() -> list[str]:

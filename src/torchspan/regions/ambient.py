@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from torchspan.private import config
+
 CONFIGS = ("torch._dynamo.config", "torch._functorch.config", "torch._inductor.config")
 # what a process decides for itself
 _OWN = {"compile_threads", "worker_start_method", "quiesce_async_compile_pool"}
@@ -49,23 +51,39 @@ SWITCHES: Mapping[str, _Switch] = {
 
 @dataclass(frozen=True)
 class Ambient:
-    """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached)."""
+    """A process's state, as plain values; `autocast` holds (device type, dtype, whether weights are cached).
+
+    `changed` are the names in `configs` whose values the program has set.
+    """
 
     switches: Mapping[str, Any]
     is_grad: bool
     is_inference: bool
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    changed: tuple[tuple[str, str], ...] = ()
+
+    def text(self) -> str:
+        """All of it but what torch or the environment set, in words that are the same in each process."""
+        changed = [(name, key, self.configs[name][key]) for name, key in self.changed]
+        return repr((dict(self.switches), self.is_grad, self.is_inference, self.autocast, changed))
 
 
 def capture() -> Ambient:
     """The caller's state."""
+    configs = {name: _config_values(name) for name in CONFIGS if name in sys.modules}
     return Ambient(
         {name: read() for name, (read, _) in SWITCHES.items()},
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         autocast_state(),
-        {name: _config_values(name) for name in CONFIGS if name in sys.modules},
+        configs,
+        tuple(
+            (name, key)
+            for name, values in configs.items()
+            for key, value in values.items()
+            if config.is_set_by_program(sys.modules[name], key, value)
+        ),
     )
 
 

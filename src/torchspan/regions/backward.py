@@ -36,6 +36,11 @@ def saves_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward in this thread: activation checkpointing ends its recomputation there by raising."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @dataclass
 class _Forward:
     """What running the graph again takes: its arguments, those that it has changed as they were, and what was in force."""
@@ -50,6 +55,8 @@ class _Forward:
 class EagerBackward:
     """Runs `compiled`, the code of `graph`, such that its backward is eager's where it has none of its own.
 
+    Where it raises, what it drew and wrote before is undone, so that eager may do all of it.
+
     `give_up` is told, once, why the compiled code is not to be used any longer.
     """
 
@@ -61,13 +68,21 @@ class EagerBackward:
         self._is_random = True
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.is_grad_enabled() or saves_are_hooked():
+        has_backward = torch.is_grad_enabled() and not saves_are_hooked()
+        if not has_backward and self._changed == () and not self._is_random:
             return self._compiled(*args)
         forward = self._remembered(args)
         first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        outputs = self._compiled(*args)
+        try:
+            outputs = self._compiled(*args)
+        except Exception:
+            if not is_in_backward():
+                _undo(forward)
+            raise
         if self._changed is None:
             self._learn(forward)
+        if not has_backward:
+            return outputs
         forward.versions = _versions(args)
         made = [one for one in tensors(outputs) if one.grad_fn is not None]
         nodes = {id(node): node for one in made if (node := _node_of(one, first)) is not None}
@@ -188,6 +203,16 @@ class _Backward:
         for place, edge in zip(places, edges, strict=True):
             result[place] = left.pop(edge, None)
         return tuple(result)
+
+
+def _undo(forward: _Forward) -> None:
+    """Have what a forward drew and wrote before it raised not be drawn and written: eager does it from the beginning."""
+    if forward.random is not None:
+        _set_random_state(forward.random)
+    with torch.no_grad():
+        for number, value in forward.before.items():
+            if not torch.equal(forward.args[number], value):
+                forward.args[number].copy_(value)
 
 
 def _is_batched(value: Tensor) -> bool:

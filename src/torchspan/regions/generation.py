@@ -11,6 +11,7 @@ from typing import Literal
 from torchspan.regions.agreement import Agreement
 from torchspan.regions.call import Call
 from torchspan.regions.handback import FromArtifact, FromCaches
+from torchspan.regions.record import Record
 from torchspan.regions.signature import Dims, Sizes, differing, general, has_negative_zero, numbers
 
 MAX_MISFITS = 3  # of sizes that the code of dynamic shapes turns out not to serve
@@ -51,6 +52,7 @@ class Generation:
     cancel: threading.Event = field(default_factory=threading.Event)
     why_cancelled: str = ""
     agreement: Agreement | None = None
+    record: Record | None = None  # by which the next start of the program loads its code
     first_run: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -77,6 +79,16 @@ class Generation:
         """End its compile, if a child works on it."""
         self.why_cancelled = why
         self.cancel.set()
+
+    @property
+    def kind(self) -> Literal["artifact", "caches"]:
+        """How its code is to come back from the compile process."""
+        return "artifact" if self.wants_artifact else "caches"
+
+    @property
+    def is_agreeing(self) -> bool:
+        """Whether it waits for all ranks to agree on the call that takes it over."""
+        return self.stage == "ready" and self.agreement is not None
 
     @property
     def was_dynamic(self) -> bool:

@@ -10,23 +10,23 @@ Two ways::
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
-
-import torch
 
 from torchspan.artifacts.loading import Dispatcher, load
 from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
 from torchspan.private import dynamo
 from torchspan.regions import caching
-from torchspan.regions.backward import EagerBackward
+from torchspan.regions.backward import EagerBackward, is_in_backward
 from torchspan.regions.call import original
 from torchspan.regions.compiler_state import known_isas
 from torchspan.regions.entry_point import breaking_at_old_collectives, entry_point
 from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
+from torchspan.regions.own_functions import differentiable
 from torchspan.regions.part import Part
 from torchspan.regions.settings import Settings
 from torchspan.regions.signature import Dims
@@ -35,12 +35,15 @@ from torchspan.regions.signature import Dims
 class Guarded:
     """A backend that stands before another: it raises nothing while it compiles, and counts its graphs and their calls.
 
-    Inductor may only load behind it. What a compiled graph raises when it runs is marked, see :func:`is_of_compiled_code`.
+    Inductor may only load behind it. What the first compiled graph of a call raises when it runs is marked, see
+    :func:`is_of_compiled_code`: the call may begin anew. After that the program has done things that it would do twice, so
+    that a graph which raises is run eagerly in its place.
     """
 
-    def __init__(self, backend: Callable[..., Any], give_up: Callable[[str], None], *, is_loading: bool) -> None:
+    def __init__(self, backend: Callable[..., Any], give_up: Callable[..., None], call: _CallHere, *, is_loading: bool) -> None:
         self._backend = backend
         self._give_up = give_up
+        self._call = call
         self._is_loading = is_loading
         self.graphs = 0
         self.calls = 0
@@ -57,24 +60,51 @@ class Guarded:
         except Exception as cause:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly and the generation is given up
             self.misses.append(f"{type(cause).__name__}: {cause}")
             return graph.forward
-        return self._counted(EagerBackward(graph.forward, compiled, self._give_up))
+        eager = differentiable(graph)
+        if getattr(compiled, "__self__", None) is graph:  # the backend gives the graph itself, to be run eagerly
+            compiled = eager.forward
+        return self._counted(eager.forward, EagerBackward(eager.forward, compiled, self._give_up))
 
-    def _counted(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, graph: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self.calls += 1
+            is_first = self._call.is_first_graph()
             try:
                 return compiled(*args)
             except Exception as error:
-                _mark(error)
-                raise
+                if is_first or is_in_backward():
+                    _mark(error)
+                    raise
+                cause = error
+            outputs = graph(*args)  # if this raises too, it is the program's own
+            self._give_up(f"compiled code raised {type(cause).__name__}: {cause}", "running")
+            return outputs
 
         return call
 
 
+class _CallHere(threading.local):
+    """The call of a region that runs in this thread: how many of its graphs have run."""
+
+    num_graphs = 0
+
+    def is_first_graph(self) -> bool:
+        """Count a graph; whether none has run before."""
+        self.num_graphs += 1
+        return self.num_graphs == 1
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a call, perhaps inside another one."""
+        outer, self.num_graphs = self.num_graphs, 0
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.num_graphs = outer
+
+
 def _mark(error: Exception) -> None:
-    if torch._C._current_graph_task_id() != -1:
-        return  # inside a backward: activation checkpointing ends its recomputation by raising
-    error.__dict__["torchspan_compiled"] = True
+    if not is_in_backward():
+        error.__dict__["torchspan_compiled"] = True
 
 
 def is_of_compiled_code(error: BaseException) -> bool:
@@ -108,6 +138,10 @@ class FromArtifact:
 
     trace = run
 
+    def run_and_see(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Call, and say that compiled code ran; raises GuardError as `run` does."""
+        return self.run(target, *args, **kwargs), True
+
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether its guards hold in this call; nothing is run."""
         return any(one.serves(original(target), args, kwargs) for one in self._entries)
@@ -119,9 +153,10 @@ class FromCaches:
     name = "caches"
 
     def __init__(
-        self, settings: Settings, part: Part, isas: Mapping[str, bool], dims: Dims, give_up: Callable[[str], None]
+        self, settings: Settings, part: Part, isas: Mapping[str, bool], dims: Dims, give_up: Callable[..., None]
     ) -> None:
         self._give_up = give_up
+        self._call = _CallHere()
         self._isas = dict(isas)
         self._dims = dims
         self._nested = part.nested
@@ -130,18 +165,34 @@ class FromCaches:
         self._guarded: list[Guarded] = []
         self._code = entry_point(part.is_called_inside)
         self._entry = settings.compile(self._code, self._wrap)
-        self.run = dynamo.run(self._entry)
+        self._run = dynamo.run(self._entry)
 
     def _wrap(self, backend: Callable[..., Any]) -> Guarded:
-        self._guarded.append(Guarded(backend, self._give_up, is_loading=self._is_loading))
+        self._guarded.append(Guarded(backend, self._give_up, self._call, is_loading=self._is_loading))
         return self._guarded[-1]
 
+    def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call, by what was traced."""
+        return self._call.run(self._run, (target, *args), kwargs)
+
+    def run_and_see(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Call, by what was traced, and say whether any compiled code ran."""
+        call = self._call
+        outer, call.num_graphs = call.num_graphs, 0
+        try:
+            return self._run(target, *args, **kwargs), call.num_graphs > 0
+        finally:
+            call.num_graphs = outer
+
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call, and let dynamo trace what is new to it."""
+        """Call, and let dynamo trace what is new to it.
+
+        A hook that a module gets later is a change like any other: by default dynamo does not look, and would not call it.
+        """
         self.has_traced = True
-        with known_isas(self._isas), breaking_at_old_collectives():
+        with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
             with marked(args, kwargs, self._dims), nesting(self._nested):
-                return self._entry(target, *args, **kwargs)
+                return self._call.run(self._entry, (target, *args), kwargs)
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether dynamo's guards hold in this call; nothing is run."""

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from torchspan.caches import ledger
 from torchspan.core.errors import GuardError, InputError, TorchspanError
 from torchspan.core.report import log
@@ -30,9 +28,9 @@ from torchspan.jobs.groups import groups_here
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
 from torchspan.private import inductor
 from torchspan.regions import ambient, verify, watch
-from torchspan.regions.agreement import Agreement, agreement_here
 from torchspan.regions.call import Call, original
 from torchspan.regions.compiler_state import known_isas_here, prepare_to_load
+from torchspan.regions.failure import described, failure, text_of
 from torchspan.regions.fullgraph import break_message
 from torchspan.regions.generation import Generation, Generations
 from torchspan.regions.gpu import gpu_of, refusal
@@ -40,14 +38,14 @@ from torchspan.regions.handback import FromArtifact, FromCaches
 from torchspan.regions.host import Host
 from torchspan.regions.part import Part
 from torchspan.regions.progress import shown
+from torchspan.regions.ranks import Ranks
+from torchspan.regions.record import Record, can_be_kept
 from torchspan.regions.signature import Dims
-from torchspan.regions.worker import Filled, Task
+from torchspan.regions.worker import APART, Filled, Isas, Task
 
 MAX_DAMAGED = 3
 MAX_UNCHECKED = 2
 MAX_MISSED = 3
-RANKS_S = 600.0  # how long one rank's code waits for the others'
-WAITING_S = 120.0  # the same where calls wait for it, and another rank's call may wait for this one's collectives
 _SENDING = "sending the program"
 _JOBS = {True: "torchspan.regions.worker:compile_region", False: "torchspan.regions.worker:fill_caches"}
 _working: weakref.WeakSet[Generation] = weakref.WeakSet()  # those that a compile process works for, or did
@@ -85,49 +83,63 @@ class Lifecycle:
         self._host = host
         self._generations = generations
         self._eager = eager
+        self.ranks = Ranks(part, strategy, host, self)
 
     def start(self, generation: Generation, call: Call) -> None:
         """Have it compiled for `call`, in a thread that waits for a compile process; raises nothing."""
         try:
             self._start(generation, call)
         except Exception as cause:  # noqa: BLE001 - no thread to be had, an argument that cannot be looked at
-            self.give_up(generation, _failure(cause, "starting the compile"))
+            self.give_up(generation, failure(cause, "starting the compile"))
 
     def _start(self, generation: Generation, call: Call) -> None:
         if generation.agreement is None and groups_here() is not None:
-            generation.agreement = self._agreement(call)
+            generation.agreement = self.ranks.agreement(call)
         gpu = gpu_of(call.args, call.kwargs)
         why_not = refusal(gpu, self._host.settings)
         if why_not is not None:
             self.give_up(generation, Ending("skipped", 0.0, cause=why_not))
             return
+        state = ambient.capture()
         try:
-            payload = self._payload(self._marks(generation), call)
+            payload = self._payload(self._marks(generation), call, state)
         except InputError as cause:
             generation.is_odd = self._can_be_sent(call)
             self.give_up(generation, Ending("failed", 0.0, cause=str(cause), where=_SENDING))
             return
+        generation.record = generation.record or self._record(payload, state)
         work = _Work(generation, _held(call.target), payload, gpu.kind != "cpu")
         threading.Thread(target=self._work, args=(work,), name=watch.COMPILE_THREAD, daemon=True).start()
 
-    def _payload(self, dims: Dims, call: Call) -> bytes:
+    def _record(self, payload: bytes, state: ambient.Ambient) -> Record | None:
+        """That of a compile which is checked before it is taken over, on one rank; None where it is compiled in any case."""
+        host = self._host
+        if host.verify == "off" or watch.is_watched() or groups_here() is not None or not can_be_kept(host.settings):
+            return None
+        try:
+            return Record(f"{self.part.name} {self.strategy}", payload, state, 2 * max(1, len(self.part.targets)) - 1)
+        except OSError as cause:  # no folder for caches
+            self.decide("not kept", f"the next start compiles again: {described(cause)}")
+            return None
+
+    def _payload(self, dims: Dims, call: Call, state: ambient.Ambient) -> bytes:
         task = Task(
             call.target,
             self.part.is_called_inside,
             call.args,
             dict(call.kwargs),
             self._host.settings.to_send(),
-            ambient.capture(),
-            dict(known_isas_here()),
+            state,
+            Isas(known_isas_here()),
             dims,
             self.part.nested,
         )
-        return transport.dumps(task, groups=groups_here())
+        return transport.dumps(task, groups=groups_here(), apart=APART)
 
     def _can_be_sent(self, call: Call) -> bool:
         """Whether the program can be sent, so that it is the arguments of a call that cannot."""
         try:
-            self._payload((), Call(call.target, (), {}))
+            self._payload((), Call(call.target, (), {}), ambient.capture())
         except InputError:
             return False
         return True
@@ -141,15 +153,17 @@ class Lifecycle:
         try:
             self._compile(work)
         except Exception as cause:  # noqa: BLE001 - the program's process is in a state that was not thought of
-            self.give_up(work.generation, _failure(cause, "in the thread that compiles"))
+            self.give_up(work.generation, failure(cause, "in the thread that compiles"))
         finally:  # a caller that waits must not wait for ever, whatever happens here
-            if not self._is_agreeing(work.generation):
+            if work.generation.record is not None:
+                work.generation.record.settle()
+            if not work.generation.is_agreeing:
                 work.generation.done.set()
 
     def _compile(self, work: _Work) -> None:
         """In a thread of its own: have a child compile, then make ready to take over."""
         generation = work.generation
-        ending = self._run_child(work)
+        ending = self._of_earlier_run(work) or self._run_child(work)
         if ending.result is None:
             if ending.is_cache_damaged:
                 self._compile_without_damaged(work, ending)
@@ -170,7 +184,7 @@ class Lifecycle:
             if filled.artifact is None:
                 prepare_to_load(filled.isas)
         except Exception as cause:  # noqa: BLE001 - the compiler's own imports, under the user's settings and warning filters
-            self.give_up(generation, _failure(cause, "importing inductor", ending.seconds, ending.peak_bytes))
+            self.give_up(generation, failure(cause, "importing inductor", ending.seconds, ending.peak_bytes))
             return
         self._note_caches(filled)
         to_load = {} if filled.artifact is not None else filled.kept.files
@@ -182,83 +196,42 @@ class Lifecycle:
             return
         self._attempt(ending)
         self.has_failed = False
+        if generation.record is not None:
+            generation.record.offer(generation.kind, filled)
         self._make_ready(generation, filled)
 
-    # with other ranks
+    def _of_earlier_run(self, work: _Work) -> Ending | None:
+        """What an earlier run of the program compiled, as if a compile process gave it; None if it has to be compiled."""
+        record, started = work.generation.record, time.perf_counter()
+        if record is None:
+            return None
+        try:
+            filled = record.read(work.generation.kind)
+        except Exception as cause:  # noqa: BLE001 - the folder cannot be read, or holds what another version wrote
+            self.decide("compiled again", f"what an earlier run compiled cannot be read: {described(cause)}")
+            filled = None
+        if filled is None:
+            record.settle()
+            return None
+        self.decide("loaded", "an earlier run of this program compiled it")
+        return Ending("loaded", time.perf_counter() - started, result=pickle.dumps(filled))
 
     def _make_ready(self, generation: Generation, filled: Filled) -> None:
         """Have a call take it over: the next one, or one that all ranks agree on where its code issues collectives."""
         agreement = generation.agreement
-        self._tell(generation, lambda agreement: agreement.tell(filled.collectives))
+        self.ranks.tell(generation, lambda agreement: agreement.tell(filled.collectives))
         if not filled.collectives:
             generation.agreement = None
         elif agreement is None:
             self.give_up(generation, Ending("skipped", 0.0, cause="it has collectives, and the ranks cannot agree on a call"))
             return
         elif filled.not_verified is not None:
-            self._decide("not verified", f"it has collectives, and in the compile process: {filled.not_verified}")
+            self.decide("not verified", f"it has collectives, and in the compile process: {filled.not_verified}")
         else:
-            self._decide("verified apart", "it has collectives: compared with eager where it was compiled")
+            self.decide("verified apart", "it has collectives: compared with eager where it was compiled")
         generation.stage = "ready"
-        if self._is_agreeing(generation):
-            threading.Thread(target=self._agree, args=(generation, agreement), name=watch.AGREEMENT_THREAD, daemon=True).start()
-
-    def _is_agreeing(self, generation: Generation) -> bool:
-        return generation.stage == "ready" and generation.agreement is not None
-
-    def _agree(self, generation: Generation, agreement: Agreement) -> None:
-        """In a thread of its own: settle with the other ranks when all take over, and hear how that went for them."""
-
-        def is_cancelled() -> bool:
-            return generation.cancel.is_set() or groups_here() is None
-
-        try:
-            timeout_s = WAITING_S if self._host.is_waiting else RANKS_S
-            why_not = agreement.reach(is_cancelled, timeout_s, generation.done.set)
-            if why_not is not None:
-                self.reject(generation, why_not, "agreeing with the other ranks")
-                return
-            has_run = generation.first_run.wait(RANKS_S)
-            told = None if has_run and generation.stage == "swapped" else "it could not take over what was compiled"
-            why_not = agreement.confirm(told, is_cancelled, RANKS_S)
-            if why_not is not None and generation.stage == "swapped":
-                self.retire(generation, why_not)
-        except Exception as cause:  # noqa: BLE001 - the store is gone, as is the rank that held it
-            self._note_disagreed(generation, cause)
-        finally:
-            agreement.close()
-            generation.done.set()
-
-    def _agreement(self, call: Call) -> Agreement | None:
-        """That with the other ranks; None where the job has no store to agree by, which is reported."""
-        modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
-        try:
-            return agreement_here(f"{self.part.name} {self.strategy} {modes}")
-        except Exception as cause:  # noqa: BLE001 - the store is another program's kind, or gone
-            self._decide("no agreement", f"ranks cannot agree on a call: {type(cause).__name__}: {_said(cause)}")
-            return None
-
-    def is_agreed(self, generation: Generation, agreement: Agreement) -> bool:
-        """At the beginning of a call: whether it is the one in which all ranks take over."""
-        try:
-            return agreement.is_now()
-        except Exception as cause:  # noqa: BLE001 - the store is gone, or a group does not count what it issues
-            self._note_disagreed(generation, cause)
-            return False
-
-    def _note_disagreed(self, generation: Generation, cause: Exception) -> None:
-        if generation.stage in ("compiling", "ready"):
-            generation.end("the ranks cannot agree")
-            self.give_up(generation, _failure(cause, "agreeing with the other ranks"))
-
-    def _tell(self, generation: Generation, say: Callable[[Agreement], None]) -> None:
-        """Have the other ranks know of this one's code, or that it runs eagerly, so that none of them waits for it."""
-        if generation.agreement is None:
-            return
-        try:
-            say(generation.agreement)
-        except Exception as cause:  # noqa: BLE001 - the store is gone
-            self._decide("not told", f"the other ranks cannot be told: {type(cause).__name__}: {_said(cause)}")
+        if agreement is not None and generation.is_agreeing:
+            self.ranks.begin(generation, agreement)
 
     def _compile_without_damaged(self, work: _Work, ending: Ending) -> None:
         """Compile again: what was damaged in the cache is gone."""
@@ -268,20 +241,20 @@ class Lifecycle:
             self.give_up(generation, ending)
             return
         self._attempt(ending)
-        self._decide("compiled again", ending.cause or "")
+        self.decide("compiled again", ending.cause or "")
         self._compile(work)
 
     def _note_caches(self, filled: Filled) -> None:
         """Say what the child found and did in the cache folder."""
         kept = filled.kept
         if filled.why_no_artifact:
-            self._decide("caches", filled.why_no_artifact)
+            self.decide("caches", filled.why_no_artifact)
         if kept.dropped:
-            self._decide("dropped", f"{ledger.DAMAGED} {', '.join(kept.dropped)}")
+            self.decide("dropped", f"{ledger.DAMAGED} {', '.join(kept.dropped)}")
         if kept.evicted:
-            self._decide("evicted", kept.evicted)
+            self.decide("evicted", kept.evicted)
         if kept.not_noted:
-            self._decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
+            self.decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
 
     def _run_child(self, work: _Work) -> Ending:
         generation = work.generation
@@ -308,15 +281,15 @@ class Lifecycle:
         try:
             generation.code = FromArtifact(artifact, target)
         except TorchspanError as cause:
-            self._decide("caches", f"the artifact does not load here: {cause}")
+            self.decide("caches", f"the artifact does not load here: {cause}")
             return False
-        self._decide("artifact", "what the child compiled loads without tracing")
+        self.decide("artifact", "what the child compiled loads without tracing")
         return True
 
     def end(self, why: str) -> None:
         """End every compile that is under way; takes no lock, as nothing may that runs when an object goes."""
         for generation in self._generations.all():
-            if generation.stage == "compiling" or self._is_agreeing(generation):
+            if generation.stage == "compiling" or generation.is_agreeing:
                 generation.end(why)
 
     def give_up(self, generation: Generation, ending: Ending, *, is_of_call: bool = False) -> None:
@@ -327,20 +300,20 @@ class Lifecycle:
         generation.stage = "eager"
         self._attempt(ending)
         generation.first_run.set()
-        self._tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
+        self.ranks.tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
         if generation.agreement is not None:
             generation.agreement.close()
         if self._host.settings.fullgraph and ending.outcome == "failed":
             generation.error = break_message(ending.cause, self.part.name)
         if generation.error is not None:  # the user's to mend: no other strategy is tried
-            self._decide("refused", generation.error)
+            self.decide("refused", generation.error)
         elif generation.is_odd:
-            self._decide("eager", f"calls like this one only: {ending.cause}")
+            self.decide("eager", f"calls like this one only: {ending.cause}")
         elif ending.outcome == "cancelled":
-            self._decide("eager", f"its compile was cancelled: {ending.cause}")
+            self.decide("eager", f"its compile was cancelled: {ending.cause}")
         elif generation.family is not None and not self._host.settings.dynamic:
             generation.family.give_up()
-            self._decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
+            self.decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
         elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
             self.has_failed = True
             self.may_try_others = is_of_call or (ending.outcome == "failed" and ending.where != _SENDING)
@@ -357,7 +330,7 @@ class Lifecycle:
             if generation.stage == "ready" or self._host.verify == "always":
                 self._swap(generation, call)
         except Exception as cause:  # noqa: BLE001 - of torch.compile, which has not begun to compile, or of ours
-            self.reject(generation, f"{type(cause).__name__}: {_said(cause)}")
+            self.reject(generation, described(cause))
         finally:
             generation.lock.release()
 
@@ -373,7 +346,9 @@ class Lifecycle:
         except Exception as cause:  # noqa: BLE001 - eager raises in this call, or the check does not run: memory is short
             self._note_unchecked(generation, cause)
             return
-        if wrong is not None and isinstance(generation.code, FromArtifact):
+        if (wrong is not None or generation.code.misses) and self._is_of_earlier_run(generation):
+            self.compile_instead(generation, wrong or self.miss(generation.code), call)
+        elif wrong is not None and isinstance(generation.code, FromArtifact):
             self._without_artifact(generation, wrong, call)
         elif generation.code.misses:
             self._missed(generation, self.miss(generation.code))
@@ -385,6 +360,39 @@ class Lifecycle:
             generation.proven = call.sizes
             self.has_compiled = True
             self._host.report.figure("swap_stall_s", time.perf_counter() - started)
+            self._keep_record(generation)
+
+    def _keep_record(self, generation: Generation) -> None:
+        try:
+            if generation.record is not None:
+                generation.record.keep()
+        except Exception as cause:  # noqa: BLE001 - a folder that takes no file; the next start compiles again
+            self.decide("not kept", f"the next start compiles again: {described(cause)}")
+
+    def _remove_record(self, generation: Generation) -> None:
+        try:
+            if generation.record is not None:
+                generation.record.remove(generation.kind)
+        except Exception as cause:  # noqa: BLE001 - a folder that is not ours to change
+            self.decide("not removed", f"the next start finds it again: {described(cause)}")
+
+    def _is_of_earlier_run(self, generation: Generation) -> bool:
+        return generation.record is not None and generation.record.is_loaded
+
+    def compile_instead(self, generation: Generation, why: str, call: Call) -> None:
+        """What an earlier run compiled does not serve this one: compile."""
+        self.decide("compiled again", f"what an earlier run compiled does not serve: {why}")
+        self._remove_record(generation)
+        if generation.record is not None:
+            generation.record.begin_again()
+        self.start_again(generation, call)
+
+    def miss_when_traced(self, generation: Generation, code: FromCaches, call: Call) -> None:
+        """Code that was taken over unchecked cannot be had: that call ran eagerly, and later ones do."""
+        if self._is_of_earlier_run(generation):
+            self.compile_instead(generation, self.miss(code), call)
+        else:
+            self.reject(generation, self.miss(code))
 
     def _missed(self, generation: Generation, why: str) -> None:
         """What was compiled is not for this call, as when the program's state is another: the next one is taken instead."""
@@ -393,20 +401,20 @@ class Lifecycle:
             self.reject(generation, why)
             return
         generation.code = None
-        self._decide("not taken over", why)
+        self.decide("not taken over", why)
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
-        told = _said(cause) if isinstance(cause, TorchspanError) else f"{type(cause).__name__}: {_said(cause)}"
+        told = text_of(cause) if isinstance(cause, TorchspanError) else described(cause)
         generation.num_unchecked += 1
         if generation.num_unchecked < MAX_UNCHECKED:
-            self._decide("not verified", told)
+            self.decide("not verified", told)
         else:
             self.reject(generation, f"the check did not run, {generation.num_unchecked} times: {told}", "checking")
 
     def _without_artifact(self, generation: Generation, why: str, call: Call) -> None:
         """Give the artifact up and have the caches filled instead."""
-        self._decide("caches", f"the artifact is not right here: {why}")
+        self.decide("caches", f"the artifact is not right here: {why}")
         generation.wants_artifact = False
         self.start_again(generation, call)
 
@@ -418,7 +426,7 @@ class Lifecycle:
                 self._eager, code.trace, (call.target, call.args, call.kwargs), is_random=self._host.settings.is_random
             )
         except (verify.CannotCopyError, verify.WouldBeNoticedError) as cause:
-            self._decide("not verified", str(cause))
+            self.decide("not verified", str(cause))
             return None
         except GuardError as cause:  # of an artifact
             return str(cause)
@@ -440,7 +448,8 @@ class Lifecycle:
     def reject(self, generation: Generation, cause: str, where: str = "taking over") -> None:
         """What was compiled is not right."""
         generation.code = None
-        self._decide("eager", cause)
+        self._remove_record(generation)
+        self.decide("eager", cause)
         self.give_up(generation, Ending("failed", 0.0, cause=cause, where=where))
 
     def start_again(self, generation: Generation, call: Call) -> None:
@@ -450,27 +459,27 @@ class Lifecycle:
         generation.done.clear()
         self.start(generation, call)
 
-    def withdraw(self, generation: Generation, why: str) -> None:
-        """Calls run eagerly from now on: what was compiled has no backward that serves. Said once."""
+    def withdraw(self, generation: Generation, why: str, where: str = "in the backward") -> None:
+        """Calls run eagerly from now on: a part of what was compiled does not serve, such as its backward. Said once."""
         if generation.stage != "eager":
             self.retire(generation, why)
-            self._attempt(Ending("failed", 0.0, cause=why, where="in the backward"))
+            self._attempt(Ending("failed", 0.0, cause=why, where=where))
 
     def note_failure(self, cause: Exception, where: str) -> None:
         """A call runs eagerly because something failed before it: an Attempt the first time, and counted from then on."""
         kind = (type(cause), where)
         if kind not in self._failures:
-            ending = _failure(cause, where)
+            ending = failure(cause, where)
             self._failures[kind] = f"{where}: {ending.cause}"
             self._attempt(ending)
-        self._decide("eager", self._failures[kind])
+        self.decide("eager", self._failures[kind])
 
     def retire(self, generation: Generation, why: str) -> None:
         """Calls run eagerly from now on, although what was compiled is right."""
         generation.stage = "eager"
-        self._decide("eager", why)
+        self.decide("eager", why)
 
-    def _decide(self, choice: str, reason: str) -> None:
+    def decide(self, choice: str, reason: str) -> None:
         self._host.report.decide("compile", self.part.name, choice, reason)
 
     def _attempt(self, ending: Ending) -> None:
@@ -480,15 +489,3 @@ class Lifecycle:
 def _held(target: Any) -> Callable[[], Any]:
     """Gives `target`; where that is a compiled module, as long as the program has it."""
     return weakref.ref(target) if original(target) is not target else lambda: target
-
-
-def _failure(cause: Exception, where: str, seconds: float = 0.0, peak_bytes: int | None = None) -> Ending:
-    """What an error of ours, or of what was asked of the program, comes to."""
-    return Ending("failed", seconds, peak_bytes, f"{type(cause).__name__}: {_said(cause)}", where)
-
-
-def _said(cause: Exception) -> str:
-    try:
-        return str(cause)
-    except Exception as again:  # noqa: BLE001 - an error of a user's own class
-        return f"(its text cannot be had: {type(again).__name__})"

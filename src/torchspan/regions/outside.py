@@ -21,8 +21,18 @@ _DEPTH = 3  # of functions that name functions, and of objects in objects
 _MAX_ITEMS = 100_000  # of a container: a longer one is data, not what a forward notes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_ON_ALL_MODULES: list[dict[int, Any]] = [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
 _CONTAINERS = (list, dict, set, deque, bytearray)
 _LEFT_ALONE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, nn.Module)
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules: code that was compiled before they came would not call them.
+
+    >>> has_global_hooks()
+    False
+    """
+    return any(_ON_ALL_MODULES)
 
 
 def effects_of_hooks(modules: Iterable[nn.Module]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,19 @@ import torch
 
 from torchspan.core.errors import CaptureError, GuardError
 from torchspan.private import dispatch
-from torchspan.regions.backward import saves_are_hooked
+from torchspan.regions.backward import is_in_backward, saves_are_hooked
 from torchspan.regions.call import Call
 from torchspan.regions.generation import MAX_UNSERVED, PATIENCE, Family, Generation, Generations, describe
 from torchspan.regions.handback import FromArtifact, FromCaches, is_of_compiled_code
 from torchspan.regions.host import Host
 from torchspan.regions.lifecycle import Lifecycle
+from torchspan.regions.outside import has_global_hooks
 from torchspan.regions.part import Part
 from torchspan.regions.signature import general
 from torchspan.regions.transformers import as_called
 
 MAX_ODD = 64  # kinds of calls that cannot be sent, or that raise
+_PLAIN = frozenset((torch.Tensor, type(None), bool, int, str))  # of arguments: what guards tell apart as a signature does
 MAX_HOPELESS = 3  # signatures that are tried where none compiles
 
 
@@ -49,6 +51,7 @@ class Region:
         self._pid = os.getpid()
         self._generations = Generations()
         self._life = Lifecycle(part, strategy, host, self._generations, self.eager)
+        self._only: Generation | None = None  # the one that there is, whose guards alone decide then
         self._is_full = False  # whether it was said that there are more signatures and states than the limit
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
@@ -69,6 +72,9 @@ class Region:
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `target`, compiled if that is ready for these arguments and eagerly if not."""
+        only = self._only
+        if only is not None and only.stage == "swapped" and self._is_plain(args, kwargs):
+            return self._run_only(only, target, args, kwargs)
         call = Call(target, args, kwargs)
         generation = self._serving(call)
         if generation is not None:
@@ -95,6 +101,9 @@ class Region:
         """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
         if dispatch.is_transformed():
             self._decide("eager", "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled")
+            return None
+        if has_global_hooks():
+            self._decide("eager", "there are hooks on all modules, for which compiled code does not look")
             return None
         try:
             call.signature  # noqa: B018 - computed here: whatever an argument may be, the program has its own use for it
@@ -136,6 +145,8 @@ class Region:
             found = self._generations.serving(call) or self._generations.meant(call)
             generation = found or self._opened(call)
         if generation is None or found is not None:
+            if generation is not None and generation.stage == "compiling" and generation.record is not None:
+                generation.record.wait()
             return generation
         self._life.start(generation, call)
         if self._host.is_waiting:
@@ -154,7 +165,7 @@ class Region:
             return self._host.verify == "always" and generation.agreement is None
         agreement = generation.agreement
         if agreement is not None:  # asked in every call, as it goes by how far the calls are
-            is_now = generation.stage != "eager" and self._life.is_agreed(generation, agreement)
+            is_now = generation.stage != "eager" and self._life.ranks.is_agreed(generation, agreement)
             return is_now and generation.stage == "ready"
         if generation.stage != "ready":
             return False
@@ -247,6 +258,39 @@ class Region:
 
     # running
 
+    def _is_plain(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether guards tell all of a call: its arguments are tensors and the like, and nothing unusual is in force."""
+        if not (_are_plain(args) and (not kwargs or _are_plain(kwargs.values()))):
+            return False
+        is_usual = not (dispatch.is_transformed() or has_global_hooks() or torch.is_inference_mode_enabled())
+        return is_usual and not (is_in_backward() or saves_are_hooked())
+
+    def _run_only(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the one generation that there is: its signature need not be computed. Where guards fail, that call is eager."""
+        code = generation.code
+        if code is None:  # another thread has just given it up
+            return self.eager(target, *args, **kwargs)
+        try:
+            outputs, is_compiled = code.run_and_see(target, args, kwargs)
+        except GuardError:
+            self._only = None
+            return self.eager(target, *args, **kwargs)
+        except Exception as error:
+            if not is_of_compiled_code(error):
+                raise
+            cause = error
+        else:
+            if not is_compiled:
+                self._only = None
+            return outputs
+        return self._run_instead(generation, cause, Call(target, args, kwargs))
+
+    def _note_run(self, generation: Generation) -> None:
+        """It has run a call: if it is the only one, later calls need no look for it."""
+        is_only = len(self._generations.all()) == 1 and generation.num_unserved == 0
+        if is_only and generation.agreement is None and self._host.verify != "always" and self._pid == os.getpid():
+            self._only = generation
+
     def _run(self, generation: Generation, call: Call) -> Any:
         code = generation.code
         if code is None:  # another thread has just given it up
@@ -284,8 +328,8 @@ class Region:
             return self._trace(generation, code, call)
         before = code.num_calls
         outputs = code.run(call.target, *call.args, **call.kwargs)
-        if code.is_counting and code.num_calls == before:
-            self._note_stale(generation, call)
+        if code.is_counting:
+            self._note_run(generation) if code.num_calls != before else self._note_stale(generation, call)
         return outputs
 
     def _trace(self, generation: Generation, code: FromCaches, call: Call) -> Any:
@@ -293,15 +337,18 @@ class Region:
         outputs = code.trace(call.target, *call.args, **call.kwargs)
         with generation.lock:
             if code.misses and generation.stage == "swapped":
-                self._life.reject(generation, self._life.miss(code))
+                self._life.miss_when_traced(generation, code, call)
         generation.first_run.set()
         return outputs
 
     def _run_artifact(self, generation: Generation, code: FromArtifact, call: Call) -> Any:
         try:
-            return code.run(call.target, *call.args, **call.kwargs)
+            outputs = code.run(call.target, *call.args, **call.kwargs)
         except GuardError:
             self._note_stale(generation, call)
+        else:
+            self._note_run(generation)
+            return outputs
         return self.eager(call.target, *call.args, **call.kwargs)
 
     def _note_stale(self, generation: Generation, call: Call) -> None:
@@ -327,3 +374,11 @@ class Region:
 
     def _decide(self, choice: str, reason: str) -> None:
         self._host.report.decide("compile", self.part.name, choice, reason)
+
+
+def _are_plain(values: Iterable[Any], depth: int = 2) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind not in _PLAIN and not (depth and (kind is list or kind is tuple) and _are_plain(value, depth - 1)):
+            return False
+    return True

@@ -31,6 +31,13 @@ from torchspan.regions.settings import Settings
 from torchspan.regions.signature import Dims
 
 
+class Isas(dict[str, bool]):
+    """What is known of a machine's vector instructions."""
+
+
+APART = (Ambient, Isas)  # what travels apart: it does not tell whether two programs are the same
+
+
 @dataclass(frozen=True)
 class Task:
     """One region with example inputs, whose dimensions `dims` are dynamic (none: as `settings` have it).
@@ -44,7 +51,7 @@ class Task:
     kwargs: Mapping[str, Any]
     settings: Settings
     ambient: Ambient
-    isas: Mapping[str, bool] = field(default_factory=dict)
+    isas: Isas = field(default_factory=Isas)
     dims: Dims = ()
     nested: tuple[type[torch.nn.Module], ...] = ()
 

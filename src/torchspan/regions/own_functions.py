@@ -1,0 +1,91 @@
+"""An autograd.Function of the program's own in a graph, such that its backward can be differentiated when the graph is run.
+
+Dynamo makes one operator of it (``autograd_function_apply``) with a graph for each direction. When torch runs that operator,
+its backward computes without gradients on what it had kept outside of autograd: a second derivative is lost without a word.
+Here what the forward saved is saved with autograd, and the backward runs in the grad mode in which it was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+_OPERATOR = "autograd_function_apply"
+
+
+def differentiable(graph: GraphModule) -> GraphModule:
+    """`graph`, or a copy in which each such operator does as eager does."""
+    inner = {name: child for name, child in graph.named_children() if isinstance(child, GraphModule)}
+    changed = {name: copied for name, child in inner.items() if (copied := differentiable(child)) is not child}
+    if not changed and not any(_is_operator(node) for node in graph.graph.nodes):
+        return graph
+    own = _copied(graph)
+    for node in own.graph.nodes:
+        if _is_operator(node):
+            node.target = apply
+    own.recompile()
+    for name, child in changed.items():
+        setattr(own, name, child)
+    return own
+
+
+def _copied(graph: GraphModule) -> GraphModule:
+    body = Graph()
+    body.output(body.graph_copy(graph.graph, {}))
+    return GraphModule(graph, body)
+
+
+def _is_operator(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "_name", None) == _OPERATOR
+
+
+def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: Any) -> Any:
+    """What torch's operator does, with these graphs of a function and with its settings."""
+    has_context = "args_tensor_mask" in settings  # torch 2.8: the graphs take a context, and more than the function's arguments
+    leading = (None,) if has_context else ()
+    num_own = sum(settings["args_tensor_mask"]) if has_context else len(args)
+    without_gradients = set(settings["non_differentiable_idx"])
+    written = set(settings.get("dirty_idx", ()))
+    run_backward = _in_any_grad_mode(backward)
+
+    class Applied(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *own: Any) -> Any:
+            outputs, saved = forward(*leading, *own, *args[num_own:])
+            listed = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            ctx.mark_non_differentiable(*(one for i, one in enumerate(listed) if i in without_gradients))
+            ctx.mark_dirty(*(one for i, one in enumerate(listed) if i in written))
+            ctx.is_tensor = [isinstance(one, torch.Tensor) for one in saved]
+            ctx.save_for_backward(*(one for one in saved if isinstance(one, torch.Tensor)))
+            ctx.others = [one for one in saved if not isinstance(one, torch.Tensor)]
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return run_backward(*leading, *gradients, *_merged(ctx.is_tensor, ctx.saved_tensors, ctx.others))
+
+    return Applied.apply(*args[:num_own])
+
+
+def _merged(is_first: Sequence[bool], first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """The elements of two sequences in the order in which they were one."""
+    both = iter(first), iter(second)
+    return [next(both[0] if is_it else both[1]) for is_it in is_first]
+
+
+def _in_any_grad_mode(backward: GraphModule) -> Callable[..., Any]:
+    """The graph of a backward without the switch of the grad mode that dynamo puts around it."""
+    own = _copied(backward)
+    body = [node for node in own.graph.nodes if node.op not in ("placeholder", "output")]
+    if len(body) > 1 and _switches(body[0], False) and _switches(body[-1], True):
+        for node in (body[0], body[-1]):
+            own.graph.erase_node(node)
+        own.recompile()
+    return own
+
+
+def _switches(node: Node, value: bool) -> bool:
+    return node.target is torch._C._set_grad_enabled and node.args == (value,)
