@@ -236,3 +236,21 @@ def test_activation_before_or_after_dynamo_is_imported_and_undone_after_use(run_
         order,
     )
     assert done.stdout.endswith("held\n"), sys.version
+
+
+def test_the_annotated_nodes_of_a_graph_and_of_the_graphs_in_it_are_text() -> None:
+    inner = torch.fx.symbolic_trace(lambda x: x.sin().cos())
+    next(iter(inner.graph.find_nodes(op="call_method", target="sin"))).meta["custom"] = {"part": 1}
+    outer = torch.fx.Graph()
+    x = outer.placeholder("x")
+    called = outer.get_attr("inner")
+    result = outer.call_function(torch.neg, (x,))
+    outer.output((called, result))
+    x.meta["custom"] = result.meta["custom"] = {"stage": 0, "bucket": 2}
+    text = traceback._get_custom_metadata(GraphModule({"inner": inner}, outer))
+    assert text.splitlines() == [
+        "('placeholder', 'x', {'stage': 0, 'bucket': 2})",
+        "[('call_method', 'sin', {'part': 1})]",
+        "('call_function', 'neg', {'stage': 0, 'bucket': 2})",
+    ]
+    assert traceback._get_custom_metadata(torch.fx.symbolic_trace(lambda x: x.sin())) == ""

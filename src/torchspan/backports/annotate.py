@@ -51,7 +51,23 @@ def annotate_fn(annotation_dict: dict[str, Any]) -> Callable[[Callable[..., Any]
     return decorate
 
 
-for _public in (annotate, annotate_fn):
+def _get_custom_metadata(gm: GraphModule) -> str:
+    """The annotated nodes of a graph as text, one a line; those of a graph that it refers to are one line, after the reference."""
+    return "\n".join(map(str, _annotated_nodes(gm)))
+
+
+def _annotated_nodes(gm: GraphModule) -> list[Any]:
+    entries: list[Any] = []
+    for node in gm.graph.nodes:
+        if node.meta.get("custom"):
+            entries.append((node.op, node.name, node.meta["custom"]))
+        inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, GraphModule):
+            entries.append(_annotated_nodes(inner))
+    return entries
+
+
+for _public in (annotate, annotate_fn, _get_custom_metadata):
     _public.__module__ = "torch.fx.traceback"  # where it is found, by pickle and by dynamo's guards
 
 
@@ -154,7 +170,11 @@ BACKPORT = Backport(
         "views that functionalization replays carry the annotation of the node that asks for them, not of the first view; the "
         "backward of a graph that a higher-order operator calls is annotated only where it is part of the outer graph"
     ),
-    names={"annotate": lambda: annotate, "annotate_fn": lambda: annotate_fn},
+    names={
+        "annotate": lambda: annotate,
+        "annotate_fn": lambda: annotate_fn,
+        "_get_custom_metadata": lambda: _get_custom_metadata,
+    },
     also=(
         Change(_CONTEXT_MANAGERS, "supported_ctx_manager_classes", _with_annotate),
         Change(_CONTEXT_MANAGERS, "TorchCtxManagerClassVariable.call_function", _variable_for_annotate),

@@ -186,7 +186,17 @@ def _class_of_backends(module_class: type) -> type:
 
 
 def _class_of_rnn(module_class: type) -> type:
-    return type("CudnnRNNModule", (module_class,), {"fp32_precision": _attribute("cuda", "rnn")})
+    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 loses once that module is imported."""
+    if module_class is not ModuleType:
+        return module_class
+    if _lacks(None):
+        attribute = _attribute("cuda", "rnn")
+    else:
+        attribute = property(
+            lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"),
+            lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value),
+        )
+    return type("CudnnRNNModule", (module_class,), {"fp32_precision": attribute})
 
 
 def _reading(getter: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -233,7 +243,14 @@ def _lacks(module: ModuleType | None) -> bool:
     return not hasattr(torch._C, "_get_fp32_precision_getter")
 
 
-BACKPORT = Backport(
+class _WithRecurrentLayers(Backport):
+    """The attribute of recurrent layers is made on torch 2.9 too."""
+
+    def _where_lacking(self, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return build if build is _class_of_rnn else super()._where_lacking(build)
+
+
+BACKPORT = _WithRecurrentLayers(
     name="fp32_precision",
     summary="the precision of float32 matmuls, convolutions and recurrent layers: fp32_precision of torch.backends and below",
     target="torch.backends",
@@ -242,7 +259,8 @@ BACKPORT = Backport(
     differs=(
         "one switch for the matmuls of all devices, so CUDA's 'tf32' allows it on a CPU that has it; cuDNN's convolutions and "
         "recurrent layers compute in TF32 only where both allow it; oneDNN's on a CPU never do, and are refused; the older "
-        "allow_tf32 and set_float32_matmul_precision can still be read after this is set"
+        "allow_tf32 and set_float32_matmul_precision can still be read after this is set; on torch 2.9, whose "
+        "torch.backends.cudnn.rnn keeps what is assigned to itself, that alone is mended"
     ),
     replaces={"__class__": _class_of_backends},
     names={"flags": lambda: _flags("generic")(None), "_FP32Precision": lambda: _FP32Precision},
