@@ -186,7 +186,7 @@ def _class_of_backends(module_class: type) -> type:
 
 
 def _class_of_rnn(module_class: type) -> type:
-    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 loses once that module is imported."""
+    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose once that module is imported."""
     if module_class is not ModuleType:
         return module_class
     if _lacks(None):
@@ -243,14 +243,7 @@ def _lacks(module: ModuleType | None) -> bool:
     return not hasattr(torch._C, "_get_fp32_precision_getter")
 
 
-class _WithRecurrentLayers(Backport):
-    """The attribute of recurrent layers is made on torch 2.9 too."""
-
-    def _where_lacking(self, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return build if build is _class_of_rnn else super()._where_lacking(build)
-
-
-BACKPORT = _WithRecurrentLayers(
+BACKPORT = Backport(
     name="fp32_precision",
     summary="the precision of float32 matmuls, convolutions and recurrent layers: fp32_precision of torch.backends and below",
     target="torch.backends",
@@ -259,7 +252,7 @@ BACKPORT = _WithRecurrentLayers(
     differs=(
         "one switch for the matmuls of all devices, so CUDA's 'tf32' allows it on a CPU that has it; cuDNN's convolutions and "
         "recurrent layers compute in TF32 only where both allow it; oneDNN's on a CPU never do, and are refused; the older "
-        "allow_tf32 and set_float32_matmul_precision can still be read after this is set; on torch 2.9, whose "
+        "allow_tf32 and set_float32_matmul_precision can still be read after this is set; on torch 2.9 and 2.10, whose "
         "torch.backends.cudnn.rnn keeps what is assigned to itself, that alone is mended"
     ),
     replaces={"__class__": _class_of_backends},
@@ -271,7 +264,7 @@ BACKPORT = _WithRecurrentLayers(
         Change("torch.backends.cudnn", "__class__.conv", lambda old: _FP32Precision("cuda", "conv"), create=True),
         Change("torch.backends.cudnn", "__class__.rnn", lambda old: old or _Imported("torch.backends.cudnn.rnn"), create=True),
         Change("torch.backends.cudnn", "m.flags", _flags("cuda")),
-        Change("torch.backends.cudnn.rnn", "__class__", _class_of_rnn),
+        Change("torch.backends.cudnn.rnn", "__class__", _class_of_rnn, always=True),
         Change(
             "torch.backends.mkldnn", "__class__.fp32_precision", lambda old: _attribute("mkldnn", "all", "generic"), create=True
         ),
