@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the files whose path has this in it")
     parser.add_argument("--timeout-s", type=float, default=900, help="the time for one file on one torch")
     options = parser.parse_args()
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    results: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for name, chosen in FILES.items():
         file = options.checkout.resolve() / name
         if options.only in name and file.exists():

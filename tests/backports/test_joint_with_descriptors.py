@@ -197,7 +197,6 @@ def test_decompositions_replace_operators_and_compilers_may_compile_themselves()
     torch.testing.assert_close(found, model(x))
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9's own takes no keyword arguments of a captured graph")
 def test_capture_export_and_compile_in_a_row_as_torchtitan_does() -> None:
     from torch._dynamo.functional_export import dynamo_graph_capture_for_export
     from torch._guards import tracing
