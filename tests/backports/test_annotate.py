@@ -129,6 +129,22 @@ def test_annotate_fn_annotates_all_of_a_function() -> None:
     assert customs(captured.forward[0]) == [("sin", {"stage": 3}), ("mul.Tensor", {"stage": 3}), ("cos", None)]
 
 
+def test_as_a_decorator_it_annotates_each_call_of_a_method() -> None:
+    class Model(torch.nn.Module):
+        @traceback.annotate({"part": "inner"})
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with traceback.annotate({"stage": 0}):
+                return self.inner(x) * self.inner(x + 1)
+
+    captured = train(Model(), torch.ones(3))
+    inner, outer = {"stage": 0, "part": "inner"}, {"stage": 0}
+    assert customs(captured.forward[0]) == [("sin", inner), ("add.Tensor", outer), ("sin", inner), ("mul.Tensor", outer)]
+    assert "custom" not in traceback.get_current_meta()
+
+
 def test_a_sum_of_gradients_is_not_annotated() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         with traceback.annotate({"a": 1}):
