@@ -60,7 +60,7 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
 
 
 class ImportOf:
-    """In a process that a test starts, which imports the test's module anew; on `sys.meta_path` it looks on, and finds nothing."""
+    """In a process that a test starts, which imports the test module anew; on `sys.meta_path` it looks on and finds nothing."""
 
     def __init__(self, module_path: Path) -> None:
         self.module_path = module_path

@@ -2,9 +2,9 @@
 
     python tools/run_upstream_tests.py CHECKOUT                  on torch 2.8.0 under torchspan, beside torch 2.15.0 by itself
     python tools/run_upstream_tests.py CHECKOUT --torch 2.9.1    on another torch under torchspan
-    python tools/run_upstream_tests.py CHECKOUT --only stager    the files whose path has this in it; what is known of others stays
+    python tools/run_upstream_tests.py CHECKOUT --only stager    files whose path has this in it; the lines of others stay
 
-CHECKOUT is the root of the repository at a commit that fits the newer of the two, or a folder with some of its files. Nothing is
+CHECKOUT is the root of the repository at a commit that fits the newer torch, or a folder with some of its files. Nothing is
 fetched and nothing is copied: the tests are read from there. Each file runs in a process of its own, in the environment that
 `dev.py` makes (with the package expecttest added to it, which torch's tests need).
 """
@@ -16,6 +16,7 @@ import collections
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,9 +111,9 @@ def read_outcomes(text: str) -> Outcomes:
         kinds = {child.tag: child.get("message") or "" for child in case}
         kind = next((kind for kind in ("failure", "error", "skipped") if kind in kinds), "")
         outcome = {"": "passed", "skipped": "skipped"}.get(kind, "failed")
-        reason = next(iter(kinds.get(kind, "").strip().splitlines()), "")
+        reason = re.split(r"\\n\\nTo execute this|\n", kinds.get(kind, "").strip())[0]
         name = ".".join(filter(None, [(case.get("classname") or "").rpartition(".")[2], case.get("name")]))
-        outcomes[name] = (outcome, reason[:200])
+        outcomes[name] = (outcome, reason[:160])
     return outcomes
 
 

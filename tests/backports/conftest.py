@@ -15,7 +15,6 @@ import torch
 from torchspan.backports._base import all_backports
 from torchspan.environment.scope import Environment
 
-
 FIRST_FORMS = Path(__file__).with_name("first_forms.txt")
 
 

@@ -75,7 +75,7 @@ def annotate_fn(annotation_dict: dict[str, Any]) -> Callable[[Callable[..., Any]
 
 
 def _get_custom_metadata(gm: GraphModule) -> str:
-    """The annotated nodes of a graph as text, one a line; those of a graph that it refers to are one line, after the reference."""
+    """The annotated nodes of a graph as text, one a line; those of a graph that it refers to are one line."""
     return "\n".join(map(str, _annotated_nodes(gm)))
 
 

@@ -186,7 +186,7 @@ def _class_of_backends(module_class: type) -> type:
 
 
 def _class_of_rnn(module_class: type) -> type:
-    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose once that module is imported."""
+    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose when it is imported."""
     if module_class is not ModuleType:
         return module_class
     if _lacks(None):

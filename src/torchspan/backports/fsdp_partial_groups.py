@@ -24,7 +24,7 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
     def register_group(modules: Any, pre_hook: Any, post_hook: Any, modules_to_run: set[Any]) -> Any:
         from torch.distributed.fsdp._fully_shard import _fsdp_state
 
-        not_traced = getattr(_fsdp_state, "disable_if_config_true", None) or _fsdp_state._dynamo_disable  # the second is torch 2.12's
+        not_traced = getattr(_fsdp_state, "disable_if_config_true", None) or _fsdp_state._dynamo_disable  # 2.12 has that
         state, alone = pre_hook.__self__, set[int]()
 
         def begin(module: Any, args: Any) -> None:
