@@ -129,6 +129,22 @@ def test_annotate_fn_annotates_all_of_a_function() -> None:
     assert customs(captured.forward[0]) == [("sin", {"stage": 3}), ("mul.Tensor", {"stage": 3}), ("cos", None)]
 
 
+def test_as_a_decorator_it_annotates_each_call_of_a_method() -> None:
+    class Model(torch.nn.Module):
+        @traceback.annotate({"part": "inner"})
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with traceback.annotate({"stage": 0}):
+                return self.inner(x) * self.inner(x + 1)
+
+    captured = train(Model(), torch.ones(3))
+    inner, outer = {"stage": 0, "part": "inner"}, {"stage": 0}
+    assert customs(captured.forward[0]) == [("sin", inner), ("add.Tensor", outer), ("sin", inner), ("mul.Tensor", outer)]
+    assert "custom" not in traceback.get_current_meta()
+
+
 def test_a_sum_of_gradients_is_not_annotated() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         with traceback.annotate({"a": 1}):
@@ -236,3 +252,21 @@ def test_activation_before_or_after_dynamo_is_imported_and_undone_after_use(run_
         order,
     )
     assert done.stdout.endswith("held\n"), sys.version
+
+
+def test_the_annotated_nodes_of_a_graph_and_of_the_graphs_in_it_are_text() -> None:
+    inner = torch.fx.symbolic_trace(lambda x: x.sin().cos())
+    next(iter(inner.graph.find_nodes(op="call_method", target="sin"))).meta["custom"] = {"part": 1}
+    outer = torch.fx.Graph()
+    x = outer.placeholder("x")
+    called = outer.get_attr("inner")
+    result = outer.call_function(torch.neg, (x,))
+    outer.output((called, result))
+    x.meta["custom"] = result.meta["custom"] = {"stage": 0, "bucket": 2}
+    text = traceback._get_custom_metadata(GraphModule({"inner": inner}, outer))
+    assert text.splitlines() == [
+        "('placeholder', 'x', {'stage': 0, 'bucket': 2})",
+        "[('call_method', 'sin', {'part': 1})]",
+        "('call_function', 'neg', {'stage': 0, 'bucket': 2})",
+    ]
+    assert traceback._get_custom_metadata(torch.fx.symbolic_trace(lambda x: x.sin())) == ""

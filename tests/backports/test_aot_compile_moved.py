@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ HAS_IT = hasattr(torch.compiler, "load_compiled_function")
 
 def square(x: torch.Tensor) -> torch.Tensor:
     return x @ x
+
+
+@pytest.fixture(autouse=True)
+def asked_for() -> Iterator[None]:
+    """torch 2.9 and 2.10 have `aot_compile` where this option asks for it."""
+    import torch._dynamo
+
+    options = {"enable_aot_compile": True} if hasattr(torch._dynamo.config, "enable_aot_compile") else {}
+    with torch._dynamo.config.patch(**options) if options else nullcontext():
+        yield
 
 
 def save(path: Path) -> None:

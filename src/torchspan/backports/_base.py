@@ -32,13 +32,15 @@ class Change:
     """What a backport changes elsewhere in torch, so that its names work: `attribute` of the module `target`.
 
     `build` makes the new object from the old one; an attribute or module that this torch lacks is left alone. With `create`,
-    an attribute that the module lacks is made: `build` is given None.
+    an attribute that the module lacks is made: `build` is given None. With `always`, `build` is asked on every torch, also on
+    one that has the backport's names: it looks at the old object, and returns it where it is complete.
     """
 
     target: str
     attribute: str
     build: Callable[[Any], object]
     create: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Backport:
         for attribute, redefine in self.redefines.items():
             yield Redefinition(self.name, self.target, attribute, self._where_lacking(redefine))
         for change in self.also:
-            build = self._where_lacking(change.build)
+            build = change.build if change.always else self._where_lacking(change.build)
             yield Replacement(self.name, change.target, change.attribute, build, change.create)
 
     def record_use(self, subject: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch.fx.traceback as fx_traceback
@@ -17,13 +17,36 @@ from torchspan.private import dynamo
 _GRADIENT_SUM = "Gradient addition node due to multiple use of tensor around:"  # how AOTAutograd marks such a node
 
 
-@contextmanager
-def annotate(annotation_dict: dict[str, Any]) -> Iterator[None]:
+def annotate(annotation_dict: dict[str, Any]) -> _Annotation:
     """Give every node that is traced inside the block the entries of `annotation_dict` in ``node.meta["custom"]``.
 
     Blocks nest: entries are merged, the inner one wins, and the outer one's are there again after it. Nodes of the backward
-    get the annotations of the forward nodes that they belong to. Without a trace the block does nothing.
+    get the annotations of the forward nodes that they belong to. Without a trace the block does nothing. As a decorator it
+    makes such a block of each call.
     """
+    return _Annotation(annotation_dict)
+
+
+class _Annotation:
+    """A block, and a decorator: dynamo knows `annotate` alone, so a decorated function calls that."""
+
+    def __init__(self, annotation_dict: dict[str, Any]) -> None:
+        self._annotation_dict = annotation_dict
+        self._blocks: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._blocks.append(_block(self._annotation_dict))
+        self._blocks[-1].__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._blocks.pop().__exit__(*exception)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return annotate_fn(self._annotation_dict)(function)
+
+
+@contextmanager
+def _block(annotation_dict: dict[str, Any]) -> Iterator[None]:
     has_outer = "custom" in fx_traceback.current_meta
     outer = fx_traceback.current_meta.get("custom", {})
     fx_traceback.current_meta["custom"] = {**outer, **annotation_dict}
@@ -51,7 +74,23 @@ def annotate_fn(annotation_dict: dict[str, Any]) -> Callable[[Callable[..., Any]
     return decorate
 
 
-for _public in (annotate, annotate_fn):
+def _get_custom_metadata(gm: GraphModule) -> str:
+    """The annotated nodes of a graph as text, one a line; those of a graph that it refers to are one line."""
+    return "\n".join(map(str, _annotated_nodes(gm)))
+
+
+def _annotated_nodes(gm: GraphModule) -> list[Any]:
+    entries: list[Any] = []
+    for node in gm.graph.nodes:
+        if node.meta.get("custom"):
+            entries.append((node.op, node.name, node.meta["custom"]))
+        inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, GraphModule):
+            entries.append(_annotated_nodes(inner))
+    return entries
+
+
+for _public in (annotate, annotate_fn, _get_custom_metadata):
     _public.__module__ = "torch.fx.traceback"  # where it is found, by pickle and by dynamo's guards
 
 
@@ -60,7 +99,7 @@ for _public in (annotate, annotate_fn):
 
 def _with_annotate(classes: dict[Any, None]) -> dict[Any, None]:
     """The context managers that dynamo handles itself, with annotate."""
-    return {**classes, annotate: None, annotate.__wrapped__: None}  # type: ignore[attr-defined]
+    return {**classes, annotate: None}
 
 
 def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +107,7 @@ def _variable_for_annotate(call_function: Callable[..., Any]) -> Callable[..., A
 
     @functools.wraps(call_function)
     def handle(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is not annotate and self.value is not annotate.__wrapped__:  # type: ignore[attr-defined]
+        if self.value is not annotate:
             return call_function(self, tx, args, kwargs)
         annotation = next(iter([*args, *kwargs.values()]))
         return _annotate_variable()(annotation.as_python_constant(), source=self.source)
@@ -83,7 +122,7 @@ def _annotate_variable() -> type:
     class AnnotateVariable(dynamo.ContextWrappingVariable):
         def enter(self, tx: Any, *args: Any) -> Any:
             stack = ExitStack()
-            stack.enter_context(annotate(self.target_values))
+            stack.enter_context(_block(self.target_values))
             stack.enter_context(fx_traceback.preserve_node_meta())  # without it no tracer copies metadata
             self.set_cleanup_hook(tx, stack.close)
             return dynamo.ConstantVariable.create(None)
@@ -154,7 +193,11 @@ BACKPORT = Backport(
         "views that functionalization replays carry the annotation of the node that asks for them, not of the first view; the "
         "backward of a graph that a higher-order operator calls is annotated only where it is part of the outer graph"
     ),
-    names={"annotate": lambda: annotate, "annotate_fn": lambda: annotate_fn},
+    names={
+        "annotate": lambda: annotate,
+        "annotate_fn": lambda: annotate_fn,
+        "_get_custom_metadata": lambda: _get_custom_metadata,
+    },
     also=(
         Change(_CONTEXT_MANAGERS, "supported_ctx_manager_classes", _with_annotate),
         Change(_CONTEXT_MANAGERS, "TorchCtxManagerClassVariable.call_function", _variable_for_annotate),

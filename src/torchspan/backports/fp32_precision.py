@@ -186,7 +186,17 @@ def _class_of_backends(module_class: type) -> type:
 
 
 def _class_of_rnn(module_class: type) -> type:
-    return type("CudnnRNNModule", (module_class,), {"fp32_precision": _attribute("cuda", "rnn")})
+    """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose when it is imported."""
+    if module_class is not ModuleType:
+        return module_class
+    if _lacks(None):
+        attribute = _attribute("cuda", "rnn")
+    else:
+        attribute = property(
+            lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"),
+            lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value),
+        )
+    return type("CudnnRNNModule", (module_class,), {"fp32_precision": attribute})
 
 
 def _reading(getter: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -242,7 +252,8 @@ BACKPORT = Backport(
     differs=(
         "one switch for the matmuls of all devices, so CUDA's 'tf32' allows it on a CPU that has it; cuDNN's convolutions and "
         "recurrent layers compute in TF32 only where both allow it; oneDNN's on a CPU never do, and are refused; the older "
-        "allow_tf32 and set_float32_matmul_precision can still be read after this is set"
+        "allow_tf32 and set_float32_matmul_precision can still be read after this is set; on torch 2.9 and 2.10, whose "
+        "torch.backends.cudnn.rnn keeps what is assigned to itself, that alone is mended"
     ),
     replaces={"__class__": _class_of_backends},
     names={"flags": lambda: _flags("generic")(None), "_FP32Precision": lambda: _FP32Precision},
@@ -253,7 +264,7 @@ BACKPORT = Backport(
         Change("torch.backends.cudnn", "__class__.conv", lambda old: _FP32Precision("cuda", "conv"), create=True),
         Change("torch.backends.cudnn", "__class__.rnn", lambda old: old or _Imported("torch.backends.cudnn.rnn"), create=True),
         Change("torch.backends.cudnn", "m.flags", _flags("cuda")),
-        Change("torch.backends.cudnn.rnn", "__class__", _class_of_rnn),
+        Change("torch.backends.cudnn.rnn", "__class__", _class_of_rnn, always=True),
         Change(
             "torch.backends.mkldnn", "__class__.fp32_precision", lambda old: _attribute("mkldnn", "all", "generic"), create=True
         ),

@@ -22,11 +22,9 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(register)
     def register_group(modules: Any, pre_hook: Any, post_hook: Any, modules_to_run: set[Any]) -> Any:
-        from torch.distributed.fsdp._fully_shard._fsdp_state import (  # type: ignore[attr-defined]
-            _MultiHandle,
-            disable_if_config_true,
-        )
+        from torch.distributed.fsdp._fully_shard import _fsdp_state
 
+        not_traced = getattr(_fsdp_state, "disable_if_config_true", None) or _fsdp_state._dynamo_disable  # 2.12 has that
         state, alone = pre_hook.__self__, set[int]()
 
         def begin(module: Any, args: Any) -> None:
@@ -41,9 +39,9 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
 
         handles = [register(modules, pre_hook, post_hook, modules_to_run)]
         for module in modules:
-            handles.append(module.register_forward_pre_hook(disable_if_config_true(begin), prepend=True))
-            handles.append(module.register_forward_pre_hook(disable_if_config_true(begun)))
-        return _MultiHandle(tuple(handles))
+            handles.append(module.register_forward_pre_hook(not_traced(begin), prepend=True))
+            handles.append(module.register_forward_pre_hook(not_traced(begun)))
+        return _fsdp_state._MultiHandle(tuple(handles))
 
     return register_group
 

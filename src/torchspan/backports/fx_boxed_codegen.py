@@ -55,5 +55,5 @@ BACKPORT = Backport(
     upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/fx/graph.py",
     differs="print_readable's text has each function's parameters on one line and no additional metadata",
     names={"_BoxedCodeGen": _boxed},
-    also=(Change("torch.fx", "GraphModule.print_readable", _printing),),
+    also=(Change("torch.fx", "GraphModule.print_readable", _printing, always=True),),
 )

@@ -12,7 +12,7 @@ BACKPORT = Backport(
     upstream="https://github.com/pytorch/pytorch/pull/159005",
     differs=(
         "only the joint graph has descriptors, its two parts have those of their inputs; disable_functionalization and "
-        "serializable are errors"
+        "serializable are errors; torch 2.9's own takes no keyword arguments of a captured graph"
     ),
     names=from_module(
         "torchspan.backports._joint",

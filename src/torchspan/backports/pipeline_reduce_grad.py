@@ -117,6 +117,6 @@ BACKPORT = Backport(
             lambda old: old or _reduce_grad(),
             create=True,
         ),
-        Change("torch.distributed.pipelining.stage", "PipelineStage.__init__", _if_lacking_mesh),
+        Change("torch.distributed.pipelining.stage", "PipelineStage.__init__", _if_lacking_mesh, always=True),
     ),
 )

@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from torchspan.backports import _safetensors
 from torchspan.backports._base import Backport
-from torchspan.environment.patch import MissingName, Patch
+from torchspan.environment.patch import MissingName, Patch, Replacement
 
 _PLACE = "torch.distributed.checkpoint.quantized_hf_storage"
 _NAME = "QuantizedHuggingFaceStorageReader"
+_ADDED = "_get_slice_to_block_mapping"  # what torch 2.10's has, which knows where in a block a shard begins
 _BLOCKS, _SCALES = "_blocks", "_scales"  # MXFP4, as in gpt-oss
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -145,12 +147,23 @@ def _reader() -> type[HuggingFaceStorageReader]:
 
 
 class _InPackageToo(Backport):
-    """The class is a name of ``torch.distributed.checkpoint`` as well."""
+    """The class is a name of ``torch.distributed.checkpoint`` as well; torch 2.9's own is replaced in both places."""
 
     def patches(self) -> Iterable[Patch]:
         yield from super().patches()
         package = _PLACE.rpartition(".")[0]
         yield MissingName(self.name, package, _NAME, lambda: getattr(importlib.import_module(_PLACE), _NAME), self.reason)
+        for place in (_PLACE, package):
+            yield Replacement(self.name, place, _NAME, _complete)
+
+
+def _complete(reader: type) -> type:
+    """The reader, or ours where it is torch 2.9's."""
+    return reader if hasattr(reader, _ADDED) else _reader()
+
+
+def _lacks(module: ModuleType | None) -> bool:
+    return not hasattr(getattr(module, _NAME, None), _ADDED)
 
 
 BACKPORT = _InPackageToo(
@@ -161,8 +174,10 @@ BACKPORT = _InPackageToo(
     upstream="https://github.com/pytorch/pytorch/pull/160682",
     differs=(
         "all of an MXFP4 tensor is read, however many dimensions it has (torch 2.13 and 2.15 fill the first values of each row "
-        "only: the chunk in their metadata has the packed size)"
+        "only: the chunk in their metadata has the packed size); torch 2.9's own, which multiplies a shard that begins inside "
+        "a block with other blocks' scales, is replaced"
     ),
     is_module=True,
     names={_NAME: _reader},
+    lacks=_lacks,
 )

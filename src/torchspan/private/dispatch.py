@@ -84,9 +84,10 @@ def as_if_without_modes() -> Iterator[None]:
     """Inside, dynamo does not hold dispatch modes for a reason to leave code uncompiled."""
     import torch.utils._python_dispatch as state
 
-    before = state._is_in_non_infra_torch_dispatch_mode
-    state._is_in_non_infra_torch_dispatch_mode = False
+    flags = ("_is_in_non_infra_torch_dispatch_mode", "_is_in_any_mode_without_ignore_compile_internals")  # 2.9 asks the second
+    before = {flag: getattr(state, flag) for flag in flags if hasattr(state, flag)}
+    vars(state).update(dict.fromkeys(before, False))
     try:
         yield
     finally:
-        state._is_in_non_infra_torch_dispatch_mode = before
+        vars(state).update(before)

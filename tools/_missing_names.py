@@ -1,0 +1,101 @@
+"""A pytest plugin: a test module can be imported though this torch lacks names of its imports; tests that use one are skipped.
+
+A test file of a newer torch imports names at its top that only some of its tests need: helpers of torch's own tests, parts of
+torch that no backport provides. Each such name is a `MissingName` here, so that the other tests of the file can run.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import types
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class MissingName:
+    """Stands for a name that is not here: what is made of it while tests are collected is missing too; a test skips.
+
+    >>> MissingName("torch.a").b(1)
+    <torch.a.b(), which is not here>
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<{self._name}, which is not here>"
+
+    def __getattr__(self, name: str) -> MissingName:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MissingName(f"{self._name}.{name}")
+
+    def __call__(self, *arguments: Any, **options: Any) -> MissingName:
+        if is_test_running:
+            raise unittest.SkipTest(f"needs {self._name}, which is not here")
+        return MissingName(f"{self._name}()")
+
+
+is_test_running = False
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Between its beginning and its end a test is skipped by what is missing."""
+    global is_test_running
+    is_test_running = True
+    yield
+    is_test_running = False
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Before a test module is imported."""
+    provide_missing_names(module_path)
+
+
+class ImportOf:
+    """In a process that a test starts, which imports the test module anew; on `sys.meta_path` it looks on and finds nothing."""
+
+    def __init__(self, module_path: Path) -> None:
+        self.module_path = module_path
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Before the module at `module_path` is imported."""
+        if name == self.module_path.stem:
+            provide_missing_names(self.module_path)
+
+
+def provide_missing_names(module_path: Path) -> None:
+    """Put a MissingName in the place of each name of torch that the module at this path would not find."""
+    for node in ast.parse(module_path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").partition(".")[0] == "torch":
+            _provide(node.module or "", [alias.name for alias in node.names])
+
+
+def _provide(module_name: str, names: list[str]) -> None:
+    module = _module(module_name)
+    for name in names:
+        if not hasattr(module, name) and not _is_module(f"{module_name}.{name}"):
+            setattr(module, name, MissingName(f"{module_name}.{name}"))
+
+
+def _module(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module = sys.modules[name] = types.ModuleType(name)
+        return module
+
+
+def _is_module(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
