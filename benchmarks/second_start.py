@@ -2,8 +2,8 @@
 
     python benchmarks/second_start.py --out benchmarks/results/second_start.json
 
-The first start compiles, the second one loads what the first left in the cache folder. Seconds are those from the first call on:
-importing torch and making the model come before that on both sides.
+The first start compiles, the second one loads what the first left in the cache folder. Seconds are those from the first call
+on: importing torch and making the model come before that on both sides.
 """
 
 from __future__ import annotations
