@@ -11,11 +11,8 @@ import importlib
 import sys
 import types
 import unittest
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 
 class MissingName:
@@ -37,21 +34,20 @@ class MissingName:
         return MissingName(f"{self._name}.{name}")
 
     def __call__(self, *arguments: Any, **options: Any) -> MissingName:
-        if is_test_running:
-            raise unittest.SkipTest(f"needs {self._name}, which is not here")
+        self._skip_test()
         return MissingName(f"{self._name}()")
 
+    def __index__(self) -> int:
+        self._skip_test()
+        raise TypeError(f"{self!r} is no number")
 
-is_test_running = False
+    def _skip_test(self) -> None:
+        specs = [getattr(sys.modules.get(name), "__spec__", None) for name in test_modules]
+        if test_modules and not any(getattr(spec, "_initializing", False) for spec in specs):
+            raise unittest.SkipTest(f"needs {self._name}, which is not here")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """Between its beginning and its end a test is skipped by what is missing."""
-    global is_test_running
-    is_test_running = True
-    yield
-    is_test_running = False
+test_modules: list[str] = []  # once they are imported, tests run
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -73,6 +69,7 @@ class ImportOf:
 
 def provide_missing_names(module_path: Path) -> None:
     """Put a MissingName in the place of each name of torch that the module at this path would not find."""
+    test_modules.append(module_path.stem)
     for node in ast.parse(module_path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").partition(".")[0] == "torch":
             _provide(node.module or "", [alias.name for alias in node.names])
