@@ -2,8 +2,8 @@
 
     python benchmarks/call_overhead.py --out benchmarks/results/call_overhead.json
 
-All sides take turns in one process, with one thread. A figure is the lowest of several averages of CPU time: a busy machine adds
-to a call, and never takes away.
+All sides take turns in one process, with one thread. A figure is the lowest of several averages of CPU time: a busy machine
+adds to a call, and never takes away.
 """
 
 from __future__ import annotations

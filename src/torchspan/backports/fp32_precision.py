@@ -185,6 +185,10 @@ def _class_of_backends(module_class: type) -> type:
     return type("GenericModule", (module_class,), {"fp32_precision": _attribute("generic", "all")})
 
 
+def _write_of_rnn(_: Any, value: str) -> None:
+    torch._C._set_fp32_precision_setter("cuda", "rnn", value)
+
+
 def _class_of_rnn(module_class: type) -> type:
     """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose when it is imported."""
     if module_class is not ModuleType:
@@ -192,10 +196,7 @@ def _class_of_rnn(module_class: type) -> type:
     if _lacks(None):
         attribute = _attribute("cuda", "rnn")
     else:
-        attribute = property(
-            lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"),
-            lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value),
-        )
+        attribute = property(lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"), _write_of_rnn)
     return type("CudnnRNNModule", (module_class,), {"fp32_precision": attribute})
 
 
