@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import operator
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,21 @@ def test_operators_and_closures_travel() -> None:
     factor = 3
     function, op, builtin = loads(dumps((lambda x: x * factor, torch.ops.aten.add.Tensor, operator.getitem)))
     assert function(2) == 6 and op is torch.ops.aten.add.Tensor and builtin is operator.getitem
+
+
+def test_operators_arrive_where_nothing_has_defined_them_yet(run_python: Callable[..., Any], tmp_path: Path) -> None:
+    """Those that inductor defines when it is imported, as a graph has them whose operators it took apart."""
+    importlib.import_module("torch._inductor.inductor_prims")
+    (tmp_path / "sent").write_bytes(dumps(torch.ops.prims.inductor_seed.default))
+    answer = run_python(
+        f"""
+        import torch
+        from torchspan.jobs import transport
+        assert not hasattr(torch.ops.prims, "inductor_seed"), "then this shows nothing"
+        print(transport.loads(open({str(tmp_path / "sent")!r}, "rb").read()))
+        """
+    )
+    assert answer.stdout.strip() == "prims.inductor_seed.default"
 
 
 def test_a_function_inside_a_function_finds_the_globals_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ import torch
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
 from torchspan.jobs.groups import Groups, is_group, reduced_group
+from torchspan.private import inductor
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -307,10 +308,18 @@ _OWN_OPERATORS = ("torchspan.models._grouped", "torchspan.parallel._all_to_all")
 
 
 def _operator(namespace: str, name: str, overload: str) -> Any:
-    if namespace == "torchspan":
-        for module in _OWN_OPERATORS:  # they are torch's as soon as their module is imported
-            importlib.import_module(module)
+    if not hasattr(getattr(torch.ops, namespace), name):
+        _define(namespace)
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def _define(namespace: str) -> None:
+    """Import what makes the operators of a namespace: torch has them only after that."""
+    if namespace == "prims":
+        inductor.define_prims()
+    elif namespace == "torchspan":
+        for module in _OWN_OPERATORS:
+            importlib.import_module(module)
 
 
 def _higher_order_operator(name: str) -> Any:

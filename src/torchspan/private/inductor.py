@@ -32,6 +32,7 @@ NAMES = (
     *names_in("torch._inductor.cpp_builder", "CppBuilder.build"),
     *names_in("torch._inductor.cpu_vec_isa", "VecISA.check_build"),
     *names_in("torch._inductor.decomposition", "select_decomp_table"),
+    PrivateName("torch._inductor.inductor_prims"),
     *names_in("torch._inductor.runtime.cache_dir_utils", "cache_dir"),
 )
 
@@ -69,6 +70,11 @@ def compile_static(graph: GraphModule, inputs: list[Any], options: Mapping[str, 
 
     settings = {"config_patches": dict(options)} if options else {}
     return torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_example_inputs", options=settings)
+
+
+def define_prims() -> None:
+    """Have torch know inductor's own operators, ``torch.ops.prims.fma`` among them."""
+    import torch._inductor.inductor_prims  # noqa: F401
 
 
 def cache_folder() -> Path:
