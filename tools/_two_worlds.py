@@ -133,7 +133,10 @@ class World:
     def close(self) -> None:
         """Let everything go."""
         sys.modules.pop(self.module.__name__, None)
-        vars(self.module).clear()
+        for name in [
+            one for one in vars(self.module) if not one.startswith("__")
+        ]:  # the others are dynamo's, which removes them
+            delattr(self.module, name)
 
     def step(self, number: int) -> Seen:
         """Run one step; what is there to be seen then."""
