@@ -69,7 +69,8 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, torch._ops.HigherOrderOperator):
             return _higher_order_operator, (obj.name(),)
         if isinstance(obj, torch.nn.Module) and _is_parametrized(obj):
-            return _parametrized, (parametrize.type_before_parametrizations(obj), tuple(obj.parametrizations)), vars(obj)
+            names = tuple(vars(obj)["_modules"]["parametrizations"])
+            return _parametrized, (parametrize.type_before_parametrizations(obj), names), vars(obj)
         if isinstance(obj, types.CodeType):  # cloudpickle 3.1.3 leaves out the file, by which a failure's place is told
             make, arguments = self.dispatch_table[types.CodeType](obj)
             return _code_of_file, (make, arguments, obj.co_filename)
