@@ -190,8 +190,8 @@ def _aliases(out: Any, given: Any, model: Any) -> list[str]:
     own = list(model.state_dict(keep_vars=True).values()) if isinstance(model, nn.Module) else []
     groups = {"out": tensors_in(out), "given": tensors_in(given), "own": own}
     named = [(f"{name}[{i}]", one) for name, group in groups.items() for i, one in enumerate(group)]
-    pairs = itertools.product(named[: len(groups["out"])], named)
-    return [f"{a} {_relation(x, y)} {b}" for (a, x), (b, y) in pairs if a < b and _relation(x, y)]
+    pairs = [(one, other) for i, one in enumerate(named[: len(groups["out"])]) for other in named[i + 1 :]]
+    return [f"{a} {_relation(x, y)} {b}" for (a, x), (b, y) in pairs if _relation(x, y)]
 
 
 def _relation(one: torch.Tensor, other: torch.Tensor) -> str:
