@@ -133,7 +133,10 @@ class World:
     def close(self) -> None:
         """Let everything go."""
         sys.modules.pop(self.module.__name__, None)
-        vars(self.module).clear()
+        for name in [
+            one for one in vars(self.module) if not one.startswith("__")
+        ]:  # the others are dynamo's, which removes them
+            delattr(self.module, name)
 
     def step(self, number: int) -> Seen:
         """Run one step; what is there to be seen then."""
@@ -187,8 +190,8 @@ def _aliases(out: Any, given: Any, model: Any) -> list[str]:
     own = list(model.state_dict(keep_vars=True).values()) if isinstance(model, nn.Module) else []
     groups = {"out": tensors_in(out), "given": tensors_in(given), "own": own}
     named = [(f"{name}[{i}]", one) for name, group in groups.items() for i, one in enumerate(group)]
-    pairs = itertools.product(named[: len(groups["out"])], named)
-    return [f"{a} {_relation(x, y)} {b}" for (a, x), (b, y) in pairs if a < b and _relation(x, y)]
+    pairs = [(one, other) for i, one in enumerate(named[: len(groups["out"])]) for other in named[i + 1 :]]
+    return [f"{a} {_relation(x, y)} {b}" for (a, x), (b, y) in pairs if _relation(x, y)]
 
 
 def _relation(one: torch.Tensor, other: torch.Tensor) -> str:

@@ -168,15 +168,12 @@ def comparison_for(program: Program) -> Comparison:
 # many
 
 
-def run_here(first: int, count: int) -> list[Verdict]:
-    """Judge programs one after another in this process; what differs is printed at once."""
-    verdicts = []
-    for seed in range(first, first + count):
-        drawn = program(seed)
-        verdicts.append(judge(drawn))
-        if verdicts[-1].difference:
-            print(explained(drawn, verdicts[-1]), flush=True)
-    return verdicts
+def judged(drawn: Program) -> Verdict:
+    """Judge a program in this process; what differs is printed at once."""
+    verdict = judge(drawn)
+    if verdict.difference:
+        print(explained(drawn, verdict), flush=True)
+    return verdict
 
 
 def explained(drawn: Program, verdict: Verdict) -> str:
@@ -280,7 +277,7 @@ def _write_verdicts(first: int, count: int, file: Path) -> bool:
     """Judge, and write each verdict at once; whether any program differs."""
     differs = False
     for seed in range(first, first + count):
-        [verdict] = run_here(seed, 1)
+        verdict = judged(program(seed))
         differs |= bool(verdict.difference)
         with file.open("a") as lines:
             lines.write(json.dumps(vars(verdict)) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from torchspan.core.errors import InputError
 from torchspan.jobs.transport import dumps, loads
@@ -133,3 +134,17 @@ def test_the_ambient_state_is_set_where_it_differs_and_modes_hold_for_a_block() 
         assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") is torch.bfloat16
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+class OwnLinear(nn.Linear):
+    """A class that travels by value."""
+
+
+def test_a_parametrized_module_is_parametrized_on_the_other_side() -> None:
+    model = nn.Sequential(weight_norm(OwnLinear(4, 4)), spectral_norm(nn.Linear(4, 2)))
+    there = loads(dumps(model, keep_values=True))
+    x = torch.randn(3, 4)
+    assert torch.equal(there.eval()(x), model.eval()(x))
+    assert [type(one).__name__ for one in there] == ["ParametrizedOwnLinear", "ParametrizedLinear"]
+    assert list(there.state_dict()) == list(model.state_dict())
+    assert not isinstance(there[0].weight, nn.Parameter) and there[0].weight.grad_fn is not None

@@ -25,7 +25,10 @@ def fuzz() -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_random_programs_give_what_eager_gives_in_each_step(fuzz: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts = fuzz.run_here(0, NUM_PROGRAMS)
+    drawn = [
+        one for one in map(fuzz.program, range(2 * NUM_PROGRAMS)) if one.backend != "inductor"
+    ]  # whose kernels take seconds
+    verdicts = [fuzz.judged(one) for one in drawn[:NUM_PROGRAMS]]
     assert [one.seed for one in verdicts if one.difference] == [], capsys.readouterr().out
     assert sum(one.num_swapped > 0 for one in verdicts) > NUM_PROGRAMS / 2
     assert sum(one.num_compiled_steps for one in verdicts) > NUM_PROGRAMS

@@ -15,6 +15,7 @@ from torchspan.core.numerics import difference
 from torchspan.jobs.budget import Budget
 from torchspan.strategies import report_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 Wait = Callable[..., None]
 
 

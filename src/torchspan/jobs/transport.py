@@ -24,11 +24,12 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import torch
+from torch.nn.utils import parametrize
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
 from torchspan.jobs.groups import Groups, is_group, reduced_group
-from torchspan.private import inductor
+from torchspan.private import fx, inductor
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -79,6 +80,9 @@ class _Pickler(cloudpickle.Pickler):
             return _operator, (namespace, name, obj._overloadname)
         if isinstance(obj, torch._ops.HigherOrderOperator):
             return _higher_order_operator, (obj.name(),)
+        if isinstance(obj, torch.nn.Module) and _is_parametrized(obj):
+            names = tuple(vars(obj)["_modules"]["parametrizations"])
+            return _parametrized, (parametrize.type_before_parametrizations(obj), names), vars(obj)
         if isinstance(obj, types.CodeType):  # cloudpickle 3.1.3 leaves out the file, by which a failure's place is told
             make, arguments = self.dispatch_table[types.CodeType](obj)
             return _code_of_file, (make, arguments, obj.co_filename)
@@ -133,6 +137,20 @@ def _module_class(make: Callable[..., type], *arguments: Any) -> type:
         made.__bases__ = bases
         known: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, made)
         return known
+
+
+def _is_parametrized(module: torch.nn.Module) -> bool:
+    """Whether torch has put a class of this module's own below its class, which says of itself that it cannot be pickled."""
+    return "__getstate__" in vars(type(module)) and parametrize.is_parametrized(module)
+
+
+def _parametrized(own: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
+    """A module without state of the class that torch makes of `own` where these of its tensors are parametrized."""
+    module = own.__new__(own)
+    fx._inject_new_class(module)
+    for name in names:
+        fx._inject_property(module, name)
+    return module
 
 
 def _is_renamed(cls: type) -> bool:

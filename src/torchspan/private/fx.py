@@ -65,6 +65,7 @@ NAMES = (
         "free_unbacked_symbols",
         "statically_known_true",
     ),
+    *names_in("torch.nn.utils.parametrize", "_inject_new_class", "_inject_property"),
     *names_in("torch.nn.utils.stateless", "_reparametrize_module"),
     PrivateName("torch.utils._pytree"),
     *names_in(
