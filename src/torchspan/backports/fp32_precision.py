@@ -192,10 +192,9 @@ def _class_of_rnn(module_class: type) -> type:
     if _lacks(None):
         attribute = _attribute("cuda", "rnn")
     else:
-        attribute = property(
-            lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"),
-            lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value),
-        )
+        read: Any = lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn")  # noqa: E731
+        write: Any = lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value)  # noqa: E731
+        attribute = property(read, write)
     return type("CudnnRNNModule", (module_class,), {"fp32_precision": attribute})
 
 

@@ -8,6 +8,7 @@ own, and the model's output has those of the rest of the group.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,7 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(register)
     def register_group(modules: Any, pre_hook: Any, post_hook: Any, modules_to_run: set[Any]) -> Any:
-        from torch.distributed.fsdp._fully_shard import _fsdp_state
-
+        _fsdp_state: Any = importlib.import_module(_PLACE)
         not_traced = getattr(_fsdp_state, "disable_if_config_true", None) or _fsdp_state._dynamo_disable  # 2.12 has that
         state, alone = pre_hook.__self__, set[int]()
 
