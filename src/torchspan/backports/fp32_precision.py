@@ -44,11 +44,11 @@ _OF_LEVEL = {
 }  # of CUDA's and oneDNN's matmuls
 
 _Place = tuple[str, str]
-_settings: dict[_Place, str] = {}  # what was set, by backend and operator
+_given: dict[_Place, str] = {}  # what was set, by backend and operator
 _seen: dict[str, Any] = {}  # the two switches when they were last looked at, so that a change by others is noticed
 
 
-def resolve(settings: dict[_Place, str], backend: str, operator: str) -> str:
+def resolve(given: dict[_Place, str], backend: str, operator: str) -> str:
     """The precision in force: the operator's own, else its backend's, else that of all.
 
     >>> resolve({("generic", "all"): "tf32", ("cuda", "matmul"): "ieee"}, "cuda", "matmul")
@@ -59,18 +59,18 @@ def resolve(settings: dict[_Place, str], backend: str, operator: str) -> str:
     'tf32'
     """
     places = ((backend, operator), (backend, "all"), ("generic", "all"))
-    precision = next((value for place in places if (value := settings.get(place, "none")) != "none"), None)
-    if precision is None:
-        is_default = backend == "cuda" and operator in ("conv", "rnn") and (backend, operator) not in settings
+    found = next((value for place in places if (value := given.get(place, "none")) != "none"), None)
+    if found is None:
+        is_default = backend == "cuda" and operator in ("conv", "rnn") and (backend, operator) not in given
         return "tf32" if is_default else "none"
-    return precision if precision in _VALUES[backend] else "none"
+    return found if found in _VALUES[backend] else "none"
 
 
-def _level(settings: dict[_Place, str], has_cuda: bool) -> str:
+def _level(given: dict[_Place, str], has_cuda: bool) -> str:
     """The precision of all matmuls that allows what was asked for; raises UnsupportedError where one switch cannot say it."""
-    cuda, mkldnn = (resolve(settings, backend, "matmul") for backend in ("cuda", "mkldnn"))
+    cuda, mkldnn = (resolve(given, backend, "matmul") for backend in ("cuda", "mkldnn"))
     if cuda != "tf32" and has_cuda and mkldnn in ("tf32", "bf16"):
-        if settings.get(("mkldnn", "matmul"), "none") == "none":
+        if given.get(("mkldnn", "matmul"), "none") == "none":
             return "highest"  # it was said of all operators: what is more exact than it has to be is as allowed
         raise UnsupportedError(
             f"torch.backends.mkldnn.matmul.fp32_precision = {mkldnn!r} with torch.backends.cuda.matmul.fp32_precision = "
@@ -84,7 +84,7 @@ def _level(settings: dict[_Place, str], has_cuda: bool) -> str:
 
 def _get(backend: str, operator: str) -> str:
     _notice()
-    return resolve(_settings, backend, operator)
+    return resolve(_given, backend, operator)
 
 
 def _set(backend: str, operator: str, precision: str) -> None:
@@ -101,11 +101,11 @@ def _set(backend: str, operator: str, precision: str) -> None:
             f"{BACKPORT.reason}; leave it at 'ieee' or 'none'"
         )
     _notice()
-    settings = {**_settings, (backend, operator): precision}
-    level = _level(settings, torch.version.cuda is not None)
-    _settings.update(settings)
+    given = {**_given, (backend, operator): precision}
+    level = _level(given, torch.version.cuda is not None)
+    _given.update(given)
     torch.set_float32_matmul_precision(level)
-    kinds = [resolve(_settings, "cuda", kind) for kind in ("conv", "rnn")]
+    kinds = [resolve(_given, "cuda", kind) for kind in ("conv", "rnn")]
     torch._C._set_cudnn_allow_tf32(kinds == ["tf32", "tf32"])
     _remember()
     _report(name, precision, kinds)
@@ -117,18 +117,18 @@ def _report(name: str, precision: str, kinds: list[str]) -> None:
         return
     report.decide("backport", name, f"torchspan's {BACKPORT.name}: {precision}", BACKPORT.reason, user_site())
     if kinds.count("tf32") == 1:
-        place = ("torch.backends.cudnn.conv", "torch.backends.cudnn.rnn")[kinds.index("tf32")]
+        one = ("torch.backends.cudnn.conv", "torch.backends.cudnn.rnn")[kinds.index("tf32")]
         reason = "this torch has one switch for cuDNN's convolutions and recurrent layers, and the other one allows no TF32"
-        report.decide("backport", f"{place}.fp32_precision", "float32, though 'tf32' is allowed", reason, user_site())
+        report.decide("backport", f"{one}.fp32_precision", "float32, though 'tf32' is allowed", reason, user_site())
 
 
 def _notice() -> None:
     """Take over what ``allow_tf32`` or ``set_float32_matmul_precision`` was set to since, as newer torch does."""
     now = _switches()
     if now["level"] != _seen.get("level", "highest"):
-        _settings["cuda", "matmul"], _settings["mkldnn", "matmul"] = _OF_LEVEL[now["level"]]
+        _given["cuda", "matmul"], _given["mkldnn", "matmul"] = _OF_LEVEL[now["level"]]
     if now["cudnn"] != _seen.get("cudnn", True):
-        _settings["cuda", "conv"] = _settings["cuda", "rnn"] = "tf32" if now["cudnn"] else "none"
+        _given["cuda", "conv"] = _given["cuda", "rnn"] = "tf32" if now["cudnn"] else "none"
     _seen.update(now)
 
 
@@ -185,10 +185,6 @@ def _class_of_backends(module_class: type) -> type:
     return type("GenericModule", (module_class,), {"fp32_precision": _attribute("generic", "all")})
 
 
-def _write_of_rnn(_: Any, value: str) -> None:
-    torch._C._set_fp32_precision_setter("cuda", "rnn", value)
-
-
 def _class_of_rnn(module_class: type) -> type:
     """The class of ``torch.backends.cudnn.rnn`` with the attribute, which torch 2.9 and 2.10 lose when it is imported."""
     if module_class is not ModuleType:
@@ -196,7 +192,9 @@ def _class_of_rnn(module_class: type) -> type:
     if _lacks(None):
         attribute = _attribute("cuda", "rnn")
     else:
-        attribute = property(lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn"), _write_of_rnn)
+        read: Any = lambda self: torch._C._get_fp32_precision_getter("cuda", "rnn")  # noqa: E731
+        write: Any = lambda self, value: torch._C._set_fp32_precision_setter("cuda", "rnn", value)  # noqa: E731
+        attribute = property(read, write)
     return type("CudnnRNNModule", (module_class,), {"fp32_precision": attribute})
 
 
@@ -226,13 +224,13 @@ def _flags(backend: str) -> Callable[[Callable[..., Any] | None], Callable[..., 
         @contextmanager
         def flags(*args: Any, fp32_precision: str = "none", **kwargs: Any) -> Iterator[None]:
             with nullcontext() if own is None else own(*args, **kwargs):
-                before = dict(_settings)
+                before = dict(_given)
                 _set(backend, "all", fp32_precision)
                 try:
                     yield
                 finally:
-                    _settings.clear()
-                    _settings.update(before)
+                    _given.clear()
+                    _given.update(before)
                     _set(backend, "all", before.get((backend, "all"), "none"))
 
         return flags

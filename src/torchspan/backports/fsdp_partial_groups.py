@@ -23,7 +23,7 @@ def _watching(register: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(register)
     def register_group(modules: Any, pre_hook: Any, post_hook: Any, modules_to_run: set[Any]) -> Any:
-        _fsdp_state: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state")
+        _fsdp_state: Any = importlib.import_module(_PLACE)
         not_traced = getattr(_fsdp_state, "disable_if_config_true", None) or _fsdp_state._dynamo_disable  # 2.12 has that
         state, alone = pre_hook.__self__, set[int]()
 
