@@ -144,7 +144,7 @@ def _compared(
     other = World(program, start)
     try:
         for number in range(len(program.steps)):
-            faulthandler.dump_traceback_later(HANGS_S, exit=True)
+            faulthandler.dump_traceback_later(HANGS_S, exit=True, file=sys.__stderr__)
             expected, before = eager.step(number), count()
             actual = other.step(number)
             if number not in program.busy:
