@@ -40,6 +40,17 @@ class MissingName:
             return functools.wraps(arguments[0])(lambda *arguments, **options: self._skip_test())  # a decorator of a test
         return MissingName(f"{self._name}()")
 
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
+        """What stands below it in a class statement: a class of tests that skips."""
+        missing = repr(self)
+
+        class Missing(unittest.TestCase):
+            @classmethod
+            def setUpClass(cls) -> None:
+                raise unittest.SkipTest(f"needs {missing}")
+
+        return (Missing,)
+
     def __index__(self) -> int:
         self._skip_test()
         raise TypeError(f"{self!r} is no number")
@@ -88,7 +99,8 @@ def _provide(module_name: str, names: list[str]) -> None:
 def _module(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as cause:
+        _check_it_is(name, cause)
         module = sys.modules[name] = types.ModuleType(name)
         return module
 
@@ -96,6 +108,13 @@ def _module(name: str) -> types.ModuleType:
 def _is_module(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except ImportError:
+    except ModuleNotFoundError as cause:
+        _check_it_is(name, cause)
         return False
     return True
+
+
+def _check_it_is(name: str, cause: ModuleNotFoundError) -> None:
+    """Raise unless the module `name`, or a package that it would be in, is what is not there: it may need another one."""
+    if cause.name is None or not f"{name}.".startswith(f"{cause.name}."):
+        raise cause

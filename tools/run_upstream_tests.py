@@ -70,8 +70,8 @@ def main() -> None:
         if options.only in name and file.exists():
             ours = run(file, chosen, options.torch, options.timeout_s, is_activated=True)
             theirs = run(file, chosen, options.beside, options.timeout_s, is_activated=False)
-            results[name] = compare(ours, theirs) | {"date": datetime.date.today().isoformat()}
-            results["torch"] = [options.torch, options.beside]
+            circumstances = {"torch": [options.torch, options.beside], "date": datetime.date.today().isoformat()}
+            results[name] = compare(ours, theirs) | circumstances
             write(results)
 
 
@@ -148,15 +148,15 @@ def write(results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The table (passed / failed / skipped on each side), and below it why tests did not pass under torchspan."""
-    release, beside = results["torch"]
     lines = [
-        f"| file | {release} under torchspan: passed, failed, skipped | {beside} by itself | fails here, passes there |",
+        "| file | torch under torchspan: passed, failed, skipped | torch by itself | fails here, passes there |",
         "| --- | --: | --: | --: |",
     ]
     files = [name for name in FILES if name in results]
     for name in files:
         result = results[name]
-        counts = " | ".join(", ".join(map(str, result[side])) for side in ("ours", "theirs"))
+        sides = zip(result["torch"], (result["ours"], result["theirs"]), strict=True)
+        counts = " | ".join(f"{release}: {', '.join(map(str, numbers))}" for release, numbers in sides)
         lines.append(f"| `{name.removeprefix('test/')}` | {counts} | {len(result['only_here'])} |")
     lines += ["", "Not run: " + ", ".join(f"`{name.removeprefix('test/')}`" for name in FILES if name not in results) + "."]
     for name in files:

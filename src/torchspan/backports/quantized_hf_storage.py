@@ -19,6 +19,7 @@ from torchspan.environment.patch import MissingName, Patch, Replacement
 
 _PLACE = "torch.distributed.checkpoint.quantized_hf_storage"
 _NAME = "QuantizedHuggingFaceStorageReader"
+_OF_FIRST = "_calculate_scale_shape"  # what torch 2.9's reader has, and no later one
 _ADDED = "_get_slice_to_block_mapping"  # what torch 2.10's has, which knows where in a block a shard begins
 _BLOCKS, _SCALES = "_blocks", "_scales"  # MXFP4, as in gpt-oss
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -80,6 +81,8 @@ def _reader() -> type[HuggingFaceStorageReader]:
             target_dtype: what dequantized tensors are in.
             block_size: rows and columns that share a ``weight_scale_inv``.
         """
+
+        _is_torchspans = True
 
         def __init__(
             self, path: str, thread_count: int = 1, target_dtype: torch.dtype = torch.float32, block_size: int = 128
@@ -153,17 +156,24 @@ class _InPackageToo(Backport):
         yield from super().patches()
         package = _PLACE.rpartition(".")[0]
         yield MissingName(self.name, package, _NAME, lambda: getattr(importlib.import_module(_PLACE), _NAME), self.reason)
-        for place in (_PLACE, package):
-            yield Replacement(self.name, place, _NAME, _complete)
+        # both when the package is imported: its __init__ takes the class out of the module, which must be as torch has it
+        for attribute in (_NAME, f"quantized_hf_storage.{_NAME}"):
+            yield Replacement(self.name, package, attribute, _complete)
 
 
 def _complete(reader: type) -> type:
     """The reader, or ours where it is torch 2.9's."""
-    return reader if hasattr(reader, _ADDED) else _reader()
+    return _reader() if _is_first_form(reader) else reader
+
+
+def _is_first_form(reader: type) -> bool:
+    """Whether it is torch 2.9's, by two methods of its own."""
+    return hasattr(reader, _OF_FIRST) and not hasattr(reader, _ADDED)
 
 
 def _lacks(module: ModuleType | None) -> bool:
-    return not hasattr(getattr(module, _NAME, None), _ADDED)
+    reader = getattr(module, _NAME, None)
+    return reader is None or hasattr(reader, "_is_torchspans") or _is_first_form(reader)
 
 
 BACKPORT = _InPackageToo(

@@ -54,9 +54,8 @@ class Memory:
     def allocated(self) -> int:
         """Bytes now."""
         num_bytes = self._read()
-        self._base = min(
-            self._base, num_bytes
-        )  # what was there before was given back: else the next growth would be counted short
+        # what was there before may have been given back: else the next growth would be counted short
+        self._base = min(self._base, num_bytes)
         bytes_now = num_bytes - self._base
         self._peak = max(self._peak, bytes_now)
         return bytes_now

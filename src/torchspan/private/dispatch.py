@@ -32,6 +32,7 @@ NAMES = (
         "_is_torch_function_enabled",
         "_len_torch_dispatch_stack",
         "_len_torch_function_stack",
+        "_set_grad_enabled",
         "_vmapmode_decrement_nesting",
         "_vmapmode_increment_nesting",
     ),
@@ -56,6 +57,7 @@ NAMES = (
         "_is_in_non_infra_torch_dispatch_mode",
         "is_traceable_wrapper_subclass",
     ),
+    *names_in("torch.utils._python_dispatch", "_is_in_any_mode_without_ignore_compile_internals", since="2.9"),
     *names_in("torch.utils.checkpoint", "_CachedTorchDispatchMode", "_CachingTorchDispatchMode"),
 )
 
@@ -86,6 +88,7 @@ def as_if_without_modes() -> Iterator[None]:
 
     flags = ("_is_in_non_infra_torch_dispatch_mode", "_is_in_any_mode_without_ignore_compile_internals")  # 2.9 asks the second
     before = {flag: getattr(state, flag) for flag in flags if hasattr(state, flag)}
+    assert before, f"torch has neither {' nor '.join(flags)} any more"
     vars(state).update(dict.fromkeys(before, False))
     try:
         yield

@@ -117,17 +117,34 @@ def mismatch(
         GuardError: `compiled` refuses the call.
     """
     target = original(call[0])
-    noticed = effects_of_hooks(_modules((target, *call[1], *call[2].values())))
-    if noticed is not None and not is_apart:
-        raise WouldBeNoticedError(noticed)
+    if not is_apart:
+        _check_hooks(_modules((target, *call[1], *call[2].values())))
     with undone(_functions(target)):
-        return _mismatch(eager, compiled, (target, *call[1:]), is_random=is_random)
+        return _mismatch(eager, compiled, (target, *call[1:]), is_random=is_random, is_apart=is_apart)
+
+
+def _check_hooks(modules: list[torch.nn.Module]) -> None:
+    noticed = effects_of_hooks(modules)
+    if noticed is not None:
+        raise WouldBeNoticedError(noticed)
 
 
 def _mismatch(
-    eager: Call, compiled: Call, call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, is_random: bool
+    eager: Call,
+    compiled: Call,
+    call: tuple[Any, tuple[Any, ...], Mapping[str, Any]],
+    *,
+    is_random: bool,
+    is_apart: bool,
 ) -> str | None:
-    first = copied(*call)
+    def copy_of_call() -> Copied:
+        """A copy, into which no hook has come from another thread since the call was looked at."""
+        own = copied(*call)
+        if not is_apart:
+            _check_hooks(own.modules())
+        return own
+
+    first = copy_of_call()
     with preserved_random(), _without_saving_hooks():
         before = random_state()
         try:
@@ -136,7 +153,7 @@ def _mismatch(
             raise EagerRaisesError(f"the program raises {type(cause).__name__}: {cause}") from cause
         is_drawn = _differ(before, random_state())
         set_random_state(before)
-        second, through = copied(*call), _dtypes(first)
+        second, through = copy_of_call(), _dtypes(first)
         gradients = _Gradients(expected_gradients, through)
         try:
             actual, _ = _run(compiled, second, gradients)
