@@ -64,6 +64,7 @@ def penalty(run: nn.Module, x: torch.Tensor) -> list[torch.Tensor | None]:
     return [x.grad, *(one.grad for one in run.parameters())]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracer does so
 def test_a_penalty_on_gradients_of_an_own_function_has_eagers_gradients() -> None:
     eager, x = Model(), torch.randn(3, 4)
     model = copy.deepcopy(eager)

@@ -74,7 +74,5 @@ def test_the_second_start_loads_and_one_after_a_change_compiles(run_python: Run,
             content = record.read_bytes()
             record.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     third = started(run_python, tmp_path, 3)
-    assert third["outcomes"][0] == ["loaded", "compiled"]  # its helper is not what was compiled, which was seen in the swap
-    assert third["outcomes"][1] == ["compiled"]
-    assert any("an earlier run compiled does not serve" in choice for choice in third["choices"][0])
+    assert third["outcomes"] == [["compiled"], ["compiled"]]  # its helper is not what was compiled
     assert started(run_python, tmp_path, 3)["outcomes"] == [["loaded"], ["loaded"]]

@@ -7,6 +7,7 @@ entries of torch's caches, and evicts it with them.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from torchspan.caches import ledger
@@ -39,6 +40,8 @@ def read(folder: Path, name: str, digest: str) -> bytes | None:
     if hashlib.sha256(record).digest() != expected:
         remove(folder, name, digest)
         return None
+    with suppress(OSError):  # a folder that takes no file is one to read from; else others are evicted first
+        _note(folder, path)
     return record
 
 
@@ -47,12 +50,16 @@ def keep(folder: Path, name: str, digest: str, record: bytes) -> None:
     path = _path(folder, name, digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, hashlib.sha256(record).digest() + record)
-    ledger.write(folder, {path.relative_to(folder).as_posix(): ledger.digest(path)})
+    _note(folder, path)
 
 
 def remove(folder: Path, name: str, digest: str) -> None:
     """Have no record of it any more: what it says turned out not to serve."""
     _path(folder, name, digest).unlink(missing_ok=True)
+
+
+def _note(folder: Path, path: Path) -> None:
+    ledger.write(folder, {path.relative_to(folder).as_posix(): ledger.digest(path)})
 
 
 def _path(folder: Path, name: str, digest: str) -> Path:

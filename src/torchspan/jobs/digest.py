@@ -43,6 +43,7 @@ def _tokens(pickled: bytes) -> Iterator[tuple[str, Any]]:
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "MEMOIZE":
             memory.append(latest)
+        if operation.name in ("MEMOIZE", "FRAME"):  # a frame has a length, which goes by the order in a set
             continue
         if operation.name in _FETCHED and isinstance(memory[argument], str):
             latest = memory[argument]

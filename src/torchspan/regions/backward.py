@@ -36,6 +36,9 @@ def saves_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+_MAX_UNDONE_BYTES = 1 << 20
+
+
 def is_in_backward() -> bool:
     """Whether autograd runs a backward in this thread: activation checkpointing ends its recomputation there by raising."""
     return torch._C._current_graph_task_id() != -1
@@ -71,7 +74,7 @@ class EagerBackward:
         has_backward = torch.is_grad_enabled() and not saves_are_hooked()
         if not has_backward and self._changed == () and not self._is_random:
             return self._compiled(*args)
-        forward = self._remembered(args)
+        forward = self._remembered(args, has_backward)
         first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         try:
             outputs = self._compiled(*args)
@@ -90,9 +93,11 @@ class EagerBackward:
             _Backward(self, forward, next(iter(nodes.values())), [(one, _node_of(one, first)) for one in _outputs(outputs)])
         return outputs
 
-    def _remembered(self, args: tuple[Any, ...]) -> _Forward:
+    def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
         is_known = self._changed is not None
         which = list(self._changed or ()) if is_known else [i for i, one in enumerate(args) if _may_be_written(one)]
+        if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
+            which = [i for i in which if args[i].nbytes <= _MAX_UNDONE_BYTES]
         with torch.no_grad():
             before = {i: args[i].detach().clone() for i in which}
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())

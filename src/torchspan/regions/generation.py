@@ -91,6 +91,11 @@ class Generation:
         return self.stage == "ready" and self.agreement is not None
 
     @property
+    def has_own_guards(self) -> bool:
+        """Whether its code was traced in a call of the program's own: what a check traced has the guards of a copy."""
+        return isinstance(self.code, FromArtifact) or self.first_run.is_set()
+
+    @property
     def was_dynamic(self) -> bool:
         """Whether it was given up because dynamic shapes do not serve; each size may be compiled by itself."""
         return self.stage == "eager" and self.family is not None and self.family.is_static
@@ -116,7 +121,7 @@ class Generation:
             return False
         if self.signature != call.signature and (has_negative_zero(call.sizes) or has_negative_zero(self.sizes)):
             return False  # which torch's guards do not tell from 0.0
-        if not self.code.has_traced:
+        if not self.has_own_guards:
             return self.is_exactly_for(call)
         return self.code.serves(call.target, call.args, call.kwargs)
 

@@ -18,6 +18,7 @@ from typing import Any
 from torchspan.artifacts.loading import Dispatcher, load
 from torchspan.core.errors import GuardError
 from torchspan.core.report import Report
+from torchspan.jobs.groups import groups_here
 from torchspan.private import dynamo
 from torchspan.regions import caching
 from torchspan.regions.backward import EagerBackward, is_in_backward
@@ -37,7 +38,7 @@ class Guarded:
 
     Inductor may only load behind it. What the first compiled graph of a call raises when it runs is marked, see
     :func:`is_of_compiled_code`: the call may begin anew. After that the program has done things that it would do twice, so
-    that a graph which raises is run eagerly in its place.
+    that a graph which raises is run eagerly in its place; on several ranks it raises, as it may have issued collectives.
     """
 
     def __init__(self, backend: Callable[..., Any], give_up: Callable[..., None], call: _CallHere, *, is_loading: bool) -> None:
@@ -45,6 +46,7 @@ class Guarded:
         self._give_up = give_up
         self._call = call
         self._is_loading = is_loading
+        self._has_ranks = groups_here() is not None
         self.graphs = 0
         self.calls = 0
         self.misses: list[str] = []
@@ -54,13 +56,13 @@ class Guarded:
         try:
             with caching.keeping_buffers(), caching.only_loading() if self._is_loading else nullcontext():
                 compiled = self._backend(graph, inputs, **kwargs)
+            eager = differentiable(graph)
         except caching.CacheMiss as cause:
             self.misses.append(str(cause))
             return graph.forward
         except Exception as cause:  # noqa: BLE001 - a foreign compiler; the graph runs eagerly and the generation is given up
             self.misses.append(f"{type(cause).__name__}: {cause}")
             return graph.forward
-        eager = differentiable(graph)
         if getattr(compiled, "__self__", None) is graph:  # the backend gives the graph itself, to be run eagerly
             compiled = eager.forward
         return self._counted(eager.forward, EagerBackward(eager.forward, compiled, self._give_up))
@@ -72,7 +74,7 @@ class Guarded:
             try:
                 return compiled(*args)
             except Exception as error:
-                if is_first or is_in_backward():
+                if is_first or is_in_backward() or self._has_ranks:  # other ranks take a collective for one, not for two
                     _mark(error)
                     raise
                 cause = error
@@ -118,7 +120,6 @@ class FromArtifact:
     name = "artifact"
     is_counting = False
     num_calls = 0
-    has_traced = True  # there are guards to ask
 
     def __init__(self, content: bytes, target: Callable[..., Any]) -> None:
         loaded = load(io.BytesIO(content), original(target), report=Report())
@@ -161,7 +162,6 @@ class FromCaches:
         self._dims = dims
         self._nested = part.nested
         self._is_loading = settings.is_inductor
-        self.has_traced = False
         self._guarded: list[Guarded] = []
         self._code = entry_point(part.is_called_inside)
         self._entry = settings.compile(self._code, self._wrap)
@@ -189,7 +189,6 @@ class FromCaches:
 
         A hook that a module gets later is a change like any other: by default dynamo does not look, and would not call it.
         """
-        self.has_traced = True
         with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
             with marked(args, kwargs, self._dims), nesting(self._nested):
                 return self._call.run(self._entry, (target, *args), kwargs)

@@ -172,8 +172,11 @@ class Lifecycle:
             return
         filled: Filled = pickle.loads(ending.result)
         if filled.artifact is not None and not self._load(generation, work.target(), filled.artifact):
-            generation.wants_artifact = False
             self._attempt(replace(ending, outcome="failed", cause="its artifact does not load here", where="loading"))
+            if self._is_of_earlier_run(generation):
+                self._forget_earlier_run(generation)
+            else:
+                generation.wants_artifact = False
             self._compile(work)
             return
         if self._host.settings.is_inductor and filled.graphs == 0:
@@ -298,6 +301,8 @@ class Lifecycle:
         Calls of other signatures may be compiled yet if it failed with an error, or `is_of_call`: that lies in the call.
         """
         generation.stage = "eager"
+        if generation.record is not None:
+            generation.record.forget()
         self._attempt(ending)
         generation.first_run.set()
         self.ranks.tell(generation, lambda agreement: agreement.refuse(ending.cause or ending.outcome))
@@ -360,9 +365,9 @@ class Lifecycle:
             generation.proven = call.sizes
             self.has_compiled = True
             self._host.report.figure("swap_stall_s", time.perf_counter() - started)
-            self._keep_record(generation)
 
-    def _keep_record(self, generation: Generation) -> None:
+    def keep_record(self, generation: Generation) -> None:
+        """Have the next start of the program load what was taken over."""
         try:
             if generation.record is not None:
                 generation.record.keep()
@@ -382,10 +387,13 @@ class Lifecycle:
     def compile_instead(self, generation: Generation, why: str, call: Call) -> None:
         """What an earlier run compiled does not serve this one: compile."""
         self.decide("compiled again", f"what an earlier run compiled does not serve: {why}")
+        self._forget_earlier_run(generation)
+        self.start_again(generation, call)
+
+    def _forget_earlier_run(self, generation: Generation) -> None:
         self._remove_record(generation)
         if generation.record is not None:
             generation.record.begin_again()
-        self.start_again(generation, call)
 
     def miss_when_traced(self, generation: Generation, code: FromCaches, call: Call) -> None:
         """Code that was taken over unchecked cannot be had: that call ran eagerly, and later ones do."""
@@ -457,6 +465,7 @@ class Lifecycle:
         generation.stage, generation.code, generation.is_traced = "compiling", None, False
         generation.num_missed = 0
         generation.done.clear()
+        generation.first_run.clear()
         self.start(generation, call)
 
     def withdraw(self, generation: Generation, why: str, where: str = "in the backward") -> None:

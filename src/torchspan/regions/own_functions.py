@@ -7,7 +7,7 @@ Here what the forward saved is saved with autograd, and the backward runs in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ def differentiable(graph: GraphModule) -> GraphModule:
     """`graph`, or a copy in which each such operator does as eager does."""
     inner = {name: child for name, child in graph.named_children() if isinstance(child, GraphModule)}
     changed = {name: copied for name, child in inner.items() if (copied := differentiable(child)) is not child}
-    if not changed and not any(_is_operator(node) for node in graph.graph.nodes):
+    backwards = [str(node.args[1].target) for node in graph.graph.nodes if _is_operator(node)]
+    if not changed and not backwards:
         return graph
+    changed |= {name: _in_any_grad_mode(changed.get(name, inner[name])) for name in backwards}
     own = _copied(graph)
     for node in own.graph.nodes:
         if _is_operator(node):
@@ -49,7 +51,7 @@ def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: A
     num_own = sum(settings["args_tensor_mask"]) if has_context else len(args)
     without_gradients = set(settings["non_differentiable_idx"])
     written = set(settings.get("dirty_idx", ()))
-    run_backward = _in_any_grad_mode(backward)
+    with_autograd = settings.get("saved_for_backward_idx")  # of what is saved; others are attributes of the context
 
     class Applied(torch.autograd.Function):
         @staticmethod
@@ -58,14 +60,16 @@ def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: A
             listed = outputs if isinstance(outputs, (tuple, list)) else [outputs]
             ctx.mark_non_differentiable(*(one for i, one in enumerate(listed) if i in without_gradients))
             ctx.mark_dirty(*(one for i, one in enumerate(listed) if i in written))
-            ctx.is_tensor = [isinstance(one, torch.Tensor) for one in saved]
-            ctx.save_for_backward(*(one for one in saved if isinstance(one, torch.Tensor)))
-            ctx.others = [one for one in saved if not isinstance(one, torch.Tensor)]
+            ctx.is_saved = [
+                isinstance(one, torch.Tensor) and (with_autograd is None or i in with_autograd) for i, one in enumerate(saved)
+            ]
+            ctx.save_for_backward(*(one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if is_saved))
+            ctx.others = [one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if not is_saved]
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return run_backward(*leading, *gradients, *_merged(ctx.is_tensor, ctx.saved_tensors, ctx.others))
+            return backward(*leading, *gradients, *_merged(ctx.is_saved, ctx.saved_tensors, ctx.others))
 
     return Applied.apply(*args[:num_own])
 
@@ -76,7 +80,7 @@ def _merged(is_first: Sequence[bool], first: Sequence[Any], second: Sequence[Any
     return [next(both[0] if is_it else both[1]) for is_it in is_first]
 
 
-def _in_any_grad_mode(backward: GraphModule) -> Callable[..., Any]:
+def _in_any_grad_mode(backward: GraphModule) -> GraphModule:
     """The graph of a backward without the switch of the grad mode that dynamo puts around it."""
     own = _copied(backward)
     body = [node for node in own.graph.nodes if node.op not in ("placeholder", "output")]

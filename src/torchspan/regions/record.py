@@ -1,8 +1,8 @@
 """The record of one compile, by which the next start of the same program loads its code and compiles nothing.
 
 It is written when a call has taken the code over, and found by a digest of the program and of the state that it is compiled in.
-What it names is checked like code that was compiled just now: its files by their digests, its numbers against eager. Where it
-does not serve any more, as when a helper of the program was changed, it is removed and the program is compiled.
+What it names is checked like code that was compiled just now: its files by their digests, its numbers against eager. Where a
+file of the program was changed, or the code does not serve for another reason, it is removed and the program is compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,13 @@ from pathlib import Path
 import torch
 
 import torchspan
+from torchspan.artifacts.manifest import platform_entries
 from torchspan.caches import ledger, starts
 from torchspan.jobs.digest import digest
 from torchspan.private import inductor
 from torchspan.regions.ambient import Ambient
 from torchspan.regions.settings import Settings
+from torchspan.regions.sources import changed_sources
 from torchspan.regions.worker import Filled
 
 LOADING_S = 30.0  # how long a call waits for what an earlier run compiled
@@ -40,7 +43,7 @@ class Record:
         self.is_loaded = False
         self._name = name
         self._payload = payload
-        self._ambient = ambient
+        self._ambient_text = ambient.text()
         self._patience = patience
         self._offered: tuple[str, bytes] | None = None
         self._known = threading.Event()  # whether an earlier run's code serves, or nothing of one is there
@@ -57,16 +60,23 @@ class Record:
         """No call needs to wait any more."""
         self._known.set()
 
+    def forget(self) -> None:
+        """What was offered is not taken over."""
+        self._offered = None
+
     def read(self, kind: str) -> Filled | None:
         """What an earlier run compiled, whose files are all there; None if nothing is."""
+        self.is_loaded = False
         content = starts.read(self._folder, self._name, self._digest(kind))
         if content is None:
             return None
         filled: Filled = pickle.loads(content)
-        if ledger.check(self._folder, filled.kept.files):
+        files = filled.kept.files if filled.artifact is None else {}
+        if changed_sources(filled.sources) or ledger.check(self._folder, files):
             self.remove(kind)
             return None
-        ledger.write(self._folder, filled.kept.files)  # used now, so that others are evicted first
+        with suppress(OSError):  # used now, so that others are evicted first; a folder may be one to read from
+            ledger.write(self._folder, files)
         self.is_loaded = True
         return filled
 
@@ -95,13 +105,22 @@ class Record:
 
     @cached_property
     def _of_program(self) -> str:
-        versions = [torchspan.__version__, torch.__version__, sys.version]
+        versions = [torchspan.__version__, sys.version, repr(platform_entries()), *_devices()]
         variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _enters(name)]
-        return digest(self._payload, *versions, *variables, self._ambient.text())
+        program_digest = digest(self._payload, *versions, *variables, self._ambient_text)
+        self._payload = b""
+        return program_digest
 
     @cached_property
     def _folder(self) -> Path:
         return inductor.cache_folder()
+
+
+def _devices() -> list[str]:
+    """The GPUs that code may be compiled for."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [repr(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())]
 
 
 def _enters(variable: str) -> bool:

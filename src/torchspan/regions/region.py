@@ -52,6 +52,7 @@ class Region:
         self._generations = Generations()
         self._life = Lifecycle(part, strategy, host, self._generations, self.eager)
         self._only: Generation | None = None  # the one that there is, whose guards alone decide then
+        self._is_only = True  # no call was seen in which its guards do not hold
         self._is_full = False  # whether it was said that there are more signatures and states than the limit
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
@@ -99,27 +100,34 @@ class Region:
 
     def _serving(self, call: Call) -> Generation | None:
         """The generation that runs this call; None to run it eagerly, also where something of ours fails."""
-        if dispatch.is_transformed():
-            self._decide("eager", "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled")
-            return None
-        if has_global_hooks():
-            self._decide("eager", "there are hooks on all modules, for which compiled code does not look")
-            return None
+        why_eager = self._why_eager()
+        if why_eager is not None:
+            self._decide("eager", why_eager)
+            if not (is_in_backward() or saves_are_hooked()):
+                return None
         try:
             call.signature  # noqa: B018 - computed here: whatever an argument may be, the program has its own use for it
         except Exception as cause:  # noqa: BLE001 - whatever a user's own object raises when it is looked at
             self._life.note_failure(cause, "reading the arguments")
             return None
-        is_recomputing = torch._C._current_graph_task_id() != -1
+        is_recomputing = is_in_backward()
         try:
             if is_recomputing or saves_are_hooked():
-                return self._as_checkpointed(is_recomputing, call)
+                return self._as_checkpointed(is_recomputing, call, is_eager=why_eager is not None)
             return self._current(call)
         except CaptureError:
             raise
         except Exception as cause:  # noqa: BLE001 - of ours, or of what it asked of torch: never the program's
             self._life.note_failure(cause, "before the call")
             return None
+
+    def _why_eager(self) -> str | None:
+        """Why a call is not compiled, whatever its arguments are; None if it may be."""
+        if dispatch.is_transformed():
+            return "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled"
+        if has_global_hooks():
+            return "there are hooks on all modules, for which compiled code does not look"
+        return None
 
     def _current(self, call: Call) -> Generation | None:
         """The swapped generation for this call, which may be swapped just now; None to run eagerly."""
@@ -136,6 +144,9 @@ class Region:
                 raise CaptureError(generation.error)
             if self._takes_over(generation, call):
                 self._life.take_over(generation, call)
+                if self._host.is_waiting and generation.stage == "compiling":  # what an earlier run compiled did not serve
+                    generation.wait()
+                    self._life.take_over(generation, call)
                 self._remember(generation, call)
         return generation if generation.stage == "swapped" else None
 
@@ -158,6 +169,7 @@ class Region:
         if generation.stage == "swapped":
             with self._lock:
                 self._generations.remember(generation, call)
+            self._life.keep_record(generation)  # after that: other threads look for it meanwhile
 
     def _takes_over(self, generation: Generation, call: Call) -> bool:
         """Whether this call is to take it over: one of other text or truth values only if no other comes."""
@@ -172,7 +184,7 @@ class Region:
         generation.num_passed += 1
         return generation.num_passed > PATIENCE or generation.is_exactly_for(call)
 
-    def _as_checkpointed(self, is_recomputing: bool, call: Call) -> Generation | None:
+    def _as_checkpointed(self, is_recomputing: bool, call: Call, *, is_eager: bool) -> Generation | None:
         """The generation of a call that activation checkpointing runs again in the backward: both must be of one kind.
 
         While a forward waits for its recomputation, nothing is swapped for this target.
@@ -184,13 +196,15 @@ class Region:
                 if pending.count == 0:
                     del self._pending[id(call.target)]
                 return pending.generation
+        if is_recomputing and is_eager:
+            return None
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
             known = self._generations.find(call)
             if known is not None and known.stage == "swapped":
                 return known
             with self._lock:
                 return self._generations.serving(call)
-        generation = self._current(call)
+        generation = None if is_eager else self._current(call)
         with self._lock:
             self._pending[id(call.target)] = _Pending(generation)
         return generation
@@ -273,22 +287,24 @@ class Region:
         try:
             outputs, is_compiled = code.run_and_see(target, args, kwargs)
         except GuardError:
-            self._only = None
-            return self.eager(target, *args, **kwargs)
+            self._only, self._is_only = None, False
         except Exception as error:
             if not is_of_compiled_code(error):
                 raise
             cause = error
         else:
             if not is_compiled:
-                self._only = None
+                self._only, self._is_only = None, False
             return outputs
+        if not self._is_only:
+            return self.eager(target, *args, **kwargs)
         return self._run_instead(generation, cause, Call(target, args, kwargs))
 
     def _note_run(self, generation: Generation) -> None:
         """It has run a call: if it is the only one, later calls need no look for it."""
-        is_only = len(self._generations.all()) == 1 and generation.num_unserved == 0
-        if is_only and generation.agreement is None and self._host.verify != "always" and self._pid == os.getpid():
+        is_only = self._is_only and len(self._generations.all()) == 1 and generation.num_unserved == 0
+        waits = self._host.is_waiting or self._host.settings.fullgraph or self._host.verify == "always"
+        if is_only and not waits and generation.agreement is None and self._pid == os.getpid():
             self._only = generation
 
     def _run(self, generation: Generation, call: Call) -> Any:
@@ -326,6 +342,8 @@ class Region:
         if not generation.is_traced:
             generation.is_traced = True
             return self._trace(generation, code, call)
+        if not generation.has_own_guards:  # another thread traces it just now
+            return self.eager(call.target, *call.args, **call.kwargs)
         before = code.num_calls
         outputs = code.run(call.target, *call.args, **call.kwargs)
         if code.is_counting:
@@ -334,11 +352,13 @@ class Region:
 
     def _trace(self, generation: Generation, code: FromCaches, call: Call) -> Any:
         """The first real call, which traces if nothing was verified before."""
-        outputs = code.trace(call.target, *call.args, **call.kwargs)
-        with generation.lock:
-            if code.misses and generation.stage == "swapped":
-                self._life.miss_when_traced(generation, code, call)
-        generation.first_run.set()
+        try:
+            outputs = code.trace(call.target, *call.args, **call.kwargs)
+            with generation.lock:
+                if code.misses and generation.stage == "swapped":
+                    self._life.miss_when_traced(generation, code, call)
+        finally:
+            generation.first_run.set()
         return outputs
 
     def _run_artifact(self, generation: Generation, code: FromArtifact, call: Call) -> Any:

@@ -29,6 +29,7 @@ from torchspan.regions.marked import marked
 from torchspan.regions.nested_class import nesting
 from torchspan.regions.settings import Settings
 from torchspan.regions.signature import Dims
+from torchspan.regions.sources import sources_here
 
 
 class Isas(dict[str, bool]):
@@ -71,6 +72,7 @@ class Filled:
     kept: ledger.Kept = field(default_factory=ledger.Kept)
     collectives: Collectives = field(default_factory=Collectives)
     not_verified: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)  # the files that the program is made of, see :mod:`.sources`
 
 
 def compile_region(payload: bytes) -> bytes:
@@ -111,7 +113,7 @@ def _run(payload: bytes, compile_it: Callable[[Task, Collectives], Filled]) -> b
                 if dropped := note().dropped:  # torch may have said it in words of its own
                     raise ledger.CorruptEntryError(f"{ledger.DAMAGED} {', '.join(dropped)}") from cause
                 raise
-            return pickle.dumps(replace(filled, kept=note()))
+            return pickle.dumps(replace(filled, kept=note(), sources=sources_here()))
 
 
 def profile_region(payload: bytes) -> bytes:

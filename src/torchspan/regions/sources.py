@@ -1,0 +1,53 @@
+"""Which files a program was made of, so that a later start can tell whether it is still the same.
+
+A program that is sent to a compile process names its functions and classes; what they are is in files, which may be edited or
+belong to a package that is installed anew. The process that compiled it knows which it has imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from torchspan.private import inductor
+
+_LIBRARY = tuple(str(Path(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib"))
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # whose versions are noted by themselves
+
+
+def sources_here() -> dict[str, str]:
+    """The file of each module that this process has imported, but for torch's and Python's, with a mark of what it holds."""
+    files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    return {file: mark for file in sorted(files) if not _is_known(file) and (mark := _mark(file)) is not None}
+
+
+def changed_sources(sources: Mapping[str, str]) -> list[str]:
+    """Those of the files that are not as they were, or not there."""
+    return [file for file, mark in sources.items() if _mark(file) != mark]
+
+
+def _is_known(file: str) -> bool:
+    """Whether versions and ledgers tell of it: torch's, ours, what inductor has made, Python's own."""
+    made = str(inductor.cache_folder())
+    return file.startswith((*_OWN, made)) or (file.startswith(_LIBRARY) and not _is_installed(file))
+
+
+def _is_installed(file: str) -> bool:
+    return any(folder in file for folder in _INSTALLED)
+
+
+def _mark(file: str) -> str | None:
+    """The digest of a file; of an installed package its size and time, as there are many and nobody edits them."""
+    try:
+        if _is_installed(file):
+            status = Path(file).stat()
+            return f"{status.st_size} {status.st_mtime_ns}"
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None
