@@ -213,6 +213,8 @@ class Lifecycle:
         except Exception as cause:  # noqa: BLE001 - the folder cannot be read, or holds what another version wrote
             self.decide("compiled again", f"what an earlier run compiled cannot be read: {described(cause)}")
             filled = None
+        if record.why_not is not None:
+            self.decide("compiled again", record.why_not)
         if filled is None:
             record.settle()
             return None

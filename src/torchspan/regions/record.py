@@ -41,6 +41,7 @@ class Record:
 
     def __init__(self, name: str, payload: bytes, ambient: Ambient, patience: int) -> None:
         self.is_loaded = False
+        self.why_not: str | None = None
         self._name = name
         self._payload = payload
         self._ambient_text = ambient.text()
@@ -65,14 +66,18 @@ class Record:
         self._offered = None
 
     def read(self, kind: str) -> Filled | None:
-        """What an earlier run compiled, whose files are all there; None if nothing is."""
-        self.is_loaded = False
+        """What an earlier run compiled, whose files are all there; None if nothing is, and `why_not` if it does not serve."""
+        self.is_loaded, self.why_not = False, None
         content = starts.read(self._folder, self._name, self._digest(kind))
         if content is None:
             return None
         filled: Filled = pickle.loads(content)
         files = filled.kept.files if filled.artifact is None else {}
-        if changed_sources(filled.sources) or ledger.check(self._folder, files):
+        if changed := changed_sources(filled.sources):
+            self.why_not = f"files of the program were changed since it was compiled: {', '.join(changed)}"
+        elif damaged := ledger.check(self._folder, files):
+            self.why_not = f"{ledger.DAMAGED} {', '.join(damaged)}"
+        if self.why_not is not None:
             self.remove(kind)
             return None
         with suppress(OSError):  # used now, so that others are evicted first; a folder may be one to read from
