@@ -113,7 +113,7 @@ def public_names() -> list[str]:
 
 def is_of_elsewhere(names: Names, dotted: str) -> bool:
     """Whether it is what a module happens to import, or a constant."""
-    module = names._module(dotted.rpartition(".")[0])
+    module = names._database.module(dotted.rpartition(".")[0])
     entries = [entry for _, entry in (module.names.get(dotted.rpartition(".")[2], ()) if module else ())]
     return bool(entries) and not any(entry.startswith(("(", ":", "=torch.cuda", "=torch.accelerator")) for entry in entries)
 

@@ -45,6 +45,7 @@ def outcome(program: nn.Module, index: torch.Tensor) -> list[Any]:
     return [result, program.count.clone(), list(program.noted), torch.get_rng_state()]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # torch 2.8, of the list's append
 @pytest.mark.parametrize("wants_grad", [True, False])
 @pytest.mark.parametrize("breaks", [False, True], ids=["one graph", "two graphs"])
 def test_a_call_that_raises_has_counted_and_drawn_once(breaks: bool, wants_grad: bool, until: Wait) -> None:
