@@ -24,7 +24,7 @@ WIDTH = 4096
 
 def main() -> None:
     """Measure both sides in turn, show and write them."""
-    options = arguments(__doc__ or "", mib=256, layers=4, repeats=3)
+    options = arguments(__doc__ or "", mib=256, layers=16, repeats=3)
     rows = []
     for kind, unit, goal in (("bytes", "B", 1.2), ("seconds", "s", 5.0)):
         measured = [(_of("check", kind, options), _of("step", kind, options)) for _ in range(options.repeats)]

@@ -206,8 +206,13 @@ def _class_below(own: type, names: dict[str, Any]) -> type:
     return made
 
 
+def _is_traced_here() -> bool:
+    """Whether a tracer runs the program in this thread: that something is being compiled is true in all threads."""
+    return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def _call_module(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or _is_traced_here():
         return self._orig_mod(*args, **kwargs)  # an outer compile takes it in
     return self._torchspan_plan.call(args, kwargs)
 
@@ -232,7 +237,7 @@ class _Caller:
         self.plan = plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or _is_traced_here():
             return self.plan.program(*args, **kwargs)
         return self.plan.call(args, kwargs)
 
