@@ -41,7 +41,7 @@ def read(folder: Path, name: str, digest: str) -> bytes | None:
         remove(folder, name, digest)
         return None
     with suppress(OSError):  # a folder that takes no file is one to read from; else others are evicted first
-        _note(folder, path)
+        _note(folder, path, content)
     return record
 
 
@@ -49,8 +49,9 @@ def keep(folder: Path, name: str, digest: str, record: bytes) -> None:
     """Keep `record` for a program of this name and digest. Raises OSError where the folder takes no file."""
     path = _path(folder, name, digest)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, hashlib.sha256(record).digest() + record)
-    _note(folder, path)
+    content = hashlib.sha256(record).digest() + record
+    write_whole(path, content)
+    _note(folder, path, content)
 
 
 def remove(folder: Path, name: str, digest: str) -> None:
@@ -58,8 +59,8 @@ def remove(folder: Path, name: str, digest: str) -> None:
     _path(folder, name, digest).unlink(missing_ok=True)
 
 
-def _note(folder: Path, path: Path) -> None:
-    ledger.write(folder, {path.relative_to(folder).as_posix(): ledger.digest(path)})
+def _note(folder: Path, path: Path, content: bytes) -> None:
+    ledger.write(folder, {path.relative_to(folder).as_posix(): hashlib.sha256(content).hexdigest()})
 
 
 def _path(folder: Path, name: str, digest: str) -> Path:

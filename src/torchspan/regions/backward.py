@@ -30,13 +30,12 @@ BATCHED = "its gradients are batched (is_grads_batched=True, vmap), which compil
 
 GiveUp = Callable[[str], None]
 
+_MAX_UNDONE_BYTES = 1 << 20  # of an argument that a call without gradients puts back where its graph raises
+
 
 def saves_are_hooked() -> bool:
     """Whether what autograd saves passes through hooks, as in activation checkpointing: arguments are not to be kept then."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-_MAX_UNDONE_BYTES = 1 << 20
 
 
 def is_in_backward() -> bool:

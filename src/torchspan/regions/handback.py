@@ -95,11 +95,11 @@ class _CallHere(threading.local):
         self.num_graphs += 1
         return self.num_graphs == 1
 
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a call, perhaps inside another one."""
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Run a call, perhaps inside another one, and say whether any of its graphs has run."""
         outer, self.num_graphs = self.num_graphs, 0
         try:
-            return function(*args, **kwargs)
+            return function(*args, **kwargs), self.num_graphs > 0
         finally:
             self.num_graphs = outer
 
@@ -149,7 +149,7 @@ class FromArtifact:
 
 
 class FromCaches:
-    """Compiled code from torch's caches: `trace` may trace (and load), `run` uses only what was traced."""
+    """Compiled code from torch's caches: `trace` may trace (and load), `run_and_see` uses only what was traced."""
 
     name = "caches"
 
@@ -171,18 +171,9 @@ class FromCaches:
         self._guarded.append(Guarded(backend, self._give_up, self._call, is_loading=self._is_loading))
         return self._guarded[-1]
 
-    def run(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call, by what was traced."""
-        return self._call.run(self._run, (target, *args), kwargs)
-
     def run_and_see(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
         """Call, by what was traced, and say whether any compiled code ran."""
-        call = self._call
-        outer, call.num_graphs = call.num_graphs, 0
-        try:
-            return self._run(target, *args, **kwargs), call.num_graphs > 0
-        finally:
-            call.num_graphs = outer
+        return self._call.run(self._run, (target, *args), kwargs)
 
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it.
@@ -191,7 +182,7 @@ class FromCaches:
         """
         with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
             with marked(args, kwargs, self._dims), nesting(self._nested):
-                return self._call.run(self._entry, (target, *args), kwargs)
+                return self._call.run(self._entry, (target, *args), kwargs)[0]
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether dynamo's guards hold in this call; nothing is run."""

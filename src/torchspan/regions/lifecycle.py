@@ -190,7 +190,8 @@ class Lifecycle:
             self.give_up(generation, failure(cause, "importing inductor", ending.seconds, ending.peak_bytes))
             return
         self._note_caches(filled)
-        to_load = {} if filled.artifact is not None else filled.kept.files
+        is_checked = filled.artifact is not None or self._is_of_earlier_run(generation)
+        to_load = {} if is_checked else filled.kept.files
         damaged = ledger.check(inductor.cache_folder(), to_load) if to_load else []
         if damaged:
             told = f"{ledger.DAMAGED} {', '.join(damaged)}"

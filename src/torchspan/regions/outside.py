@@ -20,8 +20,12 @@ from torch.nn.modules import module as torch_module
 _DEPTH = 3  # of functions that name functions, and of objects in objects
 _MAX_ITEMS = 100_000  # of a container: a longer one is data, not what a forward notes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_ON_ALL_MODULES: list[dict[int, Any]] = [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
+_ON_ALL_MODULES: list[dict[int, Any]] = [
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+]
 _CONTAINERS = (list, dict, set, deque, bytearray)
 _LEFT_ALONE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, nn.Module)
 
@@ -43,8 +47,8 @@ def effects_of_hooks(modules: Iterable[nn.Module]) -> str | None:
     >>> effects_of_hooks([model])
     'Linear has a hook (<lambda>), which would be called too often'
     """
-    for name in _GLOBAL_HOOKS:
-        for hook in getattr(torch_module, name, {}).values():
+    for hooks in _ON_ALL_MODULES:
+        for hook in hooks.values():
             return f"there is a hook on all modules ({_name(hook)}), which would be called too often"
     for module in (inner for one in modules for inner in one.modules()):
         for hook in (hook for name in _HOOKS for hook in getattr(module, name, {}).values()):

@@ -90,8 +90,8 @@ class Region:
 
     def _note_raised(self, call: Call) -> None:
         """The program raises in this call: what comes of a compile for it says nothing of other calls."""
-        if torch._C._current_graph_task_id() != -1:
-            return  # inside a backward: activation checkpointing ends its recomputation by raising
+        if is_in_backward():
+            return
         try:
             with self._lock:
                 self._generations.note_raised(call)
@@ -344,10 +344,9 @@ class Region:
             return self._trace(generation, code, call)
         if not generation.has_own_guards:  # another thread traces it just now
             return self.eager(call.target, *call.args, **call.kwargs)
-        before = code.num_calls
-        outputs = code.run(call.target, *call.args, **call.kwargs)
+        outputs, is_compiled = code.run_and_see(call.target, call.args, call.kwargs)
         if code.is_counting:
-            self._note_run(generation) if code.num_calls != before else self._note_stale(generation, call)
+            self._note_run(generation) if is_compiled else self._note_stale(generation, call)
         return outputs
 
     def _trace(self, generation: Generation, code: FromCaches, call: Call) -> Any:

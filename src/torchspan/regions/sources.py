@@ -23,8 +23,10 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # who
 
 def sources_here() -> dict[str, str]:
     """The file of each module that this process has imported, but for torch's and Python's, with a mark of what it holds."""
+    known = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
     files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    return {file: mark for file in sorted(files) if not _is_known(file) and (mark := _mark(file)) is not None}
+    own = [file for file in sorted(files) if not (file.startswith(known) or _is_of_python(file))]
+    return {file: mark for file in own if (mark := _mark(file)) is not None}
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
@@ -32,10 +34,8 @@ def changed_sources(sources: Mapping[str, str]) -> list[str]:
     return [file for file, mark in sources.items() if _mark(file) != mark]
 
 
-def _is_known(file: str) -> bool:
-    """Whether versions and ledgers tell of it: torch's, ours, what inductor has made, Python's own."""
-    made = str(inductor.cache_folder())
-    return file.startswith((*_OWN, made)) or (file.startswith(_LIBRARY) and not _is_installed(file))
+def _is_of_python(file: str) -> bool:
+    return file.startswith(_LIBRARY) and not _is_installed(file)
 
 
 def _is_installed(file: str) -> bool:

@@ -17,6 +17,7 @@ from torchspan.core.report import Attempt, Report, current_report
 from torchspan.jobs.budget import Allowance, Budget
 from torchspan.jobs.supervisor import Ending
 from torchspan.jobs.turns import Wish, turns
+from torchspan.regions.backward import is_in_backward
 from torchspan.regions.part import Part
 from torchspan.regions.region import Region
 from torchspan.regions.settings import Settings
@@ -281,7 +282,7 @@ class BlockCall:
         if torch.compiler.is_compiling():
             return self._block._call_impl(*args, **kwargs)
         # activation checkpointing calls the block again in the backward, where this thread is in no call of the plan
-        is_inside = self._was_inside if torch._C._current_graph_task_id() != -1 else is_within(self._plan)
+        is_inside = self._was_inside if is_in_backward() else is_within(self._plan)
         self._was_inside = is_inside
         if not is_inside or (is_gathering() and self._stays_eager()):
             return self._block._call_impl(*args, **kwargs)
