@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +19,7 @@ import pytest
 
 from torchspan.core.errors import InputError
 from torchspan.environment.scope import Environment
+from torchspan.jobs import supervisor
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded, server_pids
 from torchspan.jobs.transport import dumps
@@ -64,6 +67,24 @@ def ignore_signals_and_hang() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     time.sleep(1000)
+
+
+def leave_no_room_for_the_verdict() -> int:
+    folder = Path(os.readlink("/proc/self/fd/" + next(fd for fd in os.listdir("/proc/self/fd") if _is_stack(fd)))).parent
+    (folder / "verdict.part").mkdir()
+    return 7
+
+
+def end_without_a_verdict() -> None:
+    leave_no_room_for_the_verdict()
+    os._exit(1)
+
+
+def _is_stack(descriptor: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").endswith("/stack.txt")
+    except OSError:  # of the listing itself
+        return False
 
 
 def print_without_end() -> None:
@@ -231,3 +252,14 @@ def test_no_process_lives_on_when_the_caller_is_killed(run_python: Callable[...,
 def test_a_budget_of_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Budget(**arguments)
+
+
+def test_what_a_job_gave_counts_where_its_verdict_cannot_be_written() -> None:
+    assert run(leave_no_room_for_the_verdict).outcome == "compiled"
+
+
+@pytest.mark.parametrize(("free", "says"), [(0, "disk of .* is full"), (1 << 30, "watches the job ended before it did")])
+def test_a_job_without_a_verdict_says_why(free: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_free_bytes", lambda folder: free)
+    ending = run(end_without_a_verdict)
+    assert ending.result is None and re.search(says, ending.cause or ""), ending

@@ -148,3 +148,11 @@ def test_a_parametrized_module_is_parametrized_on_the_other_side() -> None:
     assert [type(one).__name__ for one in there] == ["ParametrizedOwnLinear", "ParametrizedLinear"]
     assert list(there.state_dict()) == list(model.state_dict())
     assert not isinstance(there[0].weight, nn.Parameter) and there[0].weight.grad_fn is not None
+
+
+def test_hooks_on_a_state_dict_stay_here() -> None:
+    model = nn.Linear(2, 2)
+    model.register_state_dict_pre_hook(lambda *_, lock=threading.Lock(): None)
+    arrived = loads(dumps(model))
+    assert type(arrived) is nn.Linear and arrived(torch.ones(2)).shape == (2,)
+    assert not arrived._state_dict_pre_hooks and model._state_dict_pre_hooks

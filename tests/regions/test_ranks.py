@@ -6,7 +6,7 @@ import pytest
 
 PROGRAM = """
 import json, os, sys, tempfile, threading, time, warnings
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch, torch.distributed as dist, torch.distributed.fsdp, torch.multiprocessing as mp
 from torch import nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,7 +58,16 @@ class Refused(InPlace):  # rank 1's program cannot be sent
         if dist.get_rank() == 1:
             self.lock = threading.Lock()
 
-KINDS = (InPlace, Differentiable, Subgroup, Branch, Parallel, Refused)
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+def Replicated():
+    return nn.parallel.DistributedDataParallel(plain())
+
+def Sharded():
+    return torch.distributed.fsdp.fully_shard(plain())
+
+KINDS = (InPlace, Differentiable, Subgroup, Branch, Parallel, Refused, Replicated, Sharded)
 
 def gradients(model):
     found = [one.grad for one in model.parameters()]
@@ -135,3 +144,16 @@ def test_a_rank_that_does_not_compile_keeps_all_ranks_eager(ranks) -> None:
         assert rank["Refused"]["wrong"] == 0
     assert "cannot be sent" in ranks[1]["Refused"]["causes"][0]
     assert ranks[0]["Refused"]["causes"][-1].startswith("rank 1 runs eagerly: the program cannot be sent")
+
+
+def test_the_module_in_ddp_is_compiled_and_its_reducer_is_left_alone(ranks) -> None:
+    for rank in ranks:
+        assert set(rank["Replicated"]["stages"]) == {"swapped"}, rank["Replicated"]
+        assert rank["Replicated"]["wrong"] == 0
+
+
+def test_what_fsdp_shards_runs_eagerly_and_the_report_says_what_to_do(ranks) -> None:
+    for rank in ranks:
+        assert rank["Sharded"]["wrong"] == 0
+        assert "is sharded by FSDP" in rank["Sharded"]["causes"][0]
+        assert "compile modules inside" in rank["Sharded"]["causes"][0]

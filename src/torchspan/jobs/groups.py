@@ -7,6 +7,7 @@ at once, with numbers that mean nothing: what is compiled there depends on the n
 from __future__ import annotations
 
 import copyreg
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from torchspan.core.replaced import entries_replaced
 from torchspan.private import distributed
+
+SHARDED = "FSDP, whose hooks cannot be sent; compile modules inside of what is sharded, or train with torchspan's SimpleFSDP"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ def pretend(groups: Groups) -> None:
 def is_group(value: Any) -> bool:
     """Whether it is a process group, which cannot be sent but has a name."""
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether FSDP or FSDP2 gathers the weights of this module by hooks, whose streams and groups are of this process."""
+    known = sys.modules.get("torch.distributed.fsdp")
+    return known is not None and isinstance(value, (known.FSDPModule, known.FullyShardedDataParallel))
 
 
 def reduced_group(group: Any) -> tuple[Callable[[str], Any], tuple[str]]:

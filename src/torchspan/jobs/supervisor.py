@@ -22,6 +22,7 @@ from torchspan.jobs.folders import job_folder
 from torchspan.jobs.servers import Connection, ServersEndedError, child_environ, run_on_server, servers
 
 GRACE_S = 2.0
+FULL_BYTES = 1 << 16  # free on a disk: a verdict may be larger
 EVENTS_VARIABLE = "TORCHSPAN_COMPILE_EVENTS"  # tells a worker which file to note into what the compiler does
 
 
@@ -146,7 +147,9 @@ class _Run:
             return dict(json.loads(verdict.read_text()))
         if self._cancel.is_set():  # before its warden was there to say so
             return _cancelled()
-        return {"outcome": "timeout", "where": None} if time.monotonic() > self._deadline else None
+        if time.monotonic() > self._deadline:
+            return {"outcome": "timeout", "where": None}
+        return {"outcome": "untold"} if server.is_alive else None
 
     def _await_ready(self, folder: Path, server: Connection) -> dict[str, Any] | None:
         """Wait until it has imported torch; the verdict where that takes too long."""
@@ -208,6 +211,12 @@ def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     }
 
 
+def _free_bytes(folder: Path) -> int:
+    """What may yet be written there."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
@@ -229,9 +238,20 @@ def _judge(verdict: dict[str, Any] | None, folder: Path, limit: _Limit, seconds:
     if outcome == "cancelled":
         return Ending("cancelled", seconds, peak, verdict.get("why", "cancelled"), None)
     result = folder / "result"
-    if result.exists() and outcome == "exit":
+    if result.exists() and outcome in ("exit", "untold"):
         return _judge_result(result.read_bytes(), seconds, peak)
+    if outcome == "untold":
+        return _judge_untold(folder, seconds)
     return _judge_crash(verdict, folder, seconds, peak)
+
+
+def _judge_untold(folder: Path, seconds: float) -> Ending:
+    """What it means that a warden left no verdict, although its server is alive."""
+    if _free_bytes(folder) < FULL_BYTES:
+        cause = f"the disk of {folder.parent} is full: how the job ended could not be written"
+        return Ending("failed", seconds, cause=cause, where="ending the job")
+    cause = "the process that watches the job ended before it did"
+    return Ending("crashed", seconds, cause=cause, where="compile server")
 
 
 def _judge_result(content: bytes, seconds: float, peak: int | None) -> Ending:

@@ -28,11 +28,13 @@ from torch.nn.utils import parametrize
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
-from torchspan.jobs.groups import Groups, is_group, reduced_group
+from torchspan.jobs.groups import SHARDED, Groups, is_group, is_sharded, reduced_group
 from torchspan.private import fx, inductor
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_REDUCING = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def _code_of_file(make: Callable[..., types.CodeType], arguments: tuple[Any, ...], file: str) -> types.CodeType:
@@ -73,6 +75,8 @@ class _Pickler(cloudpickle.Pickler):
         return "tensor", number, key, layout, obj.requires_grad, is_parameter
 
     def reducer_override(self, obj: Any) -> Any:
+        if is_sharded(obj):
+            raise InputError(f"{type(obj).__name__} is sharded by {SHARDED}")
         if is_group(obj):
             return reduced_group(obj)
         if isinstance(obj, torch._ops.OpOverload):
@@ -83,6 +87,8 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, torch.nn.Module) and _is_parametrized(obj):
             names = tuple(vars(obj)["_modules"]["parametrizations"])
             return _parametrized, (parametrize.type_before_parametrizations(obj), names), vars(obj)
+        if isinstance(obj, torch.nn.Module) and _has_state_hooks(obj):
+            return object.__new__, (type(obj),), {**vars(obj), **{name: type(vars(obj)[name])() for name in _STATE_HOOKS}}
         if isinstance(obj, types.CodeType):  # cloudpickle 3.1.3 leaves out the file, by which a failure's place is told
             make, arguments = self.dispatch_table[types.CodeType](obj)
             return _code_of_file, (make, arguments, obj.co_filename)
@@ -142,6 +148,13 @@ def _module_class(make: Callable[..., type], *arguments: Any) -> type:
 def _is_parametrized(module: torch.nn.Module) -> bool:
     """Whether torch has put a class of this module's own below its class, which says of itself that it cannot be pickled."""
     return "__getstate__" in vars(type(module)) and parametrize.is_parametrized(module)
+
+
+def _has_state_hooks(module: torch.nn.Module) -> bool:
+    """Whether it has hooks on its state_dict, which no call runs; those of FSDP lead to what cannot be sent."""
+    own = type(module)
+    is_usual = all(getattr(own, name, None) is getattr(object, name, None) for name in _REDUCING)
+    return is_usual and any(vars(module).get(name) for name in _STATE_HOOKS) and vars(module).keys() >= set(_STATE_HOOKS)
 
 
 def _parametrized(own: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import __version__, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchspan.core.program import program_name
 from torchspan.regions.nested_class import is_available
@@ -22,6 +23,8 @@ def cut(program: Callable[..., Any], request: Request) -> Cut:
         return Cut((), f"torch {__version__} has no torch.compiler.nested_compile_region; per_block needs none")
     if not isinstance(program, nn.Module):
         return Cut((), "a function has no blocks")
+    if isinstance(program, DistributedDataParallel):
+        return Cut((), "of a module in DistributedDataParallel, whole is the strategy")
     blocks = [block for block in blocks_of(program) if "forward" not in vars(block)]
     if not blocks:
         return Cut((), f"{program_name(program)} has no two modules of the same structure that hold others")
