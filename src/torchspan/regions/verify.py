@@ -189,7 +189,7 @@ class _Gradients:
 
     def _compare(self, number: int, actual: torch.Tensor | None) -> None:
         expected = self._expected.pop(number, None)
-        if not (is_below(actual, self._limit) and is_below(expected, self._limit)):
+        if not (is_below(expected, self._limit) and is_below(actual, self._limit)):
             self._wrong[number] = difference(actual, expected, *self._through, name=f"gradient[{number}]")
 
     def difference(self) -> str | None:
