@@ -89,12 +89,12 @@ class Agreement:
         missing = list(self._ranks)
         while missing:
             for rank in tuple(missing):
-                told = self._read(f"code/{rank}")
-                if told is None:
+                message = self._read(f"code/{rank}")
+                if message is None:
                     continue
-                if told.startswith(_END):
-                    return f"rank {rank} runs eagerly: {told.removeprefix(_END)}"
-                if told != f"code {self.collectives.kinds}":
+                if message.startswith(_END):
+                    return f"rank {rank} runs eagerly: {message.removeprefix(_END)}"
+                if message != f"code {self.collectives.kinds}":
                     return f"the code of rank {rank} issues other collectives than that of rank {self._rank}"
                 missing.remove(rank)
             why_not = self._pause(is_cancelled, deadline, f"rank {missing[0]} has not compiled it" if missing else "")
@@ -165,10 +165,10 @@ class Agreement:
         self._began = time.monotonic()
         missing = list(self._ranks)
         while missing:
-            told = self._read(f"ran/{missing[0]}")
-            if told is not None and told.startswith(_END):
-                return f"rank {missing[0]} runs eagerly: {told.removeprefix(_END)}"
-            if told is not None:
+            message = self._read(f"ran/{missing[0]}")
+            if message is not None and message.startswith(_END):
+                return f"rank {missing[0]} runs eagerly: {message.removeprefix(_END)}"
+            if message is not None:
                 del missing[0]
             elif self._pause(is_cancelled, self._began + timeout_s, "") is not None:
                 return None  # it has ended, or has other calls: nothing speaks against this rank's code
@@ -217,8 +217,8 @@ def agreement_here(name: str) -> Agreement:
 def clocks_here() -> Mapping[str, int]:
     """How many collectives each group of this process has issued, by its name; a backend may not count."""
     world = distributed.world()
-    found = {}
+    clocks = {}
     for group, name in list(world.pg_names.items()):
         with suppress(RuntimeError):
-            found[str(name)] = group._get_sequence_number_for_group()
-    return found
+            clocks[str(name)] = group._get_sequence_number_for_group()
+    return clocks

@@ -125,9 +125,9 @@ def _config_values(name: str) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(_is_plain(one) for one in value)
+        return all(_is_plain(item) for item in value)
     if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(one) for key, one in value.items())
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     return isinstance(value, _PLAIN)
 
 

@@ -86,19 +86,21 @@ class EagerBackward:
         if not has_backward:
             return outputs
         forward.versions = _versions(args)
-        made = [one for one in tensors(outputs) if one.grad_fn is not None]
-        nodes = {id(node): node for one in made if (node := _node_of(one, first)) is not None}
+        differentiable = [output for output in tensors(outputs) if output.grad_fn is not None]
+        nodes = {id(node): node for output in differentiable if (node := _node_of(output, first)) is not None}
         if len(nodes) == 1:
-            _Backward(self, forward, next(iter(nodes.values())), [(one, _node_of(one, first)) for one in _outputs(outputs)])
+            _Backward(
+                self, forward, next(iter(nodes.values())), [(output, _node_of(output, first)) for output in _outputs(outputs)]
+            )
         return outputs
 
     def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
         is_known = self._changed is not None
-        which = list(self._changed or ()) if is_known else [i for i, one in enumerate(args) if _may_be_written(one)]
+        indices = list(self._changed or ()) if is_known else [i for i, arg in enumerate(args) if _may_be_written(arg)]
         if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
-            which = [i for i in which if args[i].nbytes <= _MAX_UNDONE_BYTES]
+            indices = [i for i in indices if args[i].nbytes <= _MAX_UNDONE_BYTES]
         with torch.no_grad():
-            before = {i: args[i].detach().clone() for i in which}
+            before = {i: args[i].detach().clone() for i in indices}
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())
 
     def _learn(self, forward: _Forward) -> None:
@@ -107,19 +109,25 @@ class EagerBackward:
         drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
         self._is_random = drawn
         with torch.no_grad():
-            self._changed = tuple(i for i, one in forward.before.items() if not torch.equal(one, forward.args[i]))
+            self._changed = tuple(i for i, value in forward.before.items() if not torch.equal(value, forward.args[i]))
         forward.before = {i: forward.before[i] for i in self._changed}
         forward.random = forward.random if drawn else None
 
-    def gradients(self, forward: _Forward, wanted: list[Tensor], given: Mapping[int, Tensor]) -> tuple[Tensor | None, ...]:
-        """Those of `wanted`, for the outputs of the graph by their number; they can be differentiated again."""
+    def gradients(
+        self, forward: _Forward, sources: list[Tensor], output_gradients: Mapping[int, Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `sources`, from those of the graph's outputs by number; they can be differentiated again."""
         is_kept = torch.is_grad_enabled()
-        args = [forward.before.get(i, one) for i, one in enumerate(forward.args)]
+        args = [forward.before.get(i, arg) for i, arg in enumerate(forward.args)]
         with torch.enable_grad(), aot.outside_vmap(), _as_it_was(forward):
             outputs = _outputs(self._graph(*args))
-        chosen = [i for i in given if outputs[i].requires_grad]
+        chosen = [i for i in output_gradients if outputs[i].requires_grad]
         return torch.autograd.grad(
-            [outputs[i] for i in chosen], wanted, [given[i] for i in chosen], create_graph=is_kept, allow_unused=True
+            [outputs[i] for i in chosen],
+            sources,
+            [output_gradients[i] for i in chosen],
+            create_graph=is_kept,
+            allow_unused=True,
         )
 
     def end(self, why: str) -> None:
@@ -154,58 +162,58 @@ class _Backward:
 
     def _run(self, name: str, *gradients: Any) -> Any:
         node = self._node()
-        given = list(gradients[0]) if name == "apply_boxed" else list(gradients)
+        output_gradients = list(gradients[0]) if name == "apply_boxed" else list(gradients)
         try:
-            why_not = self._why_not(given)
+            why_not = self._why_not(output_gradients)
             if why_not is not None:
-                instead = self._eagerly(node, given)
+                instead = self._eagerly(node, output_gradients)
                 if instead is not None:
                     self._owner.end(why_not)
                     return instead
-            return self._compiled(node, name, gradients, given)
+            return self._compiled(node, name, gradients, output_gradients)
         finally:
             self._through_views.clear()
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 self._forward = None  # as autograd frees what it saved
 
-    def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], given: list[Tensor | None]) -> Any:
+    def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], output_gradients: list[Tensor | None]) -> Any:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             caching.note_kept_buffers(node)
         try:
             return getattr(type(node), name)(node, *gradients)
         except Exception as error:
-            instead = self._eagerly(node, given) if self._forward is not None else None
+            instead = self._eagerly(node, output_gradients) if self._forward is not None else None
             if instead is None:
                 raise
             self._owner.end(f"compiled code raised {type(error).__name__} in its backward: {error}")
             return instead
 
-    def _why_not(self, given: Sequence[Tensor | None]) -> str | None:
-        if any(one is not None and _is_batched(one) for one in given):
+    def _why_not(self, output_gradients: Sequence[Tensor | None]) -> str | None:
+        if any(gradient is not None and _is_batched(gradient) for gradient in output_gradients):
             return BATCHED
         return TWICE if torch.is_grad_enabled() else None
 
-    def _eagerly(self, node: Any, given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    def _eagerly(self, node: Any, output_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
         """The gradients of eager; None if they cannot be had: a backward that was freed, inputs that were changed since."""
         forward = self._forward
         if forward is None or _versions(forward.args) != forward.versions:
             return None
-        sources = list({id(one): one for one in tensors(list(forward.args)) if one.requires_grad}.values())
+        sources = list({id(tensor): tensor for tensor in tensors(list(forward.args)) if tensor.requires_grad}.values())
         edges = [(fn, nr) for fn, nr in node.next_functions if fn is not None]
         places = [place for place, is_needed in enumerate(node.needs_input_grad) if is_needed]
-        owners = {torch.autograd.graph.get_gradient_edge(one)[:2]: one for one in sources}
+        owners = {torch.autograd.graph.get_gradient_edge(source)[:2]: source for source in sources}
         if len(edges) != len(places) or not owners.keys() >= set(edges):
             return None
-        by_number = {number: given[nr] for number, nr in self._direct.items()} | self._through_views
-        found = self._owner.gradients(
+        by_number = {number: output_gradients[nr] for number, nr in self._direct.items()} | self._through_views
+        gradients = self._owner.gradients(
             forward,
             [owners[edge] for edge in dict.fromkeys(edges)],
-            {n: one for n, one in by_number.items() if one is not None},
+            {n: gradient for n, gradient in by_number.items() if gradient is not None},
         )
-        left = dict(zip(dict.fromkeys(edges), found, strict=True))
+        by_edge = dict(zip(dict.fromkeys(edges), gradients, strict=True))
         result: list[Tensor | None] = [None] * len(node.needs_input_grad)
         for place, edge in zip(places, edges, strict=True):
-            result[place] = left.pop(edge, None)
+            result[place] = by_edge.pop(edge, None)
         return tuple(result)
 
 
@@ -246,7 +254,7 @@ def _may_be_written(value: Any) -> bool:
 
 
 def _versions(args: Sequence[Any]) -> int:
-    return sum(one._version for one in args if isinstance(one, Tensor) and not one.is_inference())
+    return sum(arg._version for arg in args if isinstance(arg, Tensor) and not arg.is_inference())
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

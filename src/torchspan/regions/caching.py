@@ -108,23 +108,23 @@ def noting_refusals(reasons: list[str]) -> Iterator[None]:
     names = ("torch._inductor.codecache", "torch._functorch._aot_autograd.autograd_cache")
 
     def note(record: logging.LogRecord) -> bool:
-        said = record.getMessage()
-        if "unable to" in said or said.startswith("Bypassing"):
+        message = record.getMessage()
+        if "unable to" in message or message.startswith("Bypassing"):
             error = record.exc_info[1] if record.exc_info else None
-            reasons.append(f"{said}: {type(error).__name__}: {error}" if error else said)
+            reasons.append(f"{message}: {type(error).__name__}: {error}" if error else message)
         return record.levelno >= levels[record.name][1]
 
     loggers = [logging.getLogger(name) for name in names]
-    levels = {one.name: (one.level, one.getEffectiveLevel()) for one in loggers}
-    for one in loggers:
-        one.addFilter(note)
-        one.setLevel(min(logging.INFO, one.getEffectiveLevel()))
+    levels = {logger.name: (logger.level, logger.getEffectiveLevel()) for logger in loggers}
+    for logger in loggers:
+        logger.addFilter(note)
+        logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
     try:
         yield
     finally:
-        for one in loggers:
-            one.removeFilter(note)
-            one.setLevel(levels[one.name][0])
+        for logger in loggers:
+            logger.removeFilter(note)
+            logger.setLevel(levels[logger.name][0])
 
 
 def _reduce_by_name(value: Any) -> tuple[Callable[..., Any], tuple[str]]:
@@ -153,7 +153,7 @@ def only_loading() -> Iterator[None]:
 
     lookup = cache._lookup
 
-    def found(*args: Any, **kwargs: Any) -> Any:
+    def look_up(*args: Any, **kwargs: Any) -> Any:
         entry = lookup(*args, **kwargs)
         if entry is None and threading.get_ident() == mine:
             raise CacheMiss("the graph is not in the cache of the compile process")
@@ -170,7 +170,7 @@ def only_loading() -> Iterator[None]:
         stack.enter_context(replaced(compile_fx, "fx_codegen_and_compile", refuse(compile_fx.fx_codegen_and_compile)))
         stack.enter_context(replaced(codecache, "_precompile_header", no_header))
         stack.enter_context(replaced(builder, "build", refuse(builder.build)))
-        stack.enter_context(replaced(cache, "_lookup", staticmethod(found)))
+        stack.enter_context(replaced(cache, "_lookup", staticmethod(look_up)))
         before = counters()["bypassed"]
         yield
         if counters()["bypassed"] != before:

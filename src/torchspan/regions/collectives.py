@@ -70,13 +70,13 @@ class _Recorder(TorchDispatchMode):
         self.issued: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if getattr(func, "namespace", "") in _NAMESPACES:
             name = func._schema.name.partition("::")[2].removesuffix("_")
-            group = _group_name([*args, *given.values()])
+            group = _group_name([*args, *keywords.values()])
             if name not in _NO_COLLECTIVES and group is not None:
                 self.issued.append((_SAME.get(name, name), group))
-        return func(*args, **given)
+        return func(*args, **keywords)
 
 
 def _group_name(values: Sequence[Any]) -> str | None:

@@ -136,8 +136,8 @@ class Family:
 
     def widened(self, sizes: Sizes) -> Dims | None:
         """The dimensions that vary, those of these sizes included; None where torch would make a case of its own of one."""
-        seen = [_varying(self.first, sizes), *(one.dims for one in self.generations)]
-        dims = tuple(frozenset().union(*of_one) for of_one in zip(*seen, strict=True))
+        varying = [_varying(self.first, sizes), *(generation.dims for generation in self.generations)]
+        dims = tuple(frozenset().union(*of_tensor) for of_tensor in zip(*varying, strict=True))
         return dims if any(dims) and _covers(general(sizes), dims) else None
 
     def give_up(self) -> None:
@@ -172,7 +172,7 @@ class Generations:
     def serving(self, call: Call) -> Generation | None:
         """The one whose guards hold in this call; it comes first the next time."""
         in_turn = self.opened if self._latest is None else [self._latest, *self.opened]
-        self._latest = next((one for one in in_turn if one.serves(call)), None)
+        self._latest = next((generation for generation in in_turn if generation.serves(call)), None)
         if self._latest is not None:
             self.remember(self._latest, call)
         return self._latest
@@ -186,22 +186,22 @@ class Generations:
 
     def meant(self, call: Call) -> Generation | None:
         """One that is not swapped (yet) and that such a call waits for, takes over, or was given up with."""
-        open_ones = [one for one in self.opened if one.stage != "swapped" and not one.was_dynamic]
-        exact = [one for one in open_ones if one.is_exactly_for(call)]
-        alike = [one for one in open_ones if one not in exact and one.covers(call)]
-        for found, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
+        unswapped = [generation for generation in self.opened if generation.stage != "swapped" and not generation.was_dynamic]
+        exact = [generation for generation in unswapped if generation.is_exactly_for(call)]
+        alike = [generation for generation in unswapped if generation not in exact and generation.covers(call)]
+        for candidates, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
             for stage in ("ready", "compiling"):
-                for one in found:
-                    if one.stage == stage:
-                        return one
-            failed = [one for one in found if one.stage == "eager"]
+                for generation in candidates:
+                    if generation.stage == stage:
+                        return generation
+            failed = [generation for generation in candidates if generation.stage == "eager"]
             if len(failed) >= limit:
                 return failed[0]
         return None
 
     def beaten(self, call: Call) -> list[Generation]:
         """Those that are swapped and for this very call, although their guards do not hold in it."""
-        return [one for one in self.opened if one.stage == "swapped" and one.is_exactly_for(call)]
+        return [generation for generation in self.opened if generation.stage == "swapped" and generation.is_exactly_for(call)]
 
     def open(self, generation: Generation) -> Generation:
         """Add one."""
@@ -217,19 +217,19 @@ class Generations:
 
     def note_raised(self, call: Call) -> None:
         """The program raises in this call: if what was begun for it fails, that says nothing of others."""
-        for one in self.opened:
-            if one.signature == call.signature and one.stage in ("compiling", "eager"):
-                one.is_odd = True
+        for generation in self.opened:
+            if generation.signature == call.signature and generation.stage in ("compiling", "eager"):
+                generation.is_odd = True
 
     @property
     def num_counted(self) -> int:
         """How many count against the limit: not those of odd calls."""
-        return sum(not one.is_odd for one in self.opened)
+        return sum(not generation.is_odd for generation in self.opened)
 
     @property
     def num_compiled(self) -> int:
         """How many have code, or had."""
-        return sum(bool(one.proven) or one.stage in ("ready", "swapped") for one in self.opened)
+        return sum(bool(generation.proven) or generation.stage in ("ready", "swapped") for generation in self.opened)
 
     def all(self) -> list[Generation]:
         """Every one of them."""
@@ -238,11 +238,11 @@ class Generations:
 
 def _varying(first: Sizes, sizes: Sizes) -> Dims:
     """In which dimensions and numbers two calls differ."""
-    return tuple(one & other for one, other in zip(differing(first, sizes), numbers(sizes), strict=True))
+    return tuple(varying & numeric for varying, numeric in zip(differing(first, sizes), numbers(sizes), strict=True))
 
 
 def _covers(dims: Dims, others: Dims) -> bool:
-    return all(one >= other for one, other in zip(dims, others, strict=True))
+    return all(wide >= narrow for wide, narrow in zip(dims, others, strict=True))
 
 
 def describe(first: Sizes, sizes: Sizes) -> str:
@@ -252,9 +252,9 @@ def describe(first: Sizes, sizes: Sizes) -> str:
     'tensor 0 of the inputs is 2×3 and 4×3, a number among the arguments is 0.5 and 0.7'
     """
     pairs = enumerate(zip(first[:-1], sizes[:-1], strict=True))
-    told = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
+    differences = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
     numbers_now = [(first[-1][place], sizes[-1][place]) for place in sorted(_varying(first, sizes)[-1])]
-    return ", ".join([*told, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
+    return ", ".join([*differences, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
 
 
 def _times(size: tuple[int, ...]) -> str:

@@ -120,7 +120,7 @@ def compile_graph(
 
 
 def _task(graph: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None) -> GraphTask:
-    inputs = tuple(describe_input(one) for one in example_inputs)
+    inputs = tuple(describe_input(value) for value in example_inputs)
     groups = tuple((name, group_size(name)) for name in list_groups(graph))
     return GraphTask(describe(graph), inputs, dict(options or {}), ambient.capture(), groups)
 
@@ -203,16 +203,16 @@ def compile_in_child(payload: bytes) -> bytes:
     with ledger.watching(inductor.cache_folder()) as note:
         with caching.caching(), known_isas(isas):
             _compile(task)
-        kept = note()
-    counted = caching.counters()
-    if not counted["saved"] + counted["hits"]:
+        changes = note()
+    counts = caching.counters()
+    if not counts["saved"] + counts["hits"]:
         raise InputError("torch's caches did not take the graph, so it cannot be handed over")
-    return pickle.dumps(Entries(kept.files, isas))
+    return pickle.dumps(Entries(changes.files, isas))
 
 
 def _compile(task: GraphTask) -> Callable[..., Any]:
     module = build(task.graph)
-    inputs = [one.empty() if isinstance(one, InputSpec) else one for one in task.inputs]
+    inputs = [value.empty() if isinstance(value, InputSpec) else value for value in task.inputs]
     is_single = _returns_one(module)
     with torch.no_grad():
         compiled = inductor.compile_static(module, inputs, task.options)
@@ -273,7 +273,7 @@ def build(spec: GraphSpec) -> GraphModule:
 
     for op, name, target, args, kwargs in spec.nodes:
         built.append(graph.create_node(op, target, resolve(args), resolve(kwargs), name))
-    values = {name: build(one) if isinstance(one, GraphSpec) else one for name, one in spec.attributes.items()}
+    values = {name: build(value) if isinstance(value, GraphSpec) else value for name, value in spec.attributes.items()}
     return GraphModule(values, graph)
 
 

@@ -145,7 +145,7 @@ class FromArtifact:
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether its guards hold in this call; nothing is run."""
-        return any(one.serves(original(target), args, kwargs) for one in self._entries)
+        return any(entry.serves(original(target), args, kwargs) for entry in self._entries)
 
 
 class FromCaches:
@@ -191,14 +191,14 @@ class FromCaches:
     @property
     def misses(self) -> list[str]:
         """Why graphs could not be loaded or compiled here."""
-        return [miss for one in self._guarded for miss in one.misses]
+        return [miss for guarded in self._guarded for miss in guarded.misses]
 
     @property
     def num_calls(self) -> int:
         """How many compiled graphs were called so far."""
-        return sum(one.calls for one in self._guarded)
+        return sum(guarded.calls for guarded in self._guarded)
 
     @property
     def is_counting(self) -> bool:
         """Whether `num_calls` grows with each call that runs compiled."""
-        return any(one.graphs for one in self._guarded)
+        return any(guarded.graphs for guarded in self._guarded)

@@ -194,8 +194,8 @@ class Lifecycle:
         to_load = {} if is_checked else filled.kept.files
         damaged = ledger.check(inductor.cache_folder(), to_load) if to_load else []
         if damaged:
-            told = f"{ledger.DAMAGED} {', '.join(damaged)}"
-            ending = replace(ending, outcome="failed", cause=told, where="before loading")
+            message = f"{ledger.DAMAGED} {', '.join(damaged)}"
+            ending = replace(ending, outcome="failed", cause=message, where="before loading")
             self._compile_without_damaged(work, ending)
             return
         self._attempt(ending)
@@ -252,15 +252,15 @@ class Lifecycle:
 
     def _note_caches(self, filled: Filled) -> None:
         """Say what the child found and did in the cache folder."""
-        kept = filled.kept
+        changes = filled.kept
         if filled.why_no_artifact:
             self.decide("caches", filled.why_no_artifact)
-        if kept.dropped:
-            self.decide("dropped", f"{ledger.DAMAGED} {', '.join(kept.dropped)}")
-        if kept.evicted:
-            self.decide("evicted", kept.evicted)
-        if kept.not_noted:
-            self.decide("not noted", f"the cache folder takes no ledger of its entries: {kept.not_noted}")
+        if changes.dropped:
+            self.decide("dropped", f"{ledger.DAMAGED} {', '.join(changes.dropped)}")
+        if changes.evicted:
+            self.decide("evicted", changes.evicted)
+        if changes.not_noted:
+            self.decide("not noted", f"the cache folder takes no ledger of its entries: {changes.not_noted}")
 
     def _run_child(self, work: _Work) -> Ending:
         generation = work.generation
@@ -322,7 +322,7 @@ class Lifecycle:
         elif generation.family is not None and not self._host.settings.dynamic:
             generation.family.give_up()
             self.decide("static", "not compiled with dynamic shapes: each size is compiled by itself")
-        elif not any(one.stage in ("ready", "swapped") for one in self._generations.all()):
+        elif not any(other.stage in ("ready", "swapped") for other in self._generations.all()):
             self.has_failed = True
             self.may_try_others = is_of_call or (ending.outcome == "failed" and ending.where != _SENDING)
             self._host.part_failed(self.part)
@@ -416,12 +416,12 @@ class Lifecycle:
 
     def _note_unchecked(self, generation: Generation, cause: Exception) -> None:
         """The check did not come to an end: the next call is taken instead, and after that none."""
-        told = text_of(cause) if isinstance(cause, TorchspanError) else described(cause)
+        message = text_of(cause) if isinstance(cause, TorchspanError) else described(cause)
         generation.num_unchecked += 1
         if generation.num_unchecked < MAX_UNCHECKED:
-            self.decide("not verified", told)
+            self.decide("not verified", message)
         else:
-            self.reject(generation, f"the check did not run, {generation.num_unchecked} times: {told}", "checking")
+            self.reject(generation, f"the check did not run, {generation.num_unchecked} times: {message}", "checking")
 
     def _without_artifact(self, generation: Generation, why: str, call: Call) -> None:
         """Give the artifact up and have the caches filled instead."""
@@ -444,8 +444,10 @@ class Lifecycle:
 
     def miss(self, code: FromArtifact | FromCaches) -> str:
         """Why what the child compiled cannot be had here."""
-        what = "its cache entries do not serve this process" if self._host.settings.is_inductor else "it does not compile here"
-        return f"{what}: {code.misses[0]}"
+        problem = (
+            "its cache entries do not serve this process" if self._host.settings.is_inductor else "it does not compile here"
+        )
+        return f"{problem}: {code.misses[0]}"
 
     def _note_handback(self, generation: Generation, is_inductor: bool) -> None:
         if is_inductor and generation.wants_artifact:

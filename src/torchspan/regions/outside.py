@@ -50,7 +50,7 @@ def effects_of_hooks(modules: Iterable[nn.Module]) -> str | None:
     for hooks in _ON_ALL_MODULES:
         for hook in hooks.values():
             return f"there is a hook on all modules ({_name(hook)}), which would be called too often"
-    for module in (inner for one in modules for inner in one.modules()):
+    for module in (inner for root in modules for inner in root.modules()):
         for hook in (hook for name in _HOOKS for hook in getattr(module, name, {}).values()):
             if not _is_torchs(hook):
                 return f"{type(module).__name__} has a hook ({_name(hook)}), which would be called too often"
@@ -71,19 +71,19 @@ def _is_torchs(hook: Any) -> bool:
 def undone(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
     """What the code of `functions` names is as it was when the block ends.
 
-    >>> seen = []
-    >>> with undone([lambda: seen.append(1)]):
-    ...     seen.append(2)
-    >>> seen
+    >>> calls = []
+    >>> with undone([lambda: calls.append(1)]):
+    ...     calls.append(2)
+    >>> calls
     []
     """
-    kept = _Kept()
+    copies = _Kept()
     for function in functions:
-        kept.function(function, _DEPTH)
+        copies.function(function, _DEPTH)
     try:
         yield
     finally:
-        kept.put_back()
+        copies.put_back()
 
 
 class _Kept:
@@ -184,13 +184,13 @@ class _Kept:
         return True
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def _is_same(first: Any, second: Any) -> bool:
     """Whether two containers hold the same objects; these are not asked whether they are equal."""
-    if len(one) != len(other):
+    if len(first) != len(second):
         return False
-    if isinstance(one, dict):
-        return all(a is b and one[a] is other[b] for a, b in zip(one, other, strict=True))
-    return all(a is b for a, b in zip(one, other, strict=True))
+    if isinstance(first, dict):
+        return all(a is b and first[a] is second[b] for a, b in zip(first, second, strict=True))
+    return all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

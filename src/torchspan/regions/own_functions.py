@@ -58,13 +58,14 @@ def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: A
         def forward(ctx: Any, *own: Any) -> Any:
             outputs, saved = forward(*leading, *own, *args[num_own:])
             listed = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-            ctx.mark_non_differentiable(*(one for i, one in enumerate(listed) if i in without_gradients))
-            ctx.mark_dirty(*(one for i, one in enumerate(listed) if i in written))
+            ctx.mark_non_differentiable(*(output for i, output in enumerate(listed) if i in without_gradients))
+            ctx.mark_dirty(*(output for i, output in enumerate(listed) if i in written))
             ctx.is_saved = [
-                isinstance(one, torch.Tensor) and (with_autograd is None or i in with_autograd) for i, one in enumerate(saved)
+                isinstance(value, torch.Tensor) and (with_autograd is None or i in with_autograd)
+                for i, value in enumerate(saved)
             ]
-            ctx.save_for_backward(*(one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if is_saved))
-            ctx.others = [one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if not is_saved]
+            ctx.save_for_backward(*(value for value, is_saved in zip(saved, ctx.is_saved, strict=True) if is_saved))
+            ctx.others = [value for value, is_saved in zip(saved, ctx.is_saved, strict=True) if not is_saved]
             return outputs
 
         @staticmethod

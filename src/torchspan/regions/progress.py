@@ -82,8 +82,8 @@ class _Follower:
         if events.exists():
             with events.open("rb") as file:
                 file.seek(self._offset)
-                *whole, rest = file.read().split(b"\n")
-                self._offset = file.tell() - len(rest)
+                *whole, incomplete = file.read().split(b"\n")
+                self._offset = file.tell() - len(incomplete)
             for line in whole:
                 self._follow(json.loads(line))
         return self._phase

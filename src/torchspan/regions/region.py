@@ -153,9 +153,9 @@ class Region:
     def _chosen(self, call: Call) -> Generation | None:
         """One whose guards hold, or one that is under way for such calls, or a new one; None beyond the limit."""
         with self._lock:
-            found = self._generations.serving(call) or self._generations.meant(call)
-            generation = found or self._opened(call)
-        if generation is None or found is not None:
+            existing = self._generations.serving(call) or self._generations.meant(call)
+            generation = existing or self._opened(call)
+        if generation is None or existing is not None:
             if generation is not None and generation.stage == "compiling" and generation.record is not None:
                 generation.record.wait()
             return generation
@@ -199,9 +199,9 @@ class Region:
         if is_recomputing and is_eager:
             return None
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
-            known = self._generations.find(call)
-            if known is not None and known.stage == "swapped":
-                return known
+            remembered = self._generations.find(call)
+            if remembered is not None and remembered.stage == "swapped":
+                return remembered
             with self._lock:
                 return self._generations.serving(call)
         generation = None if is_eager else self._current(call)
@@ -211,8 +211,8 @@ class Region:
 
     def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `target` as torch does."""
-        called, args, named = as_called(target, args, kwargs)
-        return called._call_impl(*args, **named) if self.part.is_called_inside else called(*args, **named)
+        program, args, keywords = as_called(target, args, kwargs)
+        return program._call_impl(*args, **keywords) if self.part.is_called_inside else program(*args, **keywords)
 
     # compiling
 
@@ -227,7 +227,7 @@ class Region:
                 self._decide("eager", self._why_full())
             return None
         beaten = self._generations.beaten(call)
-        is_misfit = any(one.family is not None and one.proven != call.sizes for one in beaten)
+        is_misfit = any(generation.family is not None and generation.proven != call.sizes for generation in beaten)
         if is_misfit:
             self._misfit(call)
         elif beaten:
@@ -239,9 +239,9 @@ class Region:
     def _why_full(self) -> str:
         """What is true of those that there are."""
         tried, count = self._generations.num_counted, self._generations.num_compiled
-        told = f"{count} of {tried}" if count != tried else str(count)
-        told += " input signatures and states of the program were compiled"
-        return f"{told}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
+        counts = f"{count} of {tried}" if count != tried else str(count)
+        counts += " input signatures and states of the program were compiled"
+        return f"{counts}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
 
     def _is_forked(self) -> bool:
         """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
@@ -252,22 +252,22 @@ class Region:
 
     def _dynamic(self, call: Call) -> Generation | None:
         """A generation with dynamic shapes, where a second size of an input says so, or the user; None for a static one."""
-        asked = self._host.settings.dynamic
-        if asked is False:
+        setting = self._host.settings.dynamic
+        if setting is False:
             return None
-        alike = self._generations.families.get(call.family)
-        if alike is None:
-            alike = self._generations.families[call.family] = Family(call.sizes)
-            dims = general(call.sizes) if asked else None
+        family = self._generations.families.get(call.family)
+        if family is None:
+            family = self._generations.families[call.family] = Family(call.sizes)
+            dims = general(call.sizes) if setting else None
         else:
-            dims = alike.widened(call.sizes)
-        if dims is None or alike.is_static:
+            dims = family.widened(call.sizes)
+        if dims is None or family.is_static:
             return None
-        if not asked:
-            what = "numbers" if alike.first[:-1] == call.sizes[:-1] else "sizes"
-            self._decide("dynamic", f"{what} differ between calls: {describe(alike.first, call.sizes)}")
-        generation = Generation.of(call, family=alike, dims=dims)
-        alike.generations.append(generation)
+        if not setting:
+            kind = "numbers" if family.first[:-1] == call.sizes[:-1] else "sizes"
+            self._decide("dynamic", f"{kind} differ between calls: {describe(family.first, call.sizes)}")
+        generation = Generation.of(call, family=family, dims=dims)
+        family.generations.append(generation)
         return generation
 
     # running
@@ -385,10 +385,10 @@ class Region:
                 self._life.retire(generation, why)
 
     def _misfit(self, call: Call) -> None:
-        alike = self._generations.families[call.family]
-        alike.num_misfits += 1
-        if alike.is_static:
-            alike.give_up()
+        family = self._generations.families[call.family]
+        family.num_misfits += 1
+        if family.is_static:
+            family.give_up()
         self._decide("static", "the code for dynamic shapes does not serve these sizes (its guards failed)")
 
     def _decide(self, choice: str, reason: str) -> None:

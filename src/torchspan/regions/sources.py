@@ -23,9 +23,9 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # who
 
 def sources_here() -> dict[str, str]:
     """The file of each module that this process has imported, but for torch's and Python's, with a mark of what it holds."""
-    known = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
+    excluded = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
     files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    own = [file for file in sorted(files) if not (file.startswith(known) or _is_of_python(file))]
+    own = [file for file in sorted(files) if not (file.startswith(excluded) or _is_of_python(file))]
     return {file: mark for file in own if (mark := _mark(file)) is not None}
 
 

@@ -31,8 +31,8 @@ def layer_index(block: torch.nn.Module) -> int | None:
 
     >>> layer_index(torch.nn.Linear(1, 1))
     """
-    found = {vars(module).get(_INDEX) for module in block.modules()} - {None}
-    index = next(iter(found)) if len(found) == 1 else None
+    indices = {vars(module).get(_INDEX) for module in block.modules()} - {None}
+    index = next(iter(indices)) if len(indices) == 1 else None
     return index if type(index) is int else None
 
 
@@ -96,13 +96,13 @@ class OwnLayer:
         if id(value) not in self._caches:
             own = copy.copy(value)
             self._caches[id(value)] = value, own
-            for name, held in vars(value).items():
+            for name, attribute in vars(value).items():
                 if name == "layers":
-                    own.layers = held[self._index : self._index + 1]
+                    own.layers = attribute[self._index : self._index + 1]
                 elif name == "is_updated":
-                    own.is_updated = {0: held[self._index]} if self._index in held else {}
+                    own.is_updated = {0: attribute[self._index]} if self._index in attribute else {}
                 else:
-                    setattr(own, name, self._cache(held))
+                    setattr(own, name, self._cache(attribute))
         return self._caches[id(value)][1]
 
     def _give_back(self) -> None:
@@ -135,11 +135,11 @@ def as_called(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def may_be_divided(value: Any) -> bool:
     """Whether `value` is a cache of Transformers whose every part by layer is known here."""
-    known = sys.modules.get("transformers.cache_utils")
-    if known is None or not isinstance(value, known.Cache) or not _KNOWN.issuperset(vars(value)):
+    cache_utils = sys.modules.get("transformers.cache_utils")
+    if cache_utils is None or not isinstance(value, cache_utils.Cache) or not _KNOWN.issuperset(vars(value)):
         return False
     inner = [vars(value).get(name) for name in ("self_attention_cache", "cross_attention_cache")]
-    return not vars(value).get("offloading") and all(may_be_divided(one) for one in inner if one is not None)
+    return not vars(value).get("offloading") and all(may_be_divided(cache) for cache in inner if cache is not None)
 
 
 def _put(cache: Any, index: int, layer: Any) -> None:

@@ -201,13 +201,13 @@ class _Gradients:
 
 def _run(function: Call, call: Copied, compared: _Gradients | None = None) -> tuple[Any, list[torch.Tensor | None]]:
     outputs = function(call.target, *call.args, **call.kwargs)
-    wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
+    differentiable = [output for output in tensors(outputs) if output.requires_grad and output.grad_fn is not None]
     sources: list[torch.Tensor] = [p for module in call.modules() for p in module.parameters() if p.requires_grad]
-    sources += [one for one in call.inputs() if one.requires_grad and one.is_leaf]
-    if not (wanted and sources):
+    sources += [tensor for tensor in call.inputs() if tensor.requires_grad and tensor.is_leaf]
+    if not (differentiable and sources):
         return outputs, []
     # one scalar, not outputs with cotangents: for those torch imports sympy, which takes seconds of a step
-    total = torch.stack([as_real(one * _cotangent(one)).sum().double().cpu() for one in wanted]).sum()
+    total = torch.stack([as_real(output * _cotangent(output)).sum().double().cpu() for output in differentiable]).sum()
     sources = _unique(sources)
     with _comparing(sources, compared):
         return outputs, list(torch.autograd.grad(total, sources, allow_unused=True))
@@ -216,8 +216,8 @@ def _run(function: Call, call: Copied, compared: _Gradients | None = None) -> tu
 @contextmanager
 def _comparing(sources: list[torch.Tensor], compared: _Gradients | None) -> Iterator[None]:
     """Have the gradient of each source compared as soon as autograd has it."""
-    taken = enumerate(sources) if compared is not None else ()
-    handles = [source.register_hook(partial(compared.take, number)) for number, source in taken]  # type: ignore[union-attr]
+    numbered = enumerate(sources) if compared is not None else ()
+    handles = [source.register_hook(partial(compared.take, number)) for number, source in numbered]  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -228,7 +228,7 @@ def _comparing(sources: list[torch.Tensor], compared: _Gradients | None) -> Iter
 def _functions(target: Any) -> list[Call]:
     """The functions of the program's own that a call of it runs, as far as its modules name them."""
     own = [type(inner).forward for module in _modules((target,)) for inner in module.modules()]
-    return [target, *{id(one): one for one in own if not str(one.__module__).startswith("torch.")}.values()]
+    return [target, *{id(function): function for function in own if not str(function.__module__).startswith("torch.")}.values()]
 
 
 @contextmanager
@@ -261,8 +261,8 @@ def _buffers(call: Copied) -> dict[str, torch.Tensor]:
 
 
 def _dtypes(call: Copied) -> set[torch.dtype]:
-    found = {one.dtype for one in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
-    return found | {p.dtype for module in call.modules() for p in module.parameters()}
+    dtypes = {tensor.dtype for tensor in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
+    return dtypes | {p.dtype for module in call.modules() for p in module.parameters()}
 
 
 def _held(outputs: Any) -> list[torch.Tensor]:
@@ -271,7 +271,7 @@ def _held(outputs: Any) -> list[torch.Tensor]:
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(one.shape) for one in tensors(value)]
+    return [tuple(tensor.shape) for tensor in tensors(value)]
 
 
 # random numbers
@@ -291,8 +291,8 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     for states in devices:
         torch.cuda.set_rng_state_all(states)
     random.setstate(python)
-    for one in numpy:
-        sys.modules["numpy"].random.set_state(one)
+    for numpy_state in numpy:
+        sys.modules["numpy"].random.set_state(numpy_state)
 
 
 def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
