@@ -123,30 +123,30 @@ def report_of(compiled: Callable[..., Any]) -> Report:
 def _checked_strategy(strategy: str | Sequence[str], request: Request) -> str | Sequence[str]:
     """The strategy that is meant: the one that `request` is for, where it asks for something; raises if they do not agree."""
     names = [strategy] if isinstance(strategy, str) else list(strategy)
-    known = ["auto", *REGISTRY.names()] if isinstance(strategy, str) else REGISTRY.names()
+    available = ["auto", *REGISTRY.names()] if isinstance(strategy, str) else REGISTRY.names()
     for name in names:
-        if name not in known:
-            raise unknown_name("strategy", name, known, f"there are: {', '.join(known)}")
+        if name not in available:
+            raise unknown_name("strategy", name, available, f"there are: {', '.join(available)}")
     if not names:
         raise InputError("strategy is empty; expected a name, or names in the order in which they are tried")
-    for argument, wanted in request.asked.items():
+    for argument, needed in request.asked.items():
         if strategy == "auto":
-            strategy, names = wanted, [wanted]
-        if wanted not in names:
-            raise InputError(f"{argument} is for strategy={wanted!r}, not for {' or '.join(map(repr, names))}")
+            strategy, names = needed, [needed]
+        if needed not in names:
+            raise InputError(f"{argument} is for strategy={needed!r}, not for {' or '.join(map(repr, names))}")
     return strategy
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
     """Refuse at once what this torch's ``torch.compile`` would refuse in the compile process, where only a Report said so."""
-    takes = inspect.signature(torch_compile()).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+    parameters = inspect.signature(torch_compile()).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = {*takes, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}
+    accepted = {*parameters, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}
     for name in extra:
-        if name not in known:
+        if name not in accepted:
             raise unknown_name(
-                "argument", name, sorted(known), f"torch.compile of torch {torch.__version__} has none of that name"
+                "argument", name, sorted(accepted), f"torch.compile of torch {torch.__version__} has none of that name"
             )
 
 
@@ -195,15 +195,15 @@ def _end_with(bounded: Callable[..., Any], plan: Plan) -> None:
 
 
 def _end_plan(plan: weakref.ref[Plan]) -> None:
-    if (known := plan()) is not None:
-        known.end("nobody has the compiled program any more")
+    if (live_plan := plan()) is not None:
+        live_plan.end("nobody has the compiled program any more")
 
 
 def _class_below(own: type, names: dict[str, Any]) -> type:
     """A class below `own`, which does not notice: a registry, an ``__init_subclass__`` or a metaclass may refuse one."""
-    made = type(own.__name__, (torch.nn.Module,), names)
-    made.__bases__ = (own,)
-    return made
+    cls = type(own.__name__, (torch.nn.Module,), names)
+    cls.__bases__ = (own,)
+    return cls
 
 
 def _is_traced_here() -> bool:

@@ -38,4 +38,4 @@ def is_marked(module: nn.Module) -> bool:
 
 def has_marks(program: Any) -> bool:
     """Whether a module inside `program` is marked."""
-    return isinstance(program, nn.Module) and any(is_marked(one) for one in program.modules() if one is not program)
+    return isinstance(program, nn.Module) and any(is_marked(module) for module in program.modules() if module is not program)

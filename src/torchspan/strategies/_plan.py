@@ -162,14 +162,14 @@ class Plan:
             if self._must_profile(self._rungs[0]):
                 return
             strategy = self._rungs.pop(0)
-            found = cut(strategy, self.program, self._request)
-            if found.parts or strategy == "eager":
-                self.report.decide("compile", program_name(self.program), strategy, found.reason)
-                self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
-                if strategy == "eager" and self._first is not None and any(one.may_try_others for one in self._first[1]):
+            result = cut(strategy, self.program, self._request)
+            if result.parts or strategy == "eager":
+                self.report.decide("compile", program_name(self.program), strategy, result.reason)
+                self._install(strategy, tuple(Region(part, strategy, self) for part in result.parts))
+                if strategy == "eager" and self._first is not None and any(region.may_try_others for region in self._first[1]):
                     self._install(*self._first)  # what failed was one kind of call: others are tried
                 return
-            self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
+            self.report.decide("compile", program_name(self.program), f"not {strategy}", result.reason)
 
     def _must_profile(self, strategy: str) -> bool:
         """Whether a step has to be profiled before `strategy` can cut; if so, one will be."""
@@ -181,8 +181,8 @@ class Plan:
 
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
-        left = self._budget.seconds - self._spent_s
-        self._rung_ends_s = self._spent_s + left * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
+        remaining_s = self._budget.seconds - self._spent_s
+        self._rung_ends_s = self._spent_s + remaining_s * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
         self._spent_of.clear()
         if regions and self._first is None:
             self._first = strategy, regions
@@ -197,9 +197,9 @@ class Plan:
         with self._lock:
             if not self._rungs:
                 return
-            if any(one.part is part for one in self._regions) and all(one.has_failed for one in self._regions):
-                for one in self._regions:
-                    _uninstall(one)
+            if any(region.part is part for region in self._regions) and all(region.has_failed for region in self._regions):
+                for region in self._regions:
+                    _uninstall(region)
                 self._next_rung_if_any()
 
     def _next_rung_if_any(self) -> None:
@@ -207,9 +207,9 @@ class Plan:
         try:
             self._next_rung()
         except Exception as cause:  # noqa: BLE001 - of a strategy, which may be anyone's
-            told = f"{type(cause).__name__}: {cause}"
+            message = f"{type(cause).__name__}: {cause}"
             self.report.attempt(
-                Attempt("eager", program_name(self.program), "none", "failed", 0.0, cause=told, where="cutting")
+                Attempt("eager", program_name(self.program), "none", "failed", 0.0, cause=message, where="cutting")
             )
             self._rungs.clear()
             self._profiler, self._root = None, None
@@ -224,28 +224,28 @@ class Plan:
         A program has one child at a time, so that it takes no more memory than its budget has.
         """
         wish = Wish(self, _measured.estimate_s(part, self.settings), self._budget.limit_bytes)
-        came = time.monotonic()
+        arrived = time.monotonic()
         with turns.turn(wish, is_cancelled) as has_come:
             if self._why_ended is not None or not has_come:
                 why = self._why_ended or "the compile servers were ended"
-                yield Ending("cancelled", time.monotonic() - came, cause=why)
+                yield Ending("cancelled", time.monotonic() - arrived, cause=why)
                 return
-            self.report.figure("turn_wait_s", self.report.figures.get("turn_wait_s", 0.0) + time.monotonic() - came)
+            self.report.figure("turn_wait_s", self.report.figures.get("turn_wait_s", 0.0) + time.monotonic() - arrived)
             yield self._allowance(part, has_compiled)
 
     def _allowance(self, part: Part, has_compiled: bool) -> Allowance | Ending:
         """What a child for `part` may spend. A region that `has_compiled` asks for a new signature: it has all of it again."""
         if has_compiled:
             return Allowance(self._budget, self._budget.share_s(self._budget.seconds, 1))
-        left = self._rung_ends_s - self._spent_s
-        if left <= 0:
+        remaining_s = self._rung_ends_s - self._spent_s
+        if remaining_s <= 0:
             return Ending("skipped", 0.0, cause="nothing is left of the budget")
         spent = self._spent_of.setdefault(id(part), 0.0)
-        num_kinds = 1 + sum(id(one.part) not in self._spent_of for one in self._regions)
-        share = self._budget.share_s(left + spent, num_kinds) - spent
+        num_kinds = 1 + sum(id(region.part) not in self._spent_of for region in self._regions)
+        share = self._budget.share_s(remaining_s + spent, num_kinds) - spent
         if share <= 0:
             return Ending("skipped", 0.0, cause=f"nothing is left of its share of the budget: it took {spent:.3g} s")
-        return Allowance(replace(self._budget, seconds=left), min(share, left))
+        return Allowance(replace(self._budget, seconds=remaining_s), min(share, remaining_s))
 
     def spend(self, strategy: str, part: Part, ending: Ending) -> None:
         """Count what a child took, and remember how it ended."""
