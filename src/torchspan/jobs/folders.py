@@ -31,10 +31,10 @@ def job_folder() -> Iterator[Path]:
 def sweep() -> None:
     """Remove the folders of processes that were killed: those whose lock nobody holds."""
     try:
-        found = list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+        folders = list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
     except OSError:  # there is no folder for temporary files: whoever needs one will say so
         return
-    for folder in found:
+    for folder in folders:
         if folder not in _mine and _is_settled(folder):
             _remove_if_left(folder)
 

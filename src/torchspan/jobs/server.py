@@ -244,19 +244,19 @@ class Warden:
     def _over_limit(self, worker: int) -> str | None:
         if self._cancelled or os.getppid() != self._server:
             return "cancelled"
-        used = tree_bytes(worker, self._limit)
-        self._peak = max(self._peak, used)
-        if not self._memory or abs(used - self._memory[-1][1]) > MEMORY_STEP:
-            self._memory.append((time.time_ns(), used))
-            self._show(used)
-        if self._limit is not None and used > self._limit:
+        used_bytes = tree_bytes(worker, self._limit)
+        self._peak = max(self._peak, used_bytes)
+        if not self._memory or abs(used_bytes - self._memory[-1][1]) > MEMORY_STEP:
+            self._memory.append((time.time_ns(), used_bytes))
+            self._show(used_bytes)
+        if self._limit is not None and used_bytes > self._limit:
             return "memory"
         return "timeout" if time.monotonic() > self._deadline else None
 
-    def _show(self, used: int) -> None:
+    def _show(self, used_bytes: int) -> None:
         """Leave the figure for whoever shows it while it runs; where the disk is full, nobody sees it."""
         with contextlib.suppress(OSError):
-            (self._folder / "used").write_text(str(used))
+            (self._folder / "used").write_text(str(used_bytes))
 
     def _ask_where(self, worker: int) -> str | None:
         """The worker's stack: faulthandler writes it from a signal handler, even while the GIL is held."""
@@ -379,13 +379,13 @@ def _num_threads() -> int:
 
 def descendants(pid: int) -> list[int]:
     """Every process below `pid`, parents first."""
-    found: list[int] = []
+    pids: list[int] = []
     queue = [pid]
     while queue:
         children = _children(queue.pop())
-        found += children
+        pids += children
         queue += children
-    return found
+    return pids
 
 
 def _children(pid: int) -> list[int]:
@@ -422,10 +422,10 @@ def tree_bytes(pid: int, limit: int | None = None) -> int:
     proportional sizes (exact, and slower to ask for) decide.
     """
     tree = [pid, *descendants(pid)]
-    resident = sum(_resident(one) for one in tree)
+    resident = sum(_resident(member) for member in tree)
     if len(tree) == 1 or limit is None or resident <= limit:
         return resident
-    return sum(_proportional(one) for one in tree)
+    return sum(_proportional(member) for member in tree)
 
 
 def _resident(pid: int) -> int:
@@ -453,15 +453,15 @@ def kill_tree(pid: int) -> None:
     """Kill everything below `pid`, again and again until nothing is left (not `pid` itself); reaps what is its own."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        left = [one for one in descendants(pid) if _is_alive(one)]
-        for one in left:
+        alive = [child for child in descendants(pid) if _is_alive(child)]
+        for child in alive:
             try:
-                os.kill(one, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 continue  # gone meanwhile, or not ours to end
         if pid == os.getpid():
             _reap_all()
-        if not left:
+        if not alive:
             return
         time.sleep(0.005)
 
@@ -483,7 +483,7 @@ def _is_alive(pid: int) -> bool:
 
 def _commands(pid: int) -> list[str]:
     """What the processes below `pid` are running, shortened: a compiler that hangs shows here."""
-    lines = [_read(f"/proc/{one}/cmdline").replace("\0", " ").strip() for one in descendants(pid)]
+    lines = [_read(f"/proc/{child}/cmdline").replace("\0", " ").strip() for child in descendants(pid)]
     return [line[:160] for line in lines if line][:4]
 
 

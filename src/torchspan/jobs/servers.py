@@ -49,7 +49,7 @@ class Connection:
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
-    wanted: Mapping[str, str]
+    import_environ: Mapping[str, str]  # what it read when it imported torch
     why_ended: str | None = None  # where it was ended on purpose
     num_users: int = 0  # jobs that wait for it to be ready, or that it has
     ready: threading.Event = field(default_factory=threading.Event)  # it is, or it ended
@@ -147,24 +147,24 @@ class _Servers:
 
         Raises ServersEndedError when the program is about to end.
         """
-        wanted = {name: value for name, value in child_environ().items() if _matters_at_import(name)}
+        import_environ = {name: value for name, value in child_environ().items() if _matters_at_import(name)}
         with self._lock:
             if self._why_closed is not None:
                 raise ServersEndedError(self._why_closed)
-            known = self._by_kind.get(is_fresh)
-            if known is None or not known.is_alive or known.wanted != wanted:
-                self._retire(known)
-                known = self._by_kind[is_fresh] = _start_server(wanted, is_fresh, module)
-            known.num_users += 1
-            return known
+            connection = self._by_kind.get(is_fresh)
+            if connection is None or not connection.is_alive or connection.import_environ != import_environ:
+                self._retire(connection)
+                connection = self._by_kind[is_fresh] = _start_server(import_environ, is_fresh, module)
+            connection.num_users += 1
+            return connection
 
-    def _retire(self, known: Connection | None) -> None:
-        if known is not None:
-            self._replaced.append(known)
-        for one in tuple(self._replaced):
-            if not one.num_users:
-                self._replaced.remove(one)
-                one.end(None)
+    def _retire(self, replaced: Connection | None) -> None:
+        if replaced is not None:
+            self._replaced.append(replaced)
+        for connection in tuple(self._replaced):
+            if not connection.num_users:
+                self._replaced.remove(connection)
+                connection.end(None)
 
     def give_back(self, connection: Connection) -> None:
         """There is one user less."""
@@ -180,7 +180,7 @@ class _Servers:
     def pids(self) -> list[int]:
         """The servers that are running."""
         with self._lock:
-            return [one.process.pid for one in (*self._by_kind.values(), *self._replaced) if one.is_alive]
+            return [connection.process.pid for connection in (*self._by_kind.values(), *self._replaced) if connection.is_alive]
 
     def end(self, why: str) -> tuple[Connection, ...]:
         """End them with what they run, and send home what waits for its turn; later jobs may have new ones."""
@@ -198,7 +198,7 @@ class _Servers:
         self._why_closed = "the program ended first"
         ended = self.end(self._why_closed)
         deadline = time.monotonic() + UNWIND_S
-        while any(one.num_users for one in ended) and time.monotonic() < deadline:
+        while any(connection.num_users for connection in ended) and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _forget(self) -> None:
@@ -213,7 +213,7 @@ def _matters_at_import(name: str) -> bool:
     return bool(_AT_IMPORT.match(name)) and name not in _AT_USE
 
 
-def _start_server(wanted: Mapping[str, str], is_fresh: bool, module: str) -> Connection:
+def _start_server(import_environ: Mapping[str, str], is_fresh: bool, module: str) -> Connection:
     sweep()
     ours, theirs = socket.socketpair()
     environ = child_environ()
@@ -231,7 +231,7 @@ def _start_server(wanted: Mapping[str, str], is_fresh: bool, module: str) -> Con
         raise
     finally:
         theirs.close()
-    connection = Connection(process, ours, dict(wanted))
+    connection = Connection(process, ours, dict(import_environ))
     try:
         threading.Thread(target=connection.listen, name="torchspan-compile-server", daemon=True).start()
     except RuntimeError:  # no thread to be had

@@ -104,7 +104,7 @@ def _write_job(folder: Path, job: Job) -> None:
         "function": job.function,
         "environ": child_environ(),
         "path": [os.path.abspath(entry) for entry in sys.path],
-        "argv": [str(one) for one in sys.argv],
+        "argv": [str(argument) for argument in sys.argv],
         "cwd": os.getcwd(),
     }
     if job.record:
@@ -199,12 +199,12 @@ class _Limit:
 
 def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     """What was seen of a worker, however it ended."""
-    known = verdict or {}
+    fields = verdict or {}
     return {
         "stack": _text(folder / "stack.txt") or None,
-        "commands": tuple(known.get("commands", ())),
+        "commands": tuple(fields.get("commands", ())),
         "events": _text(folder / "events"),
-        "memory": tuple((when, used) for when, used in known.get("memory", ())),
+        "memory": tuple((when, used_bytes) for when, used_bytes in fields.get("memory", ())),
     }
 
 

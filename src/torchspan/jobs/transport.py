@@ -133,10 +133,10 @@ def _module_class(make: Callable[..., type], *arguments: Any) -> type:
         return make(*arguments)
     except Exception:  # noqa: BLE001 - of an __init_subclass__ or a metaclass of the program's own
         _, name, bases, names, tracked, _ = arguments
-        made = type(name, (torch.nn.Module,), dict(names))
-        made.__bases__ = bases
-        known: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, made)
-        return known
+        cls = type(name, (torch.nn.Module,), dict(names))
+        cls.__bases__ = bases
+        registered: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, cls)
+        return registered
 
 
 def _is_parametrized(module: torch.nn.Module) -> bool:
@@ -162,18 +162,18 @@ class _Globals:
     """The globals of functions that travel by value: on the other side a module's own, as dynamo's guards look there."""
 
     def __init__(self, names: dict[str, Any]) -> None:
-        self._named = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
+        self._identity = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
 
     def __reduce__(self) -> Any:
-        return _module_globals, (self._named,)
+        return _module_globals, (self._identity,)
 
 
-def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
-    name = named.get("__name__") or "__main__"
+def _module_globals(identity: dict[str, Any]) -> dict[str, Any]:
+    name = identity.get("__name__") or "__main__"
     module = sys.modules.get(name) or _imported(name)
-    if module is None or vars(module).get("__file__") != named.get("__file__"):
+    if module is None or vars(module).get("__file__") != identity.get("__file__"):
         module = sys.modules[name] = types.ModuleType(name)
-        vars(module).update(named)
+        vars(module).update(identity)
         if name == "__main__":
             sys.modules["__mp_main__"] = module  # multiprocessing's name for it
     return vars(module)

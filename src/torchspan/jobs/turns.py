@@ -63,19 +63,19 @@ def next_turn(waiting: Sequence[Turn], running: Sequence[Turn], machine: Machine
     >>> next_turn([long, short], [], Machine(2, lambda: 8 << 30), now=2) is short
     True
     """
-    owners = {id(one.wish.owner) for one in running}
-    may_go = [one for one in waiting if id(one.wish.owner) not in owners]
+    owners = {id(turn.wish.owner) for turn in running}
+    may_go = [turn for turn in waiting if id(turn.wish.owner) not in owners]
     if not may_go:
         return None
-    first = min(may_go, key=lambda one: one.came + one.wish.seconds)
+    first = min(may_go, key=lambda turn: turn.came + turn.wish.seconds)
     return first if not running or _bears(first.wish, running, machine, now) else None
 
 
 def _bears(wish: Wish, running: Sequence[Turn], machine: Machine, now: float) -> bool:
-    num_working = sum(not one.is_slow(now) for one in running)
+    num_working = sum(not turn.is_slow(now) for turn in running)
     if num_working >= machine.num_children or len(running) >= MAX_CROWD * machine.num_children:
         return False
-    promised = sum(one.wish.bytes for one in running if one.is_young(now))
+    promised = sum(turn.wish.bytes for turn in running if turn.is_young(now))
     return promised + wish.bytes <= machine.free_bytes()
 
 
@@ -99,7 +99,7 @@ class Turns:
         finally:
             with self._changed:
                 for turns in (self._waiting, self._running):
-                    turns[:] = [one for one in turns if one is not turn]
+                    turns[:] = [other for other in turns if other is not turn]
                 self._changed.notify_all()
 
     def _has_come(self, turn: Turn, is_cancelled: Callable[[], bool]) -> bool:
