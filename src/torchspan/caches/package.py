@@ -24,8 +24,8 @@ class Entries:
 def pack(entries: Entries, folder: Path) -> bytes:
     """The entries with their contents; OSError or IntegrityError if one is gone, or is not what was written, by now."""
     contents = [(folder / name).read_bytes() for name in entries.files]
-    for (name, wanted), content in zip(entries.files.items(), contents):
-        _check(name, wanted, content)
+    for (name, expected), content in zip(entries.files.items(), contents):
+        _check(name, expected, content)
     header = {"files": entries.files, "sizes": [len(content) for content in contents], "isas": entries.isas}
     head = json.dumps(header).encode()
     return b"".join([len(head).to_bytes(8, "big"), head, *contents])
@@ -47,18 +47,18 @@ def unpack(packed: bytes, folder: Path) -> Entries:
     for name, size in zip(files, sizes):
         contents[name] = packed[start : start + size]
         start += size
-    for name, wanted in files.items():
+    for name, expected in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise IntegrityError(f"an entry of the cache would lie outside of its folder: {name!r}")
-        _check(name, wanted, contents.get(name, b""))
+        _check(name, expected, contents.get(name, b""))
     for name, content in contents.items():
         _put(folder / name, content)
     ledger.write(folder, files)
     return Entries(files, isas)
 
 
-def _check(name: str, wanted: str, content: bytes) -> None:
-    if hashlib.sha256(content).hexdigest() != wanted:
+def _check(name: str, expected: str, content: bytes) -> None:
+    if hashlib.sha256(content).hexdigest() != expected:
         raise IntegrityError(f"an entry of the cache differs from what was written: {name!r}")
 
 
