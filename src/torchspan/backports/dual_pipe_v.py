@@ -794,6 +794,7 @@ BACKPORT = Backport(
     summary="ScheduleDualPipeV, OVERLAP_F_B, and custom functions for the actions of a pipeline's schedule",
     target=_PLACE,
     since="2.10.0",
+    came={"2.9.0": ("OVERLAP_F_B",)},
     upstream="https://github.com/pytorch/pytorch/pull/162016",  # the schedule itself, since 2.9: pull/159591
     differs=(
         "there is no REDUCE_GRAD action: a stage's gradients are reduced and scaled with its last backward; an action's "
