@@ -240,5 +240,5 @@ def test_no_torch_release_in_the_python_api_is_an_error() -> None:
 
 
 def test_a_member_of_a_subclass_is_no_need_where_the_class_has_moved(scanned: Scanned) -> None:
-    text = "from torch.distributed.tensor.placement_types import Placement\ndef f(p: Placement):\n    return p.is_shard() and p.dim\n"
+    text = "from torch.distributed.tensor import Placement\ndef f(p: Placement):\n    return p.is_shard() and p.dim\n"
     assert not scanned(program=text).findings
