@@ -496,6 +496,30 @@ def test_bad_actions_are_refused(stage: Callable[..., Any]) -> None:
         load("0F0 0SEND_F0 3F0 3B0 0B0", "1F0 2F0 2B0 1B0")
 
 
+@pytest.mark.parametrize(("reduction", "factor"), [("", 1), ("0REDUCE_GRAD", 2)])
+def test_a_schedule_that_says_all_says_where_gradients_are_scaled(
+    environment: Environment, reduction: str, factor: int
+) -> None:
+    from torch.distributed.pipelining import PipelineStage, schedules
+    from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group(backend="fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        layer, x, target = torch.nn.Linear(3, 3), torch.ones(4, 3), torch.zeros(4, 3)
+        (expected,) = torch.autograd.grad(torch.nn.functional.mse_loss(layer(x), target, reduction="sum"), [layer.bias])
+        loss = torch.nn.MSELoss(reduction="sum")
+        schedule = _PipelineScheduleRuntime([PipelineStage(layer, 0, 1, torch.device("cpu"))], 2, loss_fn=loss)
+        if reduction and hasattr(schedules, "WAIT_REDUCE_GRAD"):
+            reduction += " 0WAIT_REDUCE_GRAD"
+        order = [_Action.from_str(text) for text in f"0F0 0F1 0I0 0I1 0W0 0W1 {reduction}".split()]
+        schedule._prepare_schedule_with_comms({0: order}, format="compute_comms")
+        schedule.step(x, target=target, losses=[])
+        torch.testing.assert_close(layer.bias.grad * factor, expected)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_schedule_that_is_made_is_reported(stage: Callable[..., Any], environment: Environment) -> None:
     from torch.distributed.pipelining import ScheduleDualPipeV
 

@@ -415,6 +415,8 @@ BACKPORT = Backport(
     summary="attention over packed sequences of different lengths: torch.nn.attention.varlen",
     target=_PLACE,
     since="2.10.0",
+    came={"2.12.0": ("varlen_attn_out",)},
+    first_forms={"2.10, 2.11": "no kernel for a CPU, and fewer arguments"},
     upstream="https://github.com/pytorch/pytorch/pull/164502",
     differs=(
         "works on a CPU too, a sequence at a time; takes is_causal (torch 2.10 to 2.12) and window_size (later); on CUDA "
