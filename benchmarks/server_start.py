@@ -2,9 +2,9 @@
 
     python benchmarks/server_start.py --out benchmarks/results/server_start.json
 
-The server imports torch and its compilers once, and forks a worker for each job. Beside it stand a plain interpreter that imports
-the same three modules of torch, which is the least that a compile can do with, and one that has compiled a linear layer by
-torch.compile. Each side is a fresh process; CPU seconds are of that process alone, bytes are those that it holds at the end.
+The server imports torch and its compilers once, and forks a worker for each job. Beside it stand a plain interpreter that
+imports the same three modules of torch, which is the least that a compile can do with, and one that has compiled a linear layer
+by torch.compile. Each side is a fresh process; CPU seconds are of that process alone, bytes are those that it holds at the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _server() -> tuple[float, int]:
     from torchspan.jobs.budget import Budget
     from torchspan.jobs.supervisor import Job, run_bounded, server_pids
 
-    ending = run_bounded(Job("torchspan.regions.worker:profile_region", b""), Budget(300))  # a job that ends at once: it is empty
+    ending = run_bounded(
+        Job("torchspan.regions.worker:profile_region", b""), Budget(300)
+    )  # a job that ends at once: it is empty
     assert ending.seconds < 300, ending
     (pid,) = server_pids()
     return _of(pid)

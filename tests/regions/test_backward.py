@@ -107,7 +107,8 @@ def test_every_kind_of_backward_gives_eagers_gradients_buffers_and_random_number
         torch.manual_seed(seed)
         expected, state = step(eager, eager, x, kind), torch.get_rng_state()
         torch.manual_seed(seed)
-        assert difference(step(run, model, x, kind), expected) is None, kind
+        given = step(run, model, x, kind)
+        assert difference(given, expected, torch.float32) is None, kind  # second derivatives lose digits
         assert torch.equal(state, torch.get_rng_state())
         assert difference(dict(model.named_buffers()), dict(eager.named_buffers())) is None
         assert said == wanted[kind]

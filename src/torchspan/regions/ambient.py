@@ -89,6 +89,8 @@ def capture() -> Ambient:
 
 def autocast_state() -> tuple[tuple[str, torch.dtype, bool], ...]:
     """Which devices autocast now, and to what."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     cached = torch.is_autocast_cache_enabled()
     return tuple(
         (device, torch.get_autocast_dtype(device), cached) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)

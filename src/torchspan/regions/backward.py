@@ -86,15 +86,15 @@ class EagerBackward:
         if not has_backward:
             return outputs
         forward.versions = _versions(args)
-        differentiable = [output for output in tensors(outputs) if output.grad_fn is not None]
-        nodes = {id(node): node for output in differentiable if (node := _node_of(output, first)) is not None}
+        sources = [(output, _node_of(output, first)) for output in _outputs(outputs)]
+        nodes = {id(node): node for _, node in sources if node is not None}
         if len(nodes) == 1:
-            _Backward(
-                self, forward, next(iter(nodes.values())), [(output, _node_of(output, first)) for output in _outputs(outputs)]
-            )
+            _Backward(self, forward, nodes.popitem()[1], sources)
         return outputs
 
     def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
+        if self._changed == () and not self._is_random:
+            return _Forward(args, None, {}, autocast_state())
         is_known = self._changed is not None
         indices = list(self._changed or ()) if is_known else [i for i, arg in enumerate(args) if _may_be_written(arg)]
         if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
@@ -138,6 +138,8 @@ class EagerBackward:
 class _Backward:
     """Stands before the backward of one call."""
 
+    __slots__ = ("_direct", "_forward", "_node", "_owner", "_through_views")
+
     def __init__(self, owner: EagerBackward, forward: _Forward, node: Any, outputs: Sequence[tuple[Tensor, Any]]) -> None:
         self._owner = owner
         self._forward: _Forward | None = forward
@@ -163,6 +165,7 @@ class _Backward:
     def _run(self, name: str, *gradients: Any) -> Any:
         node = self._node()
         output_gradients = list(gradients[0]) if name == "apply_boxed" else list(gradients)
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
             why_not = self._why_not(output_gradients)
             if why_not is not None:
@@ -170,15 +173,15 @@ class _Backward:
                 if instead is not None:
                     self._owner.end(why_not)
                     return instead
+            if is_kept:
+                caching.note_kept_buffers(node)
             return self._compiled(node, name, gradients, output_gradients)
         finally:
             self._through_views.clear()
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not is_kept:
                 self._forward = None  # as autograd frees what it saved
 
     def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], output_gradients: list[Tensor | None]) -> Any:
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            caching.note_kept_buffers(node)
         try:
             return getattr(type(node), name)(node, *gradients)
         except Exception as error:
@@ -189,8 +192,9 @@ class _Backward:
             return instead
 
     def _why_not(self, output_gradients: Sequence[Tensor | None]) -> str | None:
-        if any(gradient is not None and _is_batched(gradient) for gradient in output_gradients):
-            return BATCHED
+        for gradient in output_gradients:
+            if gradient is not None and _is_batched(gradient):
+                return BATCHED
         return TWICE if torch.is_grad_enabled() else None
 
     def _eagerly(self, node: Any, output_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
@@ -254,7 +258,11 @@ def _may_be_written(value: Any) -> bool:
 
 
 def _versions(args: Sequence[Any]) -> int:
-    return sum(arg._version for arg in args if isinstance(arg, Tensor) and not arg.is_inference())
+    tensors_of_args = [arg for arg in args if isinstance(arg, Tensor)]
+    try:
+        return sum([tensor._version for tensor in tensors_of_args])
+    except RuntimeError:  # inference tensors have none
+        return sum(tensor._version for tensor in tensors_of_args if not tensor.is_inference())
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
