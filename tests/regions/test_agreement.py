@@ -107,14 +107,14 @@ def test_other_collectives_keep_all_eager(ranks: list[Rank], pool: Pool) -> None
 
 
 def test_a_rank_that_never_compiles_is_not_waited_for_for_ever(ranks: list[Rank]) -> None:
-    assert ranks[0].reach(SUM, timeout_s=0.2) == "rank 1 has not compiled it, and it was waited for long enough"
-    assert ranks[1].reach(SUM) == "rank 1 has not compiled it, and it was waited for long enough"
+    assert ranks[0].reach(SUM, timeout_s=0.2) == "rank 1 has not compiled it, and the time to wait is over"
+    assert ranks[1].reach(SUM) == "rank 1 has not compiled it, and the time to wait is over"
 
 
 def test_ranks_that_call_no_more_end(ranks: list[Rank], pool: Pool) -> None:
     found = [pool.submit(rank.reach, SUM, 0.5) for rank in ranks]
     assert {one.result() for one in found} == {
-        "the ranks do not call it any more, or not in step, and it was waited for long enough"
+        "the ranks do not call it any more, or not in step, and the time to wait is over"
     }
 
 

@@ -326,7 +326,7 @@ FAULTS = (
     Fault(
         "a changing global",
         ("compiled", "compiled"),
-        "8 calls changed, in themselves, the state of the program",
+        "8 calls changed the state of the program that it was compiled for while they ran",
         program=ReadsAGlobal,
         decides="eager",
     ),

@@ -22,7 +22,7 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # who
 
 
 def sources_here() -> dict[str, str]:
-    """The file of each module that this process has imported, but for torch's and Python's, with a mark of what it holds."""
+    """The file of each module that this process has imported, without torch's and Python's, with a mark of its content."""
     excluded = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
     files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
     own = [file for file in sorted(files) if not (file.startswith(excluded) or _is_of_python(file))]
@@ -30,7 +30,7 @@ def sources_here() -> dict[str, str]:
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Those of the files that are not as they were, or not there."""
+    """The files that have changed, or are gone."""
     return [file for file, mark in sources.items() if _mark(file) != mark]
 
 
@@ -43,7 +43,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _mark(file: str) -> str | None:
-    """The digest of a file; of an installed package its size and time, as there are many and nobody edits them."""
+    """The digest of a file; for an installed package its size and time: it has many files, which are not edited."""
     try:
         if _is_installed(file):
             status = Path(file).stat()
