@@ -19,7 +19,7 @@ from torchspan.jobs.budget import Budget
 from torchspan.jobs.machine import Machine
 from torchspan.jobs.supervisor import end_servers, server_pids
 from torchspan.jobs.turns import turns
-from torchspan.regions.lifecycle import end_compiles
+from torchspan.regions.compiling import end_compiles
 
 Wait = Callable[..., None]
 GONE = ("cancelled", "nobody has the compiled program any more")

@@ -16,7 +16,7 @@ from torchspan.core.report import Outcome
 from torchspan.jobs import transport
 from torchspan.jobs.budget import Allowance, Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
-from torchspan.regions import lifecycle
+from torchspan.regions import compiling
 from torchspan.strategies import _measured
 from torchspan.strategies._plan import Plan
 
@@ -63,7 +63,7 @@ def compiled_or_timed_out(job: Job, budget: Budget, cancel: Any = None, *, share
 
 
 def test_three_of_six_compiles_hang_and_the_other_three_are_swapped(monkeypatch: pytest.MonkeyPatch, until: Wait) -> None:
-    monkeypatch.setattr(lifecycle, "run_bounded", compiled_or_timed_out)
+    monkeypatch.setattr(compiling, "run_bounded", compiled_or_timed_out)
     model, x = Blocks((True, False, True, False, True, False)), torch.ones(2, 4)
     with torch.no_grad():
         compiled = torchspan.partial_compile(model, budget=Budget(20), backend="eager")

@@ -86,6 +86,11 @@ class Generation:
         return "artifact" if self.wants_artifact else "caches"
 
     @property
+    def is_of_earlier_run(self) -> bool:
+        """Whether its code is what an earlier run of the program compiled."""
+        return self.record is not None and self.record.is_loaded
+
+    @property
     def is_agreeing(self) -> bool:
         """Whether it waits for all ranks to agree on the call that takes it over."""
         return self.stage == "ready" and self.agreement is not None
