@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspan.environment.scope import active_environment
-from torchspan.jobs import server
+from torchspan.jobs import processes, server
 from torchspan.jobs.folders import sweep
 from torchspan.jobs.turns import turns
 
@@ -83,14 +83,14 @@ class Connection:
         if warden is None:
             self.end(None)
             return
-        server.kill_tree(warden)
+        processes.kill_tree(warden)
         with suppress(ProcessLookupError):
             os.kill(warden, signal.SIGKILL)
 
     def end(self, why: str | None) -> None:
         """Kill the server and everything below it."""
         self.why_ended = why
-        server.kill_tree(self.process.pid)
+        processes.kill_tree(self.process.pid)
         self.process.kill()
         self.process.wait()
         self.channel.close()

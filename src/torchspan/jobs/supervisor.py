@@ -16,7 +16,7 @@ from typing import Any
 
 from torchspan.core.report import Attempt, Outcome
 from torchspan.core.text import format_bytes
-from torchspan.jobs import server
+from torchspan.jobs import fork_server, server, warden
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.folders import job_folder
 from torchspan.jobs.servers import Connection, ServersEndedError, child_environ, run_on_server, servers
@@ -274,5 +274,5 @@ def summarise_stack(dump: str) -> str | None:
     """
     thread = dump.rpartition("hread 0x")[2]
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
-    ours = os.path.abspath(server.__file__)
-    return "; ".join(f"{file}:{line} in {name}" for file, line, name in frames[:8] if file != ours) or None
+    ours = [os.path.abspath(str(module.__file__)) for module in (server, fork_server, warden)]
+    return "; ".join(f"{file}:{line} in {name}" for file, line, name in frames[:8] if file not in ours) or None
