@@ -22,7 +22,7 @@ from torchspan.jobs.turns import turns
 from torchspan.regions.compiling import end_compiles
 
 Wait = Callable[..., None]
-GONE = ("cancelled", "nobody has the compiled program any more")
+GONE = ("cancelled", "the compiled program was deleted")
 LONG = Budget(seconds=300, memory="1GiB")
 
 

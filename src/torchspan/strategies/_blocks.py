@@ -70,13 +70,13 @@ def is_container(module: nn.Module) -> bool:
 
 
 def structure(module: nn.Module) -> Hashable:
-    """What two modules that one compile may serve share: class, and names, shapes, dtypes and devices of their tensors."""
+    """What is equal for modules that one compile may serve: class, and names, shapes, dtypes and devices of tensors."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return type(module), tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
 
 
 def _outermost(module: nn.Module, occurrences: dict[Hashable, int]) -> Iterator[tuple[nn.Module, nn.ModuleList | None]]:
-    """What may be a block and is in none, with the ModuleList that it stands in."""
+    """The outermost blocks inside `module`, each with the ModuleList that holds it."""
     children = list(module.children())
     is_block = [may_be_block(child) and occurrences[structure(child)] > 1 for child in children]
     container = module if isinstance(module, nn.ModuleList) and any(is_block) else None

@@ -72,7 +72,7 @@ def by_size(num_parameters: int, *, has_budget: bool) -> Ladder:
 
 
 def overruled(policy: Ladder, measured: Sequence[Measured]) -> Ladder:
-    """`policy`, without the strategies that are known not to end, and with one that it would not try but that compiled first.
+    """`policy` without strategies that are known to fail; first comes one that has compiled, though `policy` lacks it.
 
     >>> ladder = overruled(Ladder(("whole", "per_block", "eager"), "small"), (Measured("whole", "timeout", 180.0),))
     >>> ladder.strategies, ladder.reason
