@@ -21,7 +21,7 @@ _MARK_ENDS = {operation.name for operation in pickletools.opcodes if pickletools
 
 
 def digest(content: bytes, *more: str) -> str:
-    """That of what :func:`.transport.dumps` gave, and of `more` text.
+    """The digest of what :func:`.transport.dumps` gave, together with `more` text.
 
     >>> digest(transport.dumps({"a", "b"})) == digest(transport.dumps({"b", "a"})) != digest(transport.dumps({"a"}))
     True

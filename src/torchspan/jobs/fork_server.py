@@ -105,7 +105,7 @@ class ForkServer:
             os._exit(0)
 
     def _end_all(self) -> None:
-        """End all jobs, whose maker is gone: their folders go too."""
+        """End all jobs and remove their folders: the process that asked for them is gone."""
         folders = list(self._wardens.values())
         for pid in self._wardens:
             os.kill(pid, signal.SIGTERM)

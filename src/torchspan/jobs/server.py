@@ -41,7 +41,7 @@ def main() -> None:
         for name in start["preload"]:
             importlib.import_module(name)
         from torchspan.jobs.fork_server import ForkServer  # by the path that was set above
-    gc.freeze()  # nor are they copied into each fork by a collection there
+    gc.freeze()  # or a collection in a fork would copy the pages of all these objects
     gc.enable()
     ForkServer(connection, start["parent"], start["environ"]).run()
     os._exit(0)  # taking an interpreter with torch in it down takes seconds

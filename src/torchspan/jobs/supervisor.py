@@ -124,15 +124,15 @@ class _Run:
         self._deadline = self._started + budget.seconds
 
     def seconds(self) -> float:
-        """Those since it began."""
+        """The seconds since it began."""
         return time.monotonic() - self._started
 
     def limit(self) -> _Limit:
-        """What it may take, for the words of its Ending."""
+        """Its limits, for the text of its Ending."""
         return _Limit(self._share_s, self._budget)
 
     def ask(self, folder: Path, server: Connection) -> dict[str, Any] | None:
-        """Have `server` run it; the verdict of its warden, or ours where there is none."""
+        """Have `server` run it; gives the verdict of its warden, or one of ours where the warden gave none."""
         why_not = self._await_ready(folder, server)
         if why_not is not None:
             return why_not
@@ -149,13 +149,13 @@ class _Run:
         return {"outcome": "timeout", "where": None} if time.monotonic() > self._deadline else None
 
     def _await_ready(self, folder: Path, server: Connection) -> dict[str, Any] | None:
-        """Wait until it has imported torch; the verdict where that takes too long."""
+        """Wait until the server has imported torch; gives a verdict if that takes too long."""
         while not server.ready.wait(0.05):
             self._tick(folder, server)
             if self._cancel.is_set():
                 return _cancelled()
             if time.monotonic() > self._deadline:
-                servers.end_if_alone(server)  # it hangs, importing torch, and nobody has more patience
+                servers.end_if_alone(server)  # it hangs while it imports torch
                 return {"outcome": "timeout", "where": None, "in_server": True}
         return _cancelled(server.why_ended) if server.why_ended is not None else None
 
@@ -175,7 +175,7 @@ class _Run:
             return
         try:
             self._job.tick(folder)
-        except BaseException:  # nobody will wait for the job any longer
+        except BaseException:  # then no caller waits for the job any longer
             server.cancel(folder)
             raise
 
@@ -198,7 +198,7 @@ class _Limit:
 
 
 def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """What was seen of a worker, however it ended."""
+    """What an Ending says about a worker, however it ended."""
     fields = verdict or {}
     return {
         "stack": _text(folder / "stack.txt") or None,
@@ -213,7 +213,7 @@ def _text(path: Path) -> str:
 
 
 def _judge(verdict: dict[str, Any] | None, folder: Path, limit: _Limit, seconds: float) -> Ending:
-    """What a warden's verdict and a worker's result mean."""
+    """The Ending for a warden's verdict and a worker's result."""
     if verdict is None:
         return Ending("crashed", seconds, cause="the compile server ended before the job did", where="compile server")
     peak = verdict.get("peak_bytes") or None

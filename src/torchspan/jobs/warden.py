@@ -97,7 +97,7 @@ class Warden:
         return "timeout" if time.monotonic() > self._deadline else None
 
     def _show(self, used_bytes: int) -> None:
-        """Leave the figure for whoever shows it while it runs; where the disk is full, nobody sees it."""
+        """Write the figure to where progress is shown from; on a full disk it is not shown."""
         with contextlib.suppress(OSError):
             (self._folder / "used").write_text(str(used_bytes))
 
