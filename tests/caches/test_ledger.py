@@ -129,7 +129,7 @@ def test_over_the_limit_the_entries_that_were_used_longest_ago_go(tmp_path: Path
     (tmp_path / "of somebody else").write_bytes(bytes(1000))
     assert ledger.evict(tmp_path, 3000) is None
     told = ledger.evict(tmp_path, 2000)
-    assert told == "the cache held 2.9 KiB of 2.0 KiB: 1 entries that were used longest ago went"
+    assert told == "the cache held 2.9 KiB of 2.0 KiB; the entries used longest ago were removed: 1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "of somebody else", "torchspan"]
 
 
@@ -141,7 +141,7 @@ def test_the_limit_is_a_setting_and_a_compile_says_what_it_removed(filled: Path,
     compiled = compile_bounded(lambda x: x.exp() - 7, strategy="whole", handback="caches", wait=True, budget=WITHIN)
     compiled(torch.randn(4, 4))
     (reason,) = reasons(compiled.report, "evicted")
-    assert "entries that were used longest ago went" in reason
+    assert "the entries used longest ago were removed" in reason
     assert not any(path.exists() for path in old)
     monkeypatch.setenv(ledger.LIMIT_VARIABLE, "much")
     with pytest.raises(InputError, match="'much' is no size in bytes"):

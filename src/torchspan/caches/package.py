@@ -22,7 +22,7 @@ class Entries:
 
 
 def pack(entries: Entries, folder: Path) -> bytes:
-    """The entries with their contents; OSError or IntegrityError if one is gone, or is not what was written, by now."""
+    """The entries with their contents; raises OSError if one is gone, IntegrityError if one has changed."""
     contents = [(folder / name).read_bytes() for name in entries.files]
     for (name, expected), content in zip(entries.files.items(), contents):
         _check(name, expected, content)
@@ -32,10 +32,10 @@ def pack(entries: Entries, folder: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> Entries:
-    """Put packed entries into the cache folder `folder`, each whole or not at all; those that lie there already are left.
+    """Put packed entries into the cache folder `folder`, each whole or not at all; those that are there already stay.
 
     Raises:
-        IntegrityError: they are not what was packed, or one would lie elsewhere; nothing is written then.
+        IntegrityError: they are not what was packed, or one would lie outside of the folder; then nothing is written.
     """
     start = 8 + int.from_bytes(packed[:8], "big")
     try:
