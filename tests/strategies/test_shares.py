@@ -46,7 +46,7 @@ class Blocks(nn.Module):
 
     def __init__(self, hangs: tuple[bool, ...]) -> None:
         super().__init__()
-        kinds = [Kind(5 + number, one) for number, one in enumerate(hangs)]
+        kinds = [Kind(5 + number, is_hanging) for number, is_hanging in enumerate(hangs)]
         self.parts = nn.ModuleList([*kinds, Kind(4 + len(hangs), hangs[-1])])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,8 +101,8 @@ def spend(program: Any, number: int, seconds: float, has_compiled: bool = False)
     return allowed
 
 
-def shares(*found: Allowance | Ending) -> list[float | str | None]:
-    return [round(one.share_s, 3) if isinstance(one, Allowance) else one.cause for one in found]
+def shares(*allowances: Allowance | Ending) -> list[float | str | None]:
+    return [round(allowance.share_s, 3) if isinstance(allowance, Allowance) else allowance.cause for allowance in allowances]
 
 
 @pytest.mark.once
