@@ -331,12 +331,7 @@ class Region:
                 self._life.reject(generation, f"compiled code raised {type(error).__name__}: {error}", "running")
         return outputs
 
-    def _run_code(
-        self,
-        generation: Generation,
-        code: FromArtifact | FromCaches,
-        call: Call,
-    ) -> Any:
+    def _run_code(self, generation: Generation, code: FromArtifact | FromCaches, call: Call) -> Any:
         if isinstance(code, FromArtifact):
             return self._run_artifact(generation, code, call)
         if not generation.is_traced:
