@@ -42,7 +42,7 @@ def unpack(packed: bytes, folder: Path) -> Entries:
         header = json.loads(packed[8:start])
         files, sizes, isas = dict(header["files"]), list(header["sizes"]), dict(header["isas"])
     except (ValueError, KeyError, TypeError) as cause:
-        raise IntegrityError(f"entries of the cache came in an unknown form ({type(cause).__name__})") from cause
+        raise IntegrityError(f"the packed entries of the cache cannot be read ({type(cause).__name__})") from cause
     contents: dict[str, bytes] = {}
     for name, size in zip(files, sizes):
         contents[name] = packed[start : start + size]

@@ -69,5 +69,5 @@ def group_of(name: str) -> Any:
     """
     group = distributed.find_group(name)
     if group is None:
-        raise LookupError(f"no process group {name!r} is here")
+        raise LookupError(f"this process has no process group {name!r}")
     return group

@@ -233,7 +233,7 @@ class Compiler:
         if changes.evicted:
             self._life.decide("evicted", changes.evicted)
         if changes.not_noted:
-            self._life.decide("not noted", f"the cache folder takes no ledger of its entries: {changes.not_noted}")
+            self._life.decide("not noted", f"no ledger of its entries can be written to the cache folder: {changes.not_noted}")
 
     def _run_child(self, work: _Work) -> Ending:
         generation = work.generation

@@ -196,7 +196,7 @@ class Lifecycle:
             if generation.record is not None:
                 generation.record.remove(generation.kind)
         except Exception as cause:  # noqa: BLE001 - a folder that is not ours to change
-            self.decide("not removed", f"the next start finds it again: {described(cause)}")
+            self.decide("not removed", f"the record cannot be removed, the next start reads it again: {described(cause)}")
 
     def compile_instead(self, generation: Generation, why: str, call: Call) -> None:
         """Compile, because what an earlier run compiled cannot be used."""
