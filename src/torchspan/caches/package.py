@@ -15,7 +15,7 @@ from torchspan.core.files import write_whole
 
 @dataclass(frozen=True)
 class Entries:
-    """What one compile left: `files` (path in the cache folder → digest), and `isas`, what it found of the machine."""
+    """What one compile left: `files` (path in the cache folder → digest), and `isas`, the vector instructions that work."""
 
     files: Mapping[str, str] = field(default_factory=dict)
     isas: Mapping[str, bool] = field(default_factory=dict)

@@ -35,7 +35,7 @@ def digest(content: bytes, *more: str) -> str:
 
 
 def _tokens(pickled: bytes) -> Iterator[tuple[str, Any]]:
-    """Each operation of a pickle with its argument; text stands for itself also where it is fetched again."""
+    """Each operation of a pickle with its argument; text that is fetched from the pickle's memory counts as the text."""
     memory: list[Any] = []
     latest: Any = None
     names: dict[str, str] = {}

@@ -94,7 +94,7 @@ def server_pids() -> list[int]:
 
 
 def end_servers() -> None:
-    """End the compile servers now, with whatever they run and with what waits for its turn."""
+    """End the compile servers now, with the jobs that they run and those that wait for a turn."""
     servers.end("the compile servers were ended")
 
 
@@ -113,7 +113,7 @@ def _write_job(folder: Path, job: Job) -> None:
 
 
 class _Run:
-    """One job on its way: its clock, and what is asked of the server."""
+    """One job while it runs: its clock, and its requests to the server."""
 
     def __init__(self, job: Job, budget: Budget, cancel: threading.Event, share_s: float | None) -> None:
         self._job = job

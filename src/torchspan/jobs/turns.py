@@ -26,7 +26,7 @@ MAX_CROWD = 3  # children at once for each place, slow ones included: they may b
 
 @dataclass(frozen=True)
 class Wish:
-    """A job that wants a turn: whose it is (an `owner` has one turn at a time), and what it is thought to take."""
+    """A job that wants a turn: its `owner` (who has one turn at a time), and the seconds and bytes that it may take."""
 
     owner: object
     seconds: float = 1.0

@@ -205,7 +205,7 @@ class Generations:
         return None
 
     def beaten(self, call: Call) -> list[Generation]:
-        """The swapped generations for exactly this call; asked when the guards of none hold in it."""
+        """The swapped generations for exactly this call; only called when none has guards that hold in it."""
         return [generation for generation in self.opened if generation.stage == "swapped" and generation.is_exactly_for(call)]
 
     def open(self, generation: Generation) -> Generation:
@@ -233,7 +233,7 @@ class Generations:
 
     @property
     def num_compiled(self) -> int:
-        """How many have code, or had."""
+        """How many have code, or had it once."""
         return sum(bool(generation.proven) or generation.stage in ("ready", "swapped") for generation in self.opened)
 
     def all(self) -> list[Generation]:

@@ -27,7 +27,7 @@ _NESTED = 100  # containers in containers that are followed: one that holds itse
 def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Shapes, strides, dtypes, devices, ``requires_grad``; grad mode, autocast, train or eval; and plain values.
 
-    Raises whatever an argument raises that cannot be read: a tensor without strides, an object whose attributes raise.
+    If an argument cannot be read, its error is raised: a tensor without strides, an object whose attributes raise.
     """
     key = _walk(target, args, kwargs, None)
     hash(key)

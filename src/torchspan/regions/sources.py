@@ -1,7 +1,7 @@
 """Which files a program was made of, so that a later start can tell whether it is still the same.
 
-A program that is sent to a compile process names its functions and classes; what they are is in files, which may be edited or
-belong to a package that is installed anew. The process that compiled it knows which it has imported.
+A program is sent to a compile process with the names of its functions and classes. Their code is in files, which may be edited,
+or replaced with another version of a package. The process that compiled the program knows which files it has imported.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def repeated_blocks(model: nn.Module) -> list[list[nn.Module]]:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that occur at least twice with the same structure; a block's place in this list is its number.
 
-    What stands in a ModuleList beside such a block is one too, whatever its own structure, so that the blocks of a model whose
-    first layers differ are numbered as its list is.
+    A module in the same ModuleList as such a block is a block too, even if its structure differs. So the blocks of a model
+    whose first layers differ are numbered as in its list.
 
     >>> block = lambda width: nn.TransformerEncoderLayer(4, 2, width)
     >>> [layer.linear1.out_features for layer in blocks_of(nn.ModuleList([block(16), block(8), block(8)]))]

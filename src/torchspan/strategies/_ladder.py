@@ -25,7 +25,7 @@ class Ladder:
 def ladder_for(
     strategy: str | Sequence[str], program: Callable[..., Any], *, has_budget: bool, measured: Sequence[Measured] = ()
 ) -> Ladder:
-    """The ladder that a named strategy, several in their order, or ``auto`` stands for.
+    """The ladder for one named strategy, for several in this order, or for ``auto``.
 
     ``auto`` goes by the regions that are marked, or else by size: under 10 billion parameters the whole program, then its
     blocks; from 10 to 40 its blocks only; above that nothing is compiled unless a budget was given. What was `measured` of
