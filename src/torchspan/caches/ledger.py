@@ -139,7 +139,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 def check(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Remove those of `files` that are not what was written, and give their names; entries that were made anew may differ."""
+    """Remove damaged ones of `files`, and give their names; an entry that was written again since may have another digest."""
     actual = {name: _digest_if_there(folder / name) for name in files}
     differ = [name for name, expected in files.items() if actual[name] != expected]
     noted = _noted(folder) if differ else {}
@@ -231,9 +231,8 @@ def evict(folder: Path, limit: int) -> str | None:
         ledger.unlink(missing_ok=True)
     if not num_removed:
         return None
-    return (
-        f"the cache held {format_bytes(before)} of {format_bytes(limit)}: {num_removed} entries that were used longest ago went"
-    )
+    size = f"the cache held {format_bytes(before)} of {format_bytes(limit)}"
+    return f"{size}; the entries used longest ago were removed: {num_removed}"
 
 
 def _size(path: Path) -> int:

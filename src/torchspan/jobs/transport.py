@@ -128,7 +128,7 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _module_class(make: Callable[..., type], *arguments: Any) -> type:
-    """A class by value, also where a class above it takes none that does not say more than its name and bases."""
+    """Make a class that was sent by value, also where a base refuses subclasses that are made from name and bases alone."""
     try:
         return make(*arguments)
     except Exception:  # noqa: BLE001 - of an __init_subclass__ or a metaclass of the program's own
@@ -140,7 +140,7 @@ def _module_class(make: Callable[..., type], *arguments: Any) -> type:
 
 
 def _is_parametrized(module: torch.nn.Module) -> bool:
-    """Whether torch has put a class of this module's own below its class, which says of itself that it cannot be pickled."""
+    """Whether torch has made a subclass for this module alone, to parametrize it; such a class refuses to be pickled."""
     return "__getstate__" in vars(type(module)) and parametrize.is_parametrized(module)
 
 
@@ -159,7 +159,7 @@ def _is_renamed(cls: type) -> bool:
 
 
 class _Globals:
-    """The globals of functions that travel by value: on the other side a module's own, as dynamo's guards look there."""
+    """The globals of functions that are sent by value: on the other side those of a module, where dynamo's guards look."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self._identity = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
@@ -180,7 +180,7 @@ def _module_globals(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _imported(name: str) -> types.ModuleType | None:
-    """The module of that name, where there is one to import: others of its functions may come by reference."""
+    """The module of that name, if it can be imported: others of its functions may be sent by reference."""
     if name == "__main__":
         return None
     try:
@@ -263,7 +263,7 @@ def dumps(
 
 
 def opened(content: bytes) -> Content:
-    """What :func:`dumps` gave, divided; none of the program's own classes is looked at."""
+    """The parts of what :func:`dumps` gave; none of the program's own classes is loaded."""
     return Content(*pickle.loads(content))
 
 

@@ -1,7 +1,7 @@
 """The state of a process that a compile depends on besides its program: threads, precision, autocast, grad mode, settings.
 
-Each enters a cache key, so a child must have the caller's; and each is set only where it differs, because setting some of
-them (the precision of matrix products) to the value that they have changes the key.
+Each enters a cache key, so a child needs the caller's values. Each is set only where it differs: setting some of them (the
+precision of matrix products) changes the key even where the value stays the same.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Ambient:
     changed: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
-        """All of it but what torch or the environment set, in words that are the same in each process."""
+        """This state as text that is the same in every process, without what torch or the environment has set."""
         changed = [(name, key, self.configs[name][key]) for name, key in self.changed]
         return repr((dict(self.switches), self.is_grad, self.is_inference, self.autocast, changed))
 
 
 def capture() -> Ambient:
-    """The caller's state."""
+    """The state of the caller's process and thread."""
     configs = {name: _config_values(name) for name in CONFIGS if name in sys.modules}
     return Ambient(
         {name: read() for name, (read, _) in SWITCHES.items()},
@@ -98,7 +98,7 @@ def autocast_state() -> tuple[tuple[str, torch.dtype, bool], ...]:
 
 
 def restore(ambient: Ambient) -> None:
-    """Bring this process into that state, but for what :func:`modes` is for."""
+    """Put this process into that state, except for what :func:`modes` sets for a block."""
     for name, value in ambient.switches.items():
         read, write = SWITCHES[name]
         if read() != value:

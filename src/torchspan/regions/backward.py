@@ -1,9 +1,9 @@
-"""The backward of compiled code, where compiled code has none: that of the graph run eagerly again is taken instead.
+"""Where compiled code has no usable backward, the graph runs again eagerly, and its gradients are eager's.
 
 AOTAutograd's backward can neither be differentiated (``create_graph=True``: a gradient penalty, a Hessian) nor batched by vmap
-(``is_grads_batched=True``), and its kernels may fail. All of it is noticed when autograd comes to it, long after the forward.
-Here the node of autograd that holds the backward is given another way in: where the compiled one does not serve, the graph is
-run again on the inputs of its forward, with the random state that it had, and the gradients are eager's own.
+(``is_grads_batched=True``), and its kernels may fail. Each of these shows only when autograd reaches the backward, long after
+the forward. So the entry point of the autograd node that holds the backward is replaced: where the compiled backward cannot be
+used, the graph runs again on the inputs of its forward, from the random state of the forward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_UNDONE_BYTES = 1 << 20  # of an argument that a call without gradients puts
 
 
 def saves_are_hooked() -> bool:
-    """Whether what autograd saves passes through hooks, as in activation checkpointing: arguments are not to be kept then."""
+    """Whether saved tensors pass through hooks, as in activation checkpointing: then arguments must not be kept here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -45,7 +45,7 @@ def is_in_backward() -> bool:
 
 @dataclass
 class _Forward:
-    """What running the graph again takes: its arguments, those that it has changed as they were, and what was in force."""
+    """What it takes to run the graph again: its arguments, the old values of those that it changed, random state, autocast."""
 
     args: tuple[Any, ...]
     random: tuple[Tensor, list[Tensor]] | None
@@ -55,11 +55,10 @@ class _Forward:
 
 
 class EagerBackward:
-    """Runs `compiled`, the code of `graph`, such that its backward is eager's where it has none of its own.
+    """Runs `compiled`, the code of `graph`; where its backward cannot be used, eager's takes its place.
 
-    Where it raises, what it drew and wrote before is undone, so that eager may do all of it.
-
-    `give_up` is told, once, why the compiled code is not to be used any longer.
+    If `compiled` raises in the forward, the random numbers that it drew and the arguments that it wrote into are restored, so
+    that eager can start over. `give_up` is called with the reason when the compiled code is not to be used any longer.
     """
 
     def __init__(self, graph: Callable[..., Any], compiled: Callable[..., Any], give_up: GiveUp) -> None:
@@ -104,7 +103,7 @@ class EagerBackward:
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())
 
     def _learn(self, forward: _Forward) -> None:
-        """What the graph draws and writes is the same in all its calls."""
+        """Note whether the graph draws random numbers, and which arguments it writes into: the same in all its calls."""
         assert forward.random is not None
         drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
         self._is_random = drawn
@@ -131,12 +130,12 @@ class EagerBackward:
         )
 
     def end(self, why: str) -> None:
-        """Say that compiled code does not serve here."""
+        """Report that the compiled code is not to be used any longer."""
         self._give_up(why)
 
 
 class _Backward:
-    """Stands before the backward of one call."""
+    """The new entry point of one call's backward."""
 
     __slots__ = ("_direct", "_forward", "_node", "_owner", "_through_views")
 
@@ -198,7 +197,7 @@ class _Backward:
         return TWICE if torch.is_grad_enabled() else None
 
     def _eagerly(self, node: Any, output_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-        """The gradients of eager; None if they cannot be had: a backward that was freed, inputs that were changed since."""
+        """Eager's gradients; None where they cannot be computed: the backward was freed, or inputs have changed since."""
         forward = self._forward
         if forward is None or _versions(forward.args) != forward.versions:
             return None
@@ -222,7 +221,7 @@ class _Backward:
 
 
 def _undo(forward: _Forward) -> None:
-    """Have what a forward drew and wrote before it raised not be drawn and written: eager does it from the beginning."""
+    """Restore the random state and the arguments of a forward that raised, so that eager can start over."""
     if forward.random is not None:
         _set_random_state(forward.random)
     with torch.no_grad():
@@ -253,7 +252,7 @@ def _node_of(output: Any, first: int) -> Any:
 
 
 def _may_be_written(value: Any) -> bool:
-    """Whether a graph may write into it where autograd does not see it, as into a buffer."""
+    """Whether a graph may write into `value` without autograd seeing it, as into a buffer."""
     return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
 
 
@@ -276,7 +275,7 @@ def _flat(state: tuple[Tensor, list[Tensor]]) -> Iterator[Tensor]:
 
 @contextmanager
 def _as_it_was(forward: _Forward) -> Iterator[None]:
-    """The autocast and the random state of the forward; afterwards those of now again."""
+    """Put the forward's autocast and random state in force for a block; the current ones come back after it."""
     now = _random_state()
     with ExitStack() as stack:
         for device, dtype, is_cached in forward.autocast:

@@ -1,4 +1,4 @@
-"""What a compile does while it is done: noted by the compile process line by line, so that a killed one leaves its events."""
+"""Records what a compile does, line by line while it runs, so that a compile process that is killed leaves its events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why what a backend generates could not run on a GPU: known before a compile is begun, and said in the Report."""
+"""Why the code that a backend generates could not run on a GPU: found before a compile begins, for the Report."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _digest(task: GraphTask) -> str:
 
 
 def digest_of_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> str:
-    """A text that is equal where the compiled code of one graph serves another: on machines and Pythons of one kind.
+    """Text that is equal for two graphs if the compiled code of one serves the other: equal graphs, machines and Pythons.
 
     Raises:
         InputError: the graph cannot be compiled in a child.
@@ -143,7 +143,7 @@ def digest_of_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> str:
 
 
 def pack_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> bytes | None:
-    """What another process loads the code of a graph from that was compiled here; None if that is not there (any more)."""
+    """The compiled code of a graph, packed for another process; None if it was not compiled here, or its entries are gone."""
     try:
         entries = _entries.get(_digest(_task(graph, example_inputs, None)))
         return None if entries is None else pack(entries, inductor.cache_folder())

@@ -16,7 +16,7 @@ from torchspan.regions.signature import Dims, family, tensors_of
 
 @contextmanager
 def marked(args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Dims) -> Iterator[None]:
-    """Have dynamo take these dimensions and numbers of a call as symbols in what it traces inside; none if there are none."""
+    """Have dynamo make symbols of these dimensions and numbers of a call in what it traces inside."""
     if not any(dims):
         yield
         return
@@ -29,10 +29,10 @@ def marked(args: tuple[Any, ...], kwargs: Mapping[str, Any], dims: Dims) -> Iter
 
 @contextmanager
 def dynamic_numbers(numbers: Sequence[float]) -> Iterator[None]:
-    """Have dynamo take what this thread traces inside, and what equals one of these numbers, as a symbol.
+    """Have dynamo make a symbol of each value that equals one of these numbers, in what this thread traces inside.
 
-    A number is known by its value and class, not by its source: behind a graph break the same one has another source. A
-    constant of the program's own that has the value too becomes a symbol with it: a guard less, and the same results.
+    A number is known by its value and class, not by its source: after a graph break the same number has another source. A
+    constant of the program that has the same value becomes a symbol too, which saves a guard and changes no result.
     """
     if not numbers:
         yield

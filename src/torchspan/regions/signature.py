@@ -25,9 +25,9 @@ _NESTED = 100  # containers in containers that are followed: one that holds itse
 
 
 def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """Shapes, strides, dtypes, devices and who wants gradients; grad mode, autocast, train or eval; and plain values.
+    """Shapes, strides, dtypes, devices, ``requires_grad``; grad mode, autocast, train or eval; and plain values.
 
-    Raises whatever an argument raises that cannot be read: a tensor without strides, an object whose attributes raise.
+    If an argument cannot be read, its error is raised: a tensor without strides, an object whose attributes raise.
     """
     key = _walk(target, args, kwargs, None)
     hash(key)
@@ -35,7 +35,7 @@ def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def family(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, Sizes]:
-    """The signature without sizes (of strides, their order is left) and without numbers and text; and these.
+    """The signature without sizes, numbers and text (of strides only their order stays), and what was taken out.
 
     >>> first, sizes = family(None, (torch.ones(2, 3), 0.5), {})
     >>> second, other_sizes = family(None, (torch.ones(4, 3), 0.7), {})
@@ -72,7 +72,7 @@ def general(sizes: Sizes) -> Dims:
 
 
 def numbers(sizes: Sizes) -> Dims:
-    """Every dimension, and every plain value that may become a symbol: not text, nor what is true or false."""
+    """Every dimension, and every plain value that may become a symbol: no strings and no booleans."""
     return tuple(frozenset(dim for dim, value in enumerate(size) if type(value) in (int, float)) for size in sizes)
 
 
@@ -100,7 +100,7 @@ def has_negative_zero(sizes: Sizes) -> bool:
 
 
 def _walk(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gathered: _Gathered | None) -> Hashable:
-    """What was found of a call; with `gathered` its tensors and values are kept there, and sizes and values are left out."""
+    """The parts of a signature; with `gathered`, sizes and plain values are left out, and tensors and values go there."""
     parts: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_state()]
     if isinstance(target, torch.nn.Module):
         parts.append(target.training)
@@ -144,7 +144,7 @@ def _add(value: Any, parts: list[Hashable], gathered: _Gathered | None, depth: i
 
 
 def _plain(value: Any) -> Hashable:
-    """A value that equals another one just where a program may not tell them apart, and never raises when it is compared.
+    """A stand-in for `value`: two are equal only where no program can tell the values apart, and comparing never raises.
 
     >>> _plain(float("nan")) == _plain(float("nan")), _plain(0.0) == _plain(-0.0), _plain(2) == _plain(2)
     (True, False, True)

@@ -1,4 +1,4 @@
-"""Checks compiled code against eager on copies: the program's state, gradients and random numbers do not notice.
+"""Checks compiled code against eager on copies: the program's state, gradients and random numbers stay untouched.
 
 The copies share the parameters (which are only read) and own everything else: buffers, inputs, Python attributes.
 """
@@ -28,7 +28,7 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Copied:
-    """A call's target and arguments, to be run without a trace."""
+    """A copy of a call's target and arguments, which can be run without side effects on the program."""
 
     target: Any
     args: tuple[Any, ...]
@@ -44,11 +44,11 @@ class Copied:
 
 
 class CannotCopyError(CompileError):
-    """The program holds something that cannot be copied, so it cannot be run twice without a trace."""
+    """The program holds something that cannot be copied, so that no copy of it can be run for a check."""
 
 
 class WouldBeNoticedError(CompileError):
-    """Running the program for a check would be seen outside of it."""
+    """A run of the program for a check would have effects outside of it."""
 
 
 class EagerRaisesError(CompileError):
@@ -85,7 +85,7 @@ def _without_hooks(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, strides and wish for a gradient; a leaf."""
+    """A leaf with the same values, strides and ``requires_grad``."""
     if type(tensor) is torch.nn.Parameter:
         return tensor
     source = tensor.detach()
@@ -108,10 +108,10 @@ def mismatch(
     """What `compiled` gives that `eager` does not, for one call: outputs, gradients, buffers; None if they agree.
 
     With `is_random` the two are known to draw different random numbers: if the program draws any, only the shapes of the
-    results are compared. What `compiled` raises is a mismatch. In a process of its own (`is_apart`) nobody notices hooks.
+    results are compared. What `compiled` raises is a mismatch. In a process of its own (`is_apart`) hooks may be called.
 
     Raises:
-        EagerRaisesError: eager raises, so nothing can be said.
+        EagerRaisesError: eager raises, so there is nothing to compare with.
         CannotCopyError: the call cannot be copied.
         WouldBeNoticedError: the program has hooks of its own, which a check would call.
         GuardError: `compiled` refuses the call.
@@ -138,7 +138,7 @@ def _mismatch(
     is_apart: bool,
 ) -> str | None:
     def copy_of_call() -> Copied:
-        """A copy, into which no hook has come from another thread since the call was looked at."""
+        """A copy, checked for hooks again: another thread may have added one since the first check."""
         own = copied(*call)
         if not is_apart:
             _check_hooks(own.modules())
@@ -173,7 +173,7 @@ def _mismatch(
 
 
 class _Gradients:
-    """Those of eager, each compared with the compiled one as soon as that is there, and let go: never two sets are held."""
+    """Eager's gradients: each is compared as soon as the compiled one is there, then freed; never are there two full sets."""
 
     def __init__(self, expected: list[torch.Tensor | None], through: set[torch.dtype]) -> None:
         self._expected: dict[int, torch.Tensor | None] = dict(enumerate(expected))
@@ -183,7 +183,7 @@ class _Gradients:
         expected.clear()
 
     def take(self, number: int, actual: torch.Tensor) -> torch.Tensor:
-        """Compare one; gives what may stand in its place."""
+        """Compare one gradient; gives a placeholder for it that takes no memory."""
         self._compare(number, actual)
         return actual.new_zeros(()).expand_as(actual) if actual.layout is torch.strided else actual
 
@@ -193,7 +193,7 @@ class _Gradients:
             self._wrong[number] = difference(actual, expected, *self._through, name=f"gradient[{number}]")
 
     def difference(self) -> str | None:
-        """The first that differs; those that compiled code has not given are None."""
+        """How the first gradient differs; one that compiled code has not computed counts as None."""
         for number in tuple(self._expected):
             self._compare(number, None)
         return next((self._wrong[number] for number in sorted(self._wrong) if self._wrong[number]), None)
@@ -302,7 +302,7 @@ def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def preserved_random() -> Iterator[None]:
-    """Whatever is drawn inside was not drawn."""
+    """Restore every generator of random numbers when the block ends."""
     state = random_state()
     try:
         yield

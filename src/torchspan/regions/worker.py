@@ -33,10 +33,10 @@ from torchspan.regions.sources import sources_here
 
 
 class Isas(dict[str, bool]):
-    """What is known of a machine's vector instructions."""
+    """Which of a machine's vector instructions work."""
 
 
-APART = (Ambient, Isas)  # what travels apart: it does not tell whether two programs are the same
+APART = (Ambient, Isas)  # sent separately: two programs are the same whatever these are
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def _run(payload: bytes, compile_it: Callable[[Task, Collectives], Filled]) -> b
             try:
                 filled = compile_it(task, expected)
             except Exception as cause:
-                if dropped := note().dropped:  # torch may have said it in words of its own
+                if dropped := note().dropped:  # torch may have raised it as another error
                     raise ledger.CorruptEntryError(f"{ledger.DAMAGED} {', '.join(dropped)}") from cause
                 raise
             return pickle.dumps(replace(filled, kept=note(), sources=sources_here()))
 
 
 def profile_region(payload: bytes) -> bytes:
-    """Compile a pickled Task as if for the first time, its caches in the job's folder; gives what was found of this machine."""
+    """Compile a pickled Task as if for the first time, with caches in the job's folder; gives the vector instructions found."""
     with events.recording() as folder:
         task = _begin(payload)
         if folder is not None:
@@ -194,7 +194,7 @@ def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives
         with ambient.modes(task.ambient), portable_groups():
             wrong = verify.mismatch(eager, code, call, is_random=is_random, is_apart=True)
             if wrong is not None and verify.mismatch(eager, eager, call, is_random=is_random, is_apart=True) is not None:
-                return "a fake collective leaves its results as they come"
+                return "a fake collective does not fill its results, so that two runs of eager differ"
     except Exception as cause:  # noqa: BLE001 - the program's own, on numbers that it does not know, or of the check
         return f"{type(cause).__name__}: {cause}"
     if wrong is not None:
@@ -203,7 +203,7 @@ def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives
 
 
 def _fill_blanks(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]]) -> None:
-    """Give weights and inputs that came as zeros numbers, so that results tell something."""
+    """Fill weights and inputs that arrived as zeros, so that comparing results means something."""
     target, args, kwargs = call
     weights = list(target.parameters()) if isinstance(target, torch.nn.Module) else []
     with torch.no_grad():
@@ -242,6 +242,6 @@ def _check_saved(counts: Mapping[str, int], refusals: Sequence[str]) -> None:
 
 
 def call_function(payload: bytes) -> bytes:
-    """Call a function with arguments, both sent by :mod:`._transport`; gives its pickled result."""
+    """Call a function with arguments, both sent by :mod:`torchspan.jobs.transport`; gives its pickled result."""
     function, args = transport.loads(payload)
     return pickle.dumps(function(*args))

@@ -63,7 +63,7 @@ class Cut:
 
 
 def cut(strategy: str, program: Callable[..., Any], request: Request = Request()) -> Cut:  # noqa: B008 - a frozen value
-    """How the strategy of this name cuts `program`; raises UnknownNameError for a name that nothing answers to."""
+    """How the strategy of this name cuts `program`; raises UnknownNameError for a name that no strategy has."""
     return REGISTRY.get(strategy).cut(program, request)
 
 

@@ -25,7 +25,7 @@ class Ladder:
 def ladder_for(
     strategy: str | Sequence[str], program: Callable[..., Any], *, has_budget: bool, measured: Sequence[Measured] = ()
 ) -> Ladder:
-    """The ladder that a named strategy, several in their order, or ``auto`` stands for.
+    """The ladder for one named strategy, for several in this order, or for ``auto``.
 
     ``auto`` goes by the regions that are marked, or else by size: under 10 billion parameters the whole program, then its
     blocks; from 10 to 40 its blocks only; above that nothing is compiled unless a budget was given. What was `measured` of
@@ -72,7 +72,7 @@ def by_size(num_parameters: int, *, has_budget: bool) -> Ladder:
 
 
 def overruled(policy: Ladder, measured: Sequence[Measured]) -> Ladder:
-    """`policy`, without the strategies that are known not to end, and with one that it would not try but that compiled first.
+    """`policy` without strategies that are known to fail; first comes one that has compiled, though `policy` lacks it.
 
     >>> ladder = overruled(Ladder(("whole", "per_block", "eager"), "small"), (Measured("whole", "timeout", 180.0),))
     >>> ladder.strategies, ladder.reason

@@ -43,7 +43,7 @@ def note(
 ) -> None:
     """Remember how a compile ended, for :func:`recall`.
 
-    What ended worst counts; where it `is_one_of_many` regions, which have a share each, what ended best: it compiles again.
+    A costly ending replaces a success. Of `is_one_of_many` regions a success replaces a costly ending: each has only a share.
     """
     key = _key(program, settings)
     if key is None or measured.outcome not in ("compiled", *_COSTLY):

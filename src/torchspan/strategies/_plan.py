@@ -35,10 +35,7 @@ _within = threading.local()
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a Plan goes about it.
-
-    How often code is checked, whether calls wait and see how far it is, how code comes back, what was asked of cuts.
-    """
+    """How a Plan compiles: how often code is checked, whether calls wait and show progress, how code comes back, how to cut."""
 
     verify: Verify = "first"
     wait: bool = False
@@ -87,15 +84,15 @@ class Plan:
 
     @property
     def called(self) -> Callable[..., Any]:
-        """What calls are made on: the compiled module, in the place of the program that it was made of."""
+        """The object that is called: the compiled module, or the program if there is none."""
         return self._called() or self.program
 
     def stand_in(self, compiled: torch.nn.Module) -> None:
-        """Have calls be made on `compiled`, which is not kept alive here."""
+        """Call `compiled` from now on; this does not keep it alive."""
         self._called = weakref.ref(compiled)
 
     def end(self, why: str) -> None:
-        """End its compiles and start no more: nobody has the compiled program any more."""
+        """End its compiles and start no more: the compiled program was deleted."""
         self._why_ended = why
         for region in self._regions:
             region.end(why)
@@ -106,7 +103,7 @@ class Plan:
         return Plan(program, self._ladder, self._budget, self.settings, self._conduct, report)
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the program: whole, in blocks, or eagerly, as far as that has come."""
+        """Run the program: compiled where code is ready, eagerly elsewhere."""
         if not self._is_first:
             return self._call(args, kwargs)
         outputs = self._call(args, kwargs)
@@ -128,7 +125,7 @@ class Plan:
             return self.program(*args, **kwargs)
 
     def _call_profiled(self, profiler: Profiler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run eagerly, and cut the program by what that took."""
+        """Run eagerly under the profiler, and cut the program by its profile."""
         outputs, profile = profiler.run(args, kwargs)
         with self._lock:
             self._profiler, self._request = None, replace(self._request, profile=profile)
@@ -203,7 +200,7 @@ class Plan:
                 self._next_rung_if_any()
 
     def _next_rung_if_any(self) -> None:
-        """The next rung, or eager if it cannot be had: nobody is there whom an error could be raised to."""
+        """Go to the next rung, or to eager if that raises: there is no caller who could handle the error."""
         try:
             self._next_rung()
         except Exception as cause:  # noqa: BLE001 - of a strategy, which may be anyone's
@@ -234,7 +231,7 @@ class Plan:
             yield self._allowance(part, has_compiled)
 
     def _allowance(self, part: Part, has_compiled: bool) -> Allowance | Ending:
-        """What a child for `part` may spend. A region that `has_compiled` asks for a new signature: it has all of it again."""
+        """What a child for `part` may spend. A region that `has_compiled` gets the whole budget for each new signature."""
         if has_compiled:
             return Allowance(self._budget, self._budget.share_s(self._budget.seconds, 1))
         remaining_s = self._rung_ends_s - self._spent_s
@@ -252,7 +249,7 @@ class Plan:
         self._spent_s += ending.seconds
         self._spent_of[id(part)] = self._spent_of.get(id(part), 0.0) + ending.seconds
         _measured.note_seconds(part, self.settings, ending)
-        if not self._request.asked:  # else it was a part of what the strategy is
+        if not self._request.asked:  # else it was only a part of what the strategy compiles
             measured = _measured.Measured(strategy, ending.outcome, ending.seconds)
             _measured.note(self.program, self.settings, self._budget, measured, is_one_of_many=len(self._regions) > 1)
 
