@@ -75,6 +75,20 @@ def test_two_parts_are_compiled_forward_and_backward_with_eagers_gradients(compi
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])
 
 
+def test_a_part_of_a_graph_that_is_called_twice_is_compiled_once(compiles: list[bool]) -> None:
+    @torch.compiler.nested_compile_region
+    def nested(x: torch.Tensor) -> torch.Tensor:
+        with traceback.annotate({"compile_with_inductor": 0}):
+            return x.sin()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return nested(nested(x + 1) + 1)
+
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(program, backend=backend(), fullgraph=True)(x), program(x))
+    assert len(compiles) == 1
+
+
 @pytest.mark.slow
 def test_a_part_with_dynamic_shapes_is_compiled_once(compiles: list[bool]) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,9 @@ def _check(
             "try enable_gqa=True if groups of query heads share a key/value head"
         )
     if enable_gqa and num_q % num_k:
-        raise ValueError(f"enable_gqa: the number of query heads must be a multiple of Hkv, got Hq={num_q} and Hkv={num_k}")
+        raise ValueError(
+            f"enable_gqa: the number of query heads must be a multiple of kv heads, got Hq={num_q} and Hkv={num_k}"
+        )
     if len(window_size) != 2:
         raise ValueError(f"window_size must have length 2, got {len(window_size)}")
     if scale is not None and not scale > 0:
