@@ -82,6 +82,15 @@ def test_calls_that_wait_for_the_compile_may_be_the_first_that_are_compiled(
     assert [rank.took_over for rank in ranks] == [0, 0]
 
 
+def test_a_call_that_waits_goes_on_where_another_ranks_call_has_settled_it(ranks: list[Rank]) -> None:
+    waits: list[str] = []
+    ranks[1].agreement.tell(SUM)
+    ranks[0].agreement._store.set("verdict/0", "go")  # between two looks of rank 0's thread
+    ranks[0].agreement.tell(SUM)
+    assert ranks[0].agreement.reach(lambda: False, 5.0, lambda: waits.append("over")) is None
+    assert waits == ["over"]
+
+
 def test_a_rank_that_has_passed_the_proposed_time_has_all_try_again(ranks: list[Rank], pool: Pool) -> None:
     store = ranks[0].agreement._store
     for _ in range(5):

@@ -61,8 +61,8 @@ class Refused(InPlace):  # rank 1's program cannot be sent
 def plain():
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
 
-def Replicated():
-    return nn.parallel.DistributedDataParallel(plain())
+def Replicated():  # with a bucket for each layer
+    return nn.parallel.DistributedDataParallel(plain(), bucket_cap_mb=5e-5)
 
 def Sharded():
     return torch.distributed.fsdp.fully_shard(plain())

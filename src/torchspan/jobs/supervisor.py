@@ -213,8 +213,8 @@ def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
 
 def _free_bytes(folder: Path) -> int:
     """What may yet be written there."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _text(path: Path) -> str:

@@ -32,6 +32,7 @@ NAMES = (
         "assume_static_by_default",
         "automatic_dynamic_shapes",
         "guard_nn_modules",
+        "optimize_ddp",
         "recompile_limit",
         "specialize_float",
         "specialize_int",

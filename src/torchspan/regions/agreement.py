@@ -78,7 +78,8 @@ class Agreement:
         number = 0
         while True:
             verdict = self._round(number, is_cancelled, deadline, may_wait)
-            if verdict == _GO:
+            if verdict == _GO:  # perhaps settled by another rank's call before this thread saw that all take part
+                may_wait()
                 return None
             if verdict != _AGAIN:
                 return verdict.removeprefix(_END)

@@ -178,9 +178,11 @@ class FromCaches:
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it.
 
-        Dynamo guards on hooks here. By default it does not, and code would ignore a hook that a module gets later.
+        Dynamo guards on hooks here. By default it does not, and code would ignore a hook that a module gets later. It does not
+        cut graphs by the buckets of DistributedDataParallel around them: the compile process, where nothing is around, did not.
         """
-        with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        as_compiled = dynamo.config.patch(skip_nnmodule_hook_guards=False, optimize_ddp=False)
+        with known_isas(self._isas), breaking_at_old_collectives(), as_compiled:
             with marked(args, kwargs, self._dims), nesting(self._nested):
                 return self._call.run(self._entry, (target, *args), kwargs)[0]
 
