@@ -151,8 +151,8 @@ def test_a_parametrized_module_is_parametrized_on_the_other_side() -> None:
 
 
 def test_hooks_on_a_state_dict_stay_here() -> None:
-    model = nn.Linear(2, 2)
-    model.register_state_dict_pre_hook(lambda *_, lock=threading.Lock(): None)
+    model, lock = nn.Linear(2, 2), threading.Lock()
+    model.register_state_dict_pre_hook(lambda *_: lock.locked())
     arrived = loads(dumps(model))
     assert type(arrived) is nn.Linear and arrived(torch.ones(2)).shape == (2,)
     assert not arrived._state_dict_pre_hooks and model._state_dict_pre_hooks

@@ -51,6 +51,7 @@ class _Forward:
     random: tuple[Tensor, list[Tensor]] | None
     before: Mapping[int, Tensor]
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    unkept: Mapping[int, int]  # of the first call: the versions of the tensors whose old values are not in `before`
     versions: int = 0
 
 
@@ -82,7 +83,7 @@ class EagerBackward:
             raise
         if self._changed is None:
             self._learn(forward)
-        if not has_backward:
+        if not has_backward or forward.unkept:
             return outputs
         forward.versions = _versions(args)
         sources = [(output, _node_of(output, first)) for output in _outputs(outputs)]
@@ -93,23 +94,29 @@ class EagerBackward:
 
     def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
         if self._changed == () and not self._is_random:
-            return _Forward(args, None, {}, autocast_state())
+            return _Forward(args, None, {}, autocast_state(), {})
         is_known = self._changed is not None
         indices = list(self._changed or ()) if is_known else [i for i, arg in enumerate(args) if _may_be_written(arg)]
         if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
             indices = [i for i in indices if args[i].nbytes <= _MAX_UNDONE_BYTES]
         with torch.no_grad():
             before = {i: args[i].detach().clone() for i in indices}
-        return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())
+        unkept = {} if is_known else {i: _version(arg) for i, arg in enumerate(args) if i not in before}
+        return _Forward(args, _random_state() if self._is_random else None, before, autocast_state(), unkept)
 
     def _learn(self, forward: _Forward) -> None:
-        """Note whether the graph draws random numbers, and which arguments it writes into: the same in all its calls."""
+        """Note whether the graph draws random numbers, and which arguments it writes into: the same in all its calls.
+
+        Parameters, which may be large, tell by their versions; those that are written stay in the forward's `unkept`.
+        """
         assert forward.random is not None
         drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
         self._is_random = drawn
         with torch.no_grad():
-            self._changed = tuple(i for i, value in forward.before.items() if not torch.equal(value, forward.args[i]))
-        forward.before = {i: forward.before[i] for i in self._changed}
+            changed = tuple(i for i, value in forward.before.items() if not torch.equal(value, forward.args[i]))
+        forward.unkept = {i: version for i, version in forward.unkept.items() if _version(forward.args[i]) != version}
+        self._changed = (*changed, *forward.unkept)
+        forward.before = {i: forward.before[i] for i in changed}
         forward.random = forward.random if drawn else None
 
     def gradients(
@@ -117,7 +124,10 @@ class EagerBackward:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of `sources`, from those of the graph's outputs by number; they can be differentiated again."""
         is_kept = torch.is_grad_enabled()
-        args = [forward.before.get(i, arg) for i, arg in enumerate(forward.args)]
+        copies = {i: value.clone().requires_grad_(forward.args[i].requires_grad) for i, value in forward.before.items()}
+        args = [copies.get(i, arg) for i, arg in enumerate(forward.args)]
+        places = {id(arg): i for i, arg in enumerate(forward.args)}
+        sources = [args[places[id(source)]] if id(source) in places else source for source in sources]
         with torch.enable_grad(), aot.outside_vmap(), _as_it_was(forward):
             outputs = _outputs(self._graph(*args))
         chosen = [i for i in output_gradients if outputs[i].requires_grad]
@@ -254,6 +264,10 @@ def _node_of(output: Any, first: int) -> Any:
 def _may_be_written(value: Any) -> bool:
     """Whether a graph may write into `value` without autograd seeing it, as into a buffer."""
     return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _versions(args: Sequence[Any]) -> int:
