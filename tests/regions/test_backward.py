@@ -123,6 +123,54 @@ def test_a_backward_that_fails_is_eagers() -> None:
     assert reasons == ["compiled code raised RuntimeError in its backward: kernel fault"]
 
 
+class Averaged(nn.Module):
+    """Writes into a frozen parameter and into a trained one, as an average of weights and a limit on them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.mean = nn.Linear(8, 1), nn.Parameter(torch.ones(1, 8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.last.weight.clamp_(-0.2, 0.2).mul_(0.9)
+            self.mean.lerp_(self.last.weight, 0.5)
+        return self.last(x * self.mean).tanh()
+
+
+def test_parameters_that_a_graph_writes_are_as_they_were_where_it_raises() -> None:
+    def raises(*args: torch.Tensor) -> Any:
+        graph(*args)
+        if len(calls) > 1:
+            raise RuntimeError("kernel fault")
+        calls.append(None)
+
+    def graph(written: torch.Tensor, trained: torch.Tensor, read: torch.Tensor) -> None:
+        with torch.no_grad():
+            written.add_(1), trained.add_(1)
+
+    calls: list[None] = [None]
+    args = [nn.Parameter(torch.zeros(2), requires_grad=is_trained) for is_trained in (False, True, False)]
+    run = EagerBackward(graph, raises, lambda why: None)
+    run(*args)
+    with pytest.raises(RuntimeError, match="kernel fault"):
+        run(*args)
+    assert [arg[0].item() for arg in args] == [1, 1, 0] and run._changed == (0, 1)
+
+
+def test_second_derivatives_of_a_graph_that_writes_parameters_are_eagers() -> None:
+    torch.manual_seed(0)
+    eager, model = Averaged(), Averaged()
+    model.load_state_dict(eager.state_dict())
+    reasons: list[str] = []
+    run = compiled(model, reasons)
+    for kind in ("once", "twice", "once"):
+        x = torch.randn(4, 8)
+        expected, given = step(eager, eager, x, kind), step(run, model, x, kind)
+        assert difference(given, expected) is None, kind
+        assert difference(dict(model.named_parameters()), dict(eager.named_parameters())) is None, kind
+    assert reasons == [TWICE]
+
+
 def test_what_eager_refuses_is_refused_and_nothing_is_kept_after_a_backward() -> None:
     model, reasons = nn.Linear(8, 8), []
     run = compiled(model, reasons)

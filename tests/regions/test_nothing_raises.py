@@ -312,3 +312,16 @@ def test_without_an_interpreter_a_job_fails_and_odd_arguments_of_the_program_do_
     compiled = whole(nn.Linear(8, 8))
     until(lambda: bool(compiled.report.attempts), lambda: compiled(torch.ones(4, 8)))
     assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"]
+
+
+def test_the_check_leaves_no_casts_to_a_part_that_is_checkpointed() -> None:
+    model, x = nn.Linear(8, 8), torch.ones(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert verify.mismatch(nn.Module.__call__, nn.Module.__call__, (model, (x,), {}), is_random=False) is None
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=_selecting)
+    y.sum().backward()
+    assert model.weight.grad is not None
+
+
+def _selecting() -> Any:
+    return torch.utils.checkpoint.create_selective_checkpoint_contexts([torch.ops.aten._to_copy.default])

@@ -34,7 +34,6 @@ from torchspan.private import fx, inductor
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_REDUCING = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def _code_of_file(make: Callable[..., types.CodeType], arguments: tuple[Any, ...], file: str) -> types.CodeType:
@@ -87,8 +86,8 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, torch.nn.Module) and _is_parametrized(obj):
             names = tuple(vars(obj)["_modules"]["parametrizations"])
             return _parametrized, (parametrize.type_before_parametrizations(obj), names), vars(obj)
-        if isinstance(obj, torch.nn.Module) and _has_state_hooks(obj):
-            return object.__new__, (type(obj),), {**vars(obj), **{name: type(vars(obj)[name])() for name in _STATE_HOOKS}}
+        if isinstance(obj, torch.nn.Module) and any(vars(obj).get(name) for name in _STATE_HOOKS):
+            return _without_state_hooks(obj)
         if isinstance(obj, types.CodeType):  # cloudpickle 3.1.3 leaves out the file, by which a failure's place is told
             make, arguments = self.dispatch_table[types.CodeType](obj)
             return _code_of_file, (make, arguments, obj.co_filename)
@@ -150,11 +149,14 @@ def _is_parametrized(module: torch.nn.Module) -> bool:
     return "__getstate__" in vars(type(module)) and parametrize.is_parametrized(module)
 
 
-def _has_state_hooks(module: torch.nn.Module) -> bool:
-    """Whether it has hooks on its state_dict, which no call runs; those of FSDP lead to what cannot be sent."""
-    own = type(module)
-    is_usual = all(getattr(own, name, None) is getattr(object, name, None) for name in _REDUCING)
-    return is_usual and any(vars(module).get(name) for name in _STATE_HOOKS) and vars(module).keys() >= set(_STATE_HOOKS)
+def _without_state_hooks(module: torch.nn.Module) -> Any:
+    """What pickle is to write for it without the hooks on its state_dict, which no call runs; FSDP's cannot be sent."""
+    reduced = module.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+    if not isinstance(state, dict):  # of a __reduce__ or __getstate__ of its own
+        return reduced
+    empty = {name: type(state[name])() for name in _STATE_HOOKS if name in state}
+    return (*reduced[:2], {**state, **empty}, *reduced[3:])
 
 
 def _parametrized(own: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:

@@ -124,11 +124,10 @@ class EagerBackward:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of `sources`, from those of the graph's outputs by number; they can be differentiated again."""
         is_kept = torch.is_grad_enabled()
-        copies = {i: value.clone().requires_grad_(forward.args[i].requires_grad) for i, value in forward.before.items()}
-        args = [copies.get(i, arg) for i, arg in enumerate(forward.args)]
-        places = {id(arg): i for i, arg in enumerate(forward.args)}
-        sources = [args[places[id(source)]] if id(source) in places else source for source in sources]
+        args = list(forward.args)
         with torch.enable_grad(), aot.outside_vmap(), _as_it_was(forward):
+            for i, value in forward.before.items():
+                args[i] = _AsItWas.apply(args[i], value)
             outputs = _outputs(self._graph(*args))
         chosen = [i for i in output_gradients if outputs[i].requires_grad]
         return torch.autograd.grad(
@@ -142,6 +141,18 @@ class EagerBackward:
     def end(self, why: str) -> None:
         """Report that the compiled code is not to be used any longer."""
         self._give_up(why)
+
+
+class _AsItWas(torch.autograd.Function):
+    """A tensor with the value that it had before it was written; its gradients are those of the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, now: Tensor, before: Tensor) -> Tensor:
+        return before.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _Backward:
@@ -240,6 +251,10 @@ def _undo(forward: _Forward) -> None:
                 forward.args[number].copy_(value)
 
 
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
 def _is_batched(value: Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
@@ -264,10 +279,6 @@ def _node_of(output: Any, first: int) -> Any:
 def _may_be_written(value: Any) -> bool:
     """Whether a graph may write into `value` without autograd seeing it, as into a buffer."""
     return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
-
-
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _versions(args: Sequence[Any]) -> int:

@@ -145,7 +145,7 @@ def _mismatch(
         return own
 
     first = copy_of_call()
-    with preserved_random(), _without_saving_hooks():
+    with preserved_random(), _without_saving_hooks(), _forgetting_casts():
         before = random_state()
         try:
             expected, expected_gradients = _run(eager, first)
@@ -243,6 +243,16 @@ def _without_saving_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(aside):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@contextmanager
+def _forgetting_casts() -> Iterator[None]:
+    """Have autocast forget the casts of the block: a part that is checkpointed would find them in its first run only."""
+    try:
+        yield
+    finally:
+        if autocast_state():
+            torch.clear_autocast_cache()
 
 
 def _unique(values: list[torch.Tensor]) -> list[torch.Tensor]:
