@@ -64,10 +64,13 @@ def plain():
 def Replicated():  # with a bucket for each layer
     return nn.parallel.DistributedDataParallel(plain(), bucket_cap_mb=5e-5)
 
+def Held():  # a program with DDP in it
+    return nn.Sequential(plain(), Replicated())
+
 def Sharded():
     return torch.distributed.fsdp.fully_shard(plain())
 
-KINDS = (InPlace, Differentiable, Subgroup, Branch, Parallel, Refused, Replicated, Sharded)
+KINDS = (InPlace, Differentiable, Subgroup, Branch, Parallel, Refused, Replicated, Held, Sharded)
 
 def gradients(model):
     found = [one.grad for one in model.parameters()]
@@ -150,6 +153,12 @@ def test_the_module_in_ddp_is_compiled_and_its_reducer_is_left_alone(ranks) -> N
     for rank in ranks:
         assert set(rank["Replicated"]["stages"]) == {"swapped"}, rank["Replicated"]
         assert rank["Replicated"]["wrong"] == 0
+
+
+def test_a_program_that_holds_ddp_runs_eagerly_and_the_report_says_what_to_do(ranks) -> None:
+    for rank in ranks:
+        assert rank["Held"]["wrong"] == 0
+        assert "DistributedDataParallel keeps a reducer" in rank["Held"]["causes"][0]
 
 
 def test_what_fsdp_shards_runs_eagerly_and_the_report_says_what_to_do(ranks) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from torchspan.core.replaced import entries_replaced
 from torchspan.private import distributed
 
-SHARDED = "FSDP, whose hooks cannot be sent; compile modules inside of what is sharded, or train with torchspan's SimpleFSDP"
+_SHARDED = "is sharded by FSDP, whose hooks cannot be sent; compile modules inside of it, or train with torchspan's SimpleFSDP"
+_REPLICATED = "keeps a reducer, which cannot be sent and may run with all ranks only; compile it alone, or the module in it"
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def is_group(value: Any) -> bool:
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
-def is_sharded(value: Any) -> bool:
-    """Whether FSDP or FSDP2 gathers the weights of this module by hooks, whose streams and groups are of this process."""
-    known = sys.modules.get("torch.distributed.fsdp")
-    return known is not None and isinstance(value, (known.FSDPModule, known.FullyShardedDataParallel))
+def why_it_stays(value: Any) -> str | None:
+    """Why a module cannot be sent: FSDP gathers its weights by hooks, or DDP reduces its gradients, in this process."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(value, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+        return _SHARDED
+    return _REPLICATED if isinstance(value, DistributedDataParallel) else None
 
 
 def reduced_group(group: Any) -> tuple[Callable[[str], Any], tuple[str]]:

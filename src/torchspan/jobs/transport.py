@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from torchspan.core.errors import InputError
 from torchspan.core.memory import blank_storage
-from torchspan.jobs.groups import SHARDED, Groups, is_group, is_sharded, reduced_group
+from torchspan.jobs.groups import Groups, is_group, reduced_group, why_it_stays
 from torchspan.private import fx, inductor
 
 VALUE_BYTES = {True: 64 * 1024, False: 4 * 1024 * 1024}  # is floating point → up to which size a tensor travels by value
@@ -74,8 +74,9 @@ class _Pickler(cloudpickle.Pickler):
         return "tensor", number, key, layout, obj.requires_grad, is_parameter
 
     def reducer_override(self, obj: Any) -> Any:
-        if is_sharded(obj):
-            raise InputError(f"{type(obj).__name__} is sharded by {SHARDED}")
+        why_it_cannot = why_it_stays(obj)
+        if why_it_cannot is not None:
+            raise InputError(f"{type(obj).__name__} {why_it_cannot}")
         if is_group(obj):
             return reduced_group(obj)
         if isinstance(obj, torch._ops.OpOverload):
