@@ -29,6 +29,7 @@ NAMES = (
         "_get_function_stack_at",
         "_get_privateuse1_backend_name",
         "_get_tracing_state",
+        "_is_any_autocast_enabled",
         "_is_torch_function_enabled",
         "_len_torch_dispatch_stack",
         "_len_torch_function_stack",
