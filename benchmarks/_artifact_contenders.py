@@ -203,9 +203,9 @@ def first(prepare: Callable[[nn.Module, Path], Step], model: nn.Module, tokens: 
     function = prepare(model, folder)
     loaded = time.perf_counter()
     result = step(function, tokens)
-    done, after = time.perf_counter(), cpu_seconds()
+    end, after = time.perf_counter(), cpu_seconds()
     check(model, tokens, result)
-    return {"load": loaded - start, "step": done - loaded, "total": done - start, "cpu": after - before}
+    return {"load": loaded - start, "step": end - loaded, "total": end - start, "cpu": after - before}
 
 
 def cpu_seconds() -> float:
@@ -224,13 +224,13 @@ def check(model: nn.Module, tokens: Tensor, result: Any) -> None:
 
 def steady(sides: list[Step], model: nn.Module, tokens: Tensor, num_pairs: int) -> dict[str, Any]:
     """Seconds of a step of each side, medians; they take turns of ten steps, and which is first changes every time."""
-    found: list[list[float]] = [[] for _ in sides]
+    seconds_of: list[list[float]] = [[] for _ in sides]
     for turn in range(2 + num_pairs // 10):
         for index in (0, 1) if turn % 2 else (1, 0):
             times = [timed_step(sides[index], model, tokens) for _ in range(10)]
             if turn >= 2:
-                found[index] += times
-    return {"seconds": [statistics.median(times) for times in found], "threads": torch.get_num_threads()}
+                seconds_of[index] += times
+    return {"seconds": [statistics.median(times) for times in seconds_of], "threads": torch.get_num_threads()}
 
 
 def timed_step(side: Step, model: nn.Module, tokens: Tensor) -> float:

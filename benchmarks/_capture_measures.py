@@ -61,7 +61,7 @@ def growth(module: str, config: str, batch: int, seq_len: int, capture: str, lay
     """Seconds of the capture of each number of layers, taken in turn, and nodes of its graph."""
     programs = {number: _program(module, config, batch, seq_len, number) for number in layers}
     _captured(*programs[min(layers)], capture)  # the first capture of a process imports
-    taken: dict[int, list[float]] = {number: [] for number in layers}
+    figures: dict[int, list[float]] = {number: [] for number in layers}
     nodes: dict[int, int] = {}
 
     def measure(number: int) -> None:
@@ -71,8 +71,8 @@ def growth(module: str, config: str, batch: int, seq_len: int, capture: str, lay
     for _ in range(repeats):
         for number in layers:
             gc.collect()
-            taken[number].append(seconds(lambda n=number: measure(n)))  # type: ignore[misc]
-    return {"seconds": [taken[number] for number in layers], "nodes": [nodes[number] for number in layers]}
+            figures[number].append(seconds(lambda n=number: measure(n)))  # type: ignore[misc]
+    return {"seconds": [figures[number] for number in layers], "nodes": [nodes[number] for number in layers]}
 
 
 def steps(module: str, config: str, batch: int, seq_len: int, capture: str, repeats: int) -> Options:
@@ -87,9 +87,9 @@ def steps_on_ranks(
 ) -> Options:
     """As `steps`, on as many gloo ranks as `degrees` say, a thread each; a step takes what its slowest rank took."""
     world_size = Degrees(**degrees).world_size
-    given = TrainConfig(module, config, Training(global_batch_size=batch, seq_len=seq_len))
+    train_config = TrainConfig(module, config, Training(global_batch_size=batch, seq_len=seq_len))
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (world_size, folder, given, degrees, capture, repeats), nprocs=world_size)
+        spawn(_rank, (world_size, folder, train_config, degrees, capture, repeats), nprocs=world_size)
         return dict(json.loads(Path(folder, "seconds.json").read_text()))
 
 
@@ -102,7 +102,7 @@ def _rank(
     job = Job(rank, world_size, build_meshes(Degrees(**degrees), world_size))
     program = build_program(get_model(config.module), config, job, annotate=False)
     whole = ByteTokens.load(None).batch(0, 0, config.training.global_batch_size, config.training.seq_len)
-    inputs = tuple(part_of(one, job.data_parallel_rank, job.num_data_parallel) for one in whole)
+    inputs = tuple(part_of(tensor, job.data_parallel_rank, job.num_data_parallel) for tensor in whole)
     mine = _steps_in_turn(program, inputs, capture, repeats, dist.barrier)
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, mine)
@@ -119,10 +119,10 @@ def scale(module: str, config: str, layers: int, degrees: dict[str, int], seq_le
     """
     with _fake_job(degrees) as meshes:
         program, inputs = _meta_program(module, config, layers, meshes, seq_len)
-        found: list[Graph] = []
-        capture_s = seconds(lambda: found.append(_captured(program, inputs, capture)))
-        pass_s = seconds(lambda: found.append(_transformed(found[0])))
-    nodes, nodes_after = (len(graph.module.graph.nodes) for graph in found)
+        graphs_of: list[Graph] = []
+        capture_s = seconds(lambda: graphs_of.append(_captured(program, inputs, capture)))
+        pass_s = seconds(lambda: graphs_of.append(_transformed(graphs_of[0])))
+    nodes, nodes_after = (len(graph.module.graph.nodes) for graph in graphs_of)
     measured = {"nodes": nodes, "nodes_after_pass": nodes_after, "capture_s": capture_s, "pass_s": pass_s}
     return {**measured, "peak_bytes": _peak_bytes()}
 
@@ -134,12 +134,12 @@ def passes(
     with _fake_job(degrees) as meshes:
         graphs = [_captured(*_meta_program(module, config, number, meshes, seq_len), capture) for number in layers]
         _transformed(graphs[0])  # the first run of a process imports
-        taken: list[list[float]] = [[] for _ in graphs]
+        figures: list[list[float]] = [[] for _ in graphs]
         for _ in range(repeats):
-            for graph, seconds_of_graph in zip(graphs, taken):
+            for graph, seconds_of_graph in zip(graphs, figures):
                 gc.collect()
                 seconds_of_graph.append(seconds(lambda g=graph: _transformed(g)))  # type: ignore[misc]
-    return {"seconds": taken, "nodes": [len(graph.module.graph.nodes) for graph in graphs]}
+    return {"seconds": figures, "nodes": [len(graph.module.graph.nodes) for graph in graphs]}
 
 
 def collectives(module: str, config: str, batch: int, seq_len: int, capture: str, degrees: dict[str, int]) -> Options:
@@ -148,8 +148,8 @@ def collectives(module: str, config: str, batch: int, seq_len: int, capture: str
 
     with _fake_job(degrees) as meshes:
         job = Job(0, Degrees(**degrees).world_size, meshes)
-        given = TrainConfig(module, config, Training(global_batch_size=batch, seq_len=seq_len))
-        program = build_program(get_model(module), given, job, annotate=False)
+        train_config = TrainConfig(module, config, Training(global_batch_size=batch, seq_len=seq_len))
+        program = build_program(get_model(module), train_config, job, annotate=False)
         tokens_BS = torch.zeros(batch // job.num_data_parallel, seq_len, dtype=torch.long)
         graph = _captured(program, (tokens_BS, tokens_BS), capture)
         return {"before": count(graph), "after": count(_transformed(graph))}
@@ -236,15 +236,15 @@ def _steps_in_turn(
         _step(program, inputs)
 
     sides: list[Callable[[], object]] = [graph, eager]
-    taken: tuple[list[float], list[float]] = ([], [])
+    figures: tuple[list[float], list[float]] = ([], [])
     for repeat in range(-2, repeats):  # two rounds to warm up
         gc.collect()
-        for side, seconds_of_side in zip(sides, taken):
+        for side, seconds_of_side in zip(sides, figures):
             start_together()
             duration = seconds(side)
             if repeat >= 0:
                 seconds_of_side.append(duration)
-    return taken
+    return figures
 
 
 def _peak_bytes() -> int:

@@ -87,10 +87,10 @@ def _last_line(command: list[str], env: dict[str, str] | None) -> str:
     unset = ("TORCHSPAN", "PYTHONDONTWRITEBYTECODE")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(unset)}
     environ |= {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir(), "torchspan-bytecode"))} | (env or {})
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environ, check=False)
-    if done.returncode:
-        sys.exit(f"the measured program failed:\n{done.stderr}")
-    return done.stdout.strip().splitlines()[-1]
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environ, check=False)
+    if process.returncode:
+        sys.exit(f"the measured program failed:\n{process.stderr}")
+    return process.stdout.strip().splitlines()[-1]
 
 
 def write(name: str, rows: list[Row], out: Path | None, **more: Any) -> None:
@@ -115,8 +115,8 @@ def draw(name: str, rows: list[Row]) -> None:
 
 def save(name: str, rows: list[Row], out: Path, **more: Any) -> None:
     """Write the rows to `out`, as `write` does."""
-    found = {"benchmark": name, **machine(), **more, "rows": [_plain(row) for row in rows]}
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    result = {"benchmark": name, **machine(), **more, "rows": [_plain(row) for row in rows]}
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -48,11 +48,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and (storage := one.untyped_storage())._cdata not in given:
+        storages = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in storages:
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._made.values()))
         return result
 
@@ -63,7 +63,7 @@ def measure(sizes: dict[str, Any], batch: int, seq_len: int, sides: list[str], r
     spec = get_model("llama3")
     tokens, labels = ByteTokens.load(None).batch(0, 0, batch, seq_len)
     steps: dict[str, tuple[nn.Module, Step]] = {}
-    kept: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     graph = None
     for side in sides:
         flavour = replace(spec.flavour("debugmodel"), **sizes)
@@ -76,15 +76,15 @@ def measure(sizes: dict[str, Any], batch: int, seq_len: int, sides: list[str], r
         report = Report()
         bound = BoundGraph(Pipeline.parse("" if side == "graph" else side).run(graph, PassContext(report)), module)
         steps[side] = (module, lambda b=bound: b(tokens, labels))  # type: ignore[misc]
-        kept[side] = dict(report.figures)
-    peaks = {side: _peak(*one) for side, one in steps.items()}
-    taken: dict[str, list[float]] = {side: [] for side in sides}
+        results[side] = dict(report.figures)
+    peaks = {side: _peak(*tensor) for side, tensor in steps.items()}
+    figures: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side, (module, step) in steps.items():
             module.zero_grad(set_to_none=True)
-            taken[side].append(seconds(step))
+            figures[side].append(seconds(step))
             module.zero_grad(set_to_none=True)
-    return {"peak_bytes": peaks, "seconds": taken, "figures": kept}
+    return {"peak_bytes": peaks, "seconds": figures, "figures": results}
 
 
 def _peak(module: nn.Module, step: Step) -> int:

@@ -93,14 +93,14 @@ class Case:
 
     def round(self) -> None:
         """Run every contender once, the quick ones three times in between."""
-        found: dict[str, list[float]] = {name: [] for name in self.contenders}
+        figures: dict[str, list[float]] = {name: [] for name in self.contenders}
         slow = [name for name in self.contenders if name not in QUICK]
         for turn in range(3):
             for name in [name for name in self.contenders if name in QUICK] + slow[turn::3]:
                 seconds = self._run("first", name)
-                found[name].append(seconds["total"])
+                figures[name].append(seconds["total"])
                 self.cpu.setdefault(name, []).append(seconds["cpu"])
-        for name, times in found.items():
+        for name, times in figures.items():
             self.times.setdefault(name, []).append(times)
 
     def rows(self) -> list[harness.Row]:
@@ -113,14 +113,14 @@ class Case:
         return {name: {"wall": _range(times), "cpu": _range(self.cpu[name])} for name, times in flat.items()}
 
     def _row(self, name: str) -> harness.Row:
-        said, goal = GOALS[name]
-        found = self.seconds()
+        texts, goal = GOALS[name]
+        figures = self.seconds()
         ratios = [
             statistics.median(ours) / statistics.median(theirs)
             for ours, theirs in zip(self.times["artifact"], self.times[name], strict=True)
         ]
-        title = f"{self.model}, {self.mode}: load + first step over {said}"
-        ours, theirs = found["artifact"], found[name]
+        title = f"{self.model}, {self.mode}: load + first step over {texts}"
+        ours, theirs = figures["artifact"], figures[name]
         note = f"processor seconds: {ours['cpu'][1] / max(theirs['cpu'][1], 0.01):.3g}"
         return harness.Row(title, ours["wall"][1], theirs["wall"][1], goal=goal, spread=(min(ratios), max(ratios)), note=note)
 
@@ -141,11 +141,11 @@ class Case:
     def _steady_row(self, threads: int, num_processes: int, num_pairs: int) -> harness.Row:
         env = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"steady{threads}"), "OMP_NUM_THREADS": str(threads)}
         args = ["steady", "artifact", self.model, self.mode, str(self.folder)]
-        found = [harness.fresh_script(SCRIPT, [*args, str(num_pairs)], env)["seconds"] for _ in range(num_processes)]
-        ratios = sorted(ours / theirs for ours, theirs in found)
-        ours, theirs = sorted(found, key=lambda pair: pair[0] / pair[1])[len(found) // 2]
-        said = "1 thread" if threads == 1 else f"{threads} threads"
-        title = f"{self.model}, {self.mode}: a later step over torch.compile's, {said}"
+        figures = [harness.fresh_script(SCRIPT, [*args, str(num_pairs)], env)["seconds"] for _ in range(num_processes)]
+        ratios = sorted(ours / theirs for ours, theirs in figures)
+        ours, theirs = sorted(figures, key=lambda pair: pair[0] / pair[1])[len(figures) // 2]
+        texts = "1 thread" if threads == 1 else f"{threads} threads"
+        title = f"{self.model}, {self.mode}: a later step over torch.compile's, {texts}"
         return harness.Row(title, ours, theirs, goal=1.02, spread=(ratios[0], ratios[-1]))
 
 
@@ -169,19 +169,19 @@ def main() -> None:
     if options.quick:
         options.rounds, options.processes, options.pairs = 1, 1, 40
     rows: list[harness.Row] = []
-    said: dict[str, Any] = {"transformers": version("transformers"), "models": MODELS, "rounds": options.rounds}
-    said |= {"the_peer_refuses": {}, "load_average": {}, "seconds_lowest_median_highest": {}}
+    texts: dict[str, Any] = {"transformers": version("transformers"), "models": MODELS, "rounds": options.rounds}
+    texts |= {"the_peer_refuses": {}, "load_average": {}, "seconds_lowest_median_highest": {}}
     with tempfile.TemporaryDirectory(prefix="torchspan-") as root:
         for model in options.models.split(","):
             for mode in options.modes.split(","):
                 case, name = Case(model, mode, Path(root, f"{model}-{mode}")), f"{model}, {mode}"
                 case.folder.mkdir()
-                said["load_average"][name] = os.getloadavg()[0]
-                more, said["seconds_lowest_median_highest"][name] = measure(case, options)
+                texts["load_average"][name] = os.getloadavg()[0]
+                more, texts["seconds_lowest_median_highest"][name] = measure(case, options)
                 rows += more
                 if case.refused:
-                    said["the_peer_refuses"][name] = case.refused
-                harness.write("artifact_load", rows, options.out, **said)
+                    texts["the_peer_refuses"][name] = case.refused
+                harness.write("artifact_load", rows, options.out, **texts)
 
 
 if __name__ == "__main__":

@@ -183,12 +183,12 @@ def run_code(code: str, **environ: str) -> dict[str, Any]:
     """What `code` prints, run in a fresh process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         own = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", **environ}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, text=True, check=False
         )
-    if done.returncode:
-        raise SystemExit(f"{environ} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    if process.returncode:
+        raise SystemExit(f"{environ} failed:\n{process.stderr[-3000:]}")
+    return dict(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def main() -> None:

@@ -38,13 +38,13 @@ def main() -> None:
     """Measure, and write the rows."""
     options = arguments(__doc__ or "", config="debugmodel", dp_shard=2, tp=2, batch=8, seq_len=128, repeats=7)
     degrees = Degrees(dp_shard=options.dp_shard, tp=options.tp)
-    given = TrainConfig("llama3", options.config, Training(global_batch_size=options.batch, seq_len=options.seq_len))
+    config = TrainConfig("llama3", options.config, Training(global_batch_size=options.batch, seq_len=options.seq_len))
     with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (folder, given, degrees, options.repeats), nprocs=degrees.world_size)
-        found = json.loads(Path(folder, "found.json").read_text())
-    captured = found["captured"]
-    rows = [row for name in BUCKETINGS for row in compared(name, found[name], captured)]
-    rows.append(Row("step, captured / eager", captured["step_s"], found["eager"]["step_s"]))
+        spawn(measure, (folder, config, degrees, options.repeats), nprocs=degrees.world_size)
+        results = json.loads(Path(folder, "found.json").read_text())
+    captured = results["captured"]
+    rows = [row for name in BUCKETINGS for row in compared(name, results[name], captured)]
+    rows.append(Row("step, captured / eager", captured["step_s"], results["eager"]["step_s"]))
     write("bucketing", rows, options.out, job=f"{options.config}, dp_shard {options.dp_shard} × tp {options.tp}")
 
 
@@ -65,7 +65,7 @@ def measure(rank: int, folder: str, config: TrainConfig, degrees: Degrees, repea
     job = Job(rank, degrees.world_size, build_meshes(degrees, degrees.world_size))
     program = build_program(get_model(config.module), config, job, annotate=True)
     whole = ByteTokens.load(None).batch(0, 0, config.training.global_batch_size, config.training.seq_len)
-    inputs = tuple(part_of(one, job.data_parallel_rank, job.num_data_parallel) for one in whole)
+    inputs = tuple(part_of(tensor, job.data_parallel_rank, job.num_data_parallel) for tensor in whole)
     captured = capture_train_step(Program(program, inputs))
     graphs = {"captured": captured, **{name: Pipeline.parse(name).run(captured) for name in BUCKETINGS}}
     steps: dict[str, Callable[[], object]] = {"eager": lambda: program(*inputs).backward()}
@@ -74,19 +74,19 @@ def measure(rank: int, folder: str, config: TrainConfig, degrees: Degrees, repea
     everyone: list[Any] = [None] * degrees.world_size
     dist.all_gather_object(everyone, taken_in_turn(steps, lambda: program.zero_grad(set_to_none=True), repeats))
     if rank == 0:
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         for name in steps:
             slowest = [max(of_ranks) for of_ranks in zip(*(mine[name] for mine in everyone))]
-            found[name] = {"step_s": statistics.median(slowest)}
+            results[name] = {"step_s": statistics.median(slowest)}
         for name, graph in graphs.items():
-            found[name] |= {"collectives": graph.num_collectives(), "bytes": bytes_sent(graph)}
-        Path(folder, "found.json").write_text(json.dumps(found))
+            results[name] |= {"collectives": graph.num_collectives(), "bytes": bytes_sent(graph)}
+        Path(folder, "found.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 def taken_in_turn(steps: dict[str, Callable[[], object]], before: Callable[[], None], repeats: int) -> dict[str, list[float]]:
     """Seconds of each step of each side, all ranks starting together; two rounds before warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    figures: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(-2, repeats):
         for name, step in steps.items():
             before()
@@ -94,8 +94,8 @@ def taken_in_turn(steps: dict[str, Callable[[], object]], before: Callable[[], N
             dist.barrier()
             duration = seconds(step)
             if repeat >= 0:
-                taken[name].append(duration)
-    return taken
+                figures[name].append(duration)
+    return figures
 
 
 def bytes_sent(graph: Graph) -> int:

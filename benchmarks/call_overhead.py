@@ -51,9 +51,9 @@ def main() -> None:
         calls = {side: _call(program, inputs, is_training) for side, program in sides.items()}
         calls["torch.compile"]()
         _until_swapped(sides["ours"], calls["ours"])
-        taken = _taken(calls, options.calls, options.repeats)
-        note = f"eager {taken['eager'] * 1e6:.1f} µs"
-        rows.append(Row(f"a call, {name}", taken["ours"], taken["torch.compile"], "s", 1.1, note))
+        seconds = _taken(calls, options.calls, options.repeats)
+        note = f"eager {seconds['eager'] * 1e6:.1f} µs"
+        rows.append(Row(f"a call, {name}", seconds["ours"], seconds["torch.compile"], "s", 1.1, note))
     write("call_overhead", rows, options.out)
 
 

@@ -156,37 +156,44 @@ def _cold_compile_s(**sizes: Any) -> float:
 def growth_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """Seconds and nodes a layer, of many layers over few."""
     layers = [options.many, options.few]
-    found = measured("growth", **_sizes(model, options), capture=capture, layers=layers, repeats=options.growth_repeats)
+    measures = measured("growth", **_sizes(model, options), capture=capture, layers=layers, repeats=options.growth_repeats)
     name = f"growth: {model.module}, {capture}"
     return [
-        _a_layer(f"{name}, seconds of capture", found["seconds"], layers, "s", goal=2.5),
-        _a_layer(f"{name}, nodes", [[number] for number in found["nodes"]], layers, ""),
+        _a_layer(f"{name}, seconds of capture", measures["seconds"], layers, "s", goal=2.5),
+        _a_layer(f"{name}, nodes", [[number] for number in measures["nodes"]], layers, ""),
     ]
 
 
 def step_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """The graph's step over eager's in one process."""
-    found = measured("steps", **_sizes(model, options), capture=capture, repeats=options.repeats)
-    return [_step_row(f"step: {model.module}, {capture}", found)]
+    measures = measured("steps", **_sizes(model, options), capture=capture, repeats=options.repeats)
+    return [_step_row(f"step: {model.module}, {capture}", measures)]
 
 
 def ranks_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """The graph's step over eager's on two gloo ranks."""
     degrees = {"degrees": model.two_ranks}
-    found = measured("steps_on_ranks", **_sizes(model, options), capture=capture, repeats=options.repeats, **degrees)
-    return [_step_row(f"ranks: {model.module}, {capture}, {_text(model.two_ranks)}", found)]
+    measures = measured("steps_on_ranks", **_sizes(model, options), capture=capture, repeats=options.repeats, **degrees)
+    return [_step_row(f"ranks: {model.module}, {capture}, {_text(model.two_ranks)}", measures)]
 
 
 def scale_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """Nodes, seconds and memory on the first rank of the larger jobs over those of the smallest; limits on the largest."""
     fewest, *others = sorted(map(int, options.ranks.split(",")))
-    found = {
+    measures = {
         num_ranks: measured("scale", **_large(model, capture, num_ranks, options), layers=model.num_layers)
         for num_ranks in (fewest, *others)
     }
     name = f"scale: {model.module} {model.large}, {model.num_layers} layers, {capture}, {_text(model.large_degrees)}"
     rows = [
-        Row(f"{name}: {what}, {num_ranks:,} / {fewest:,} ranks", found[num_ranks][key], found[fewest][key], unit, goal, note)
+        Row(
+            f"{name}: {what}, {num_ranks:,} / {fewest:,} ranks",
+            measures[num_ranks][key],
+            measures[fewest][key],
+            unit,
+            goal,
+            note,
+        )
         for num_ranks in others
         for what, key, unit, goal, note in (
             ("nodes", "nodes", "", 1.01, "within ± 1 %"),
@@ -196,8 +203,8 @@ def scale_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
         )
     ]
     if model.has_limits:
-        largest = max(found)
-        capture_s, peak_bytes = found[largest]["capture_s"], found[largest]["peak_bytes"]
+        largest = max(measures)
+        capture_s, peak_bytes = measures[largest]["capture_s"], measures[largest]["peak_bytes"]
         rows += [
             Row(f"{name}: capture at {largest:,} ranks / its limit", capture_s, CAPTURE_LIMIT_S, goal=1.0),
             Row(f"{name}: peak memory at {largest:,} ranks / its limit", peak_bytes, MEMORY_LIMIT_BYTES, "B", goal=1.0),
@@ -209,19 +216,19 @@ def passes_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """Seconds of the pass a layer, of many layers over few, on the first of the ranks of the smallest large job."""
     num_ranks = min(map(int, options.ranks.split(",")))
     layers = [options.many, options.many // 4]
-    given = _large(model, capture, num_ranks, options)
-    found = measured("passes", **given, layers=layers, repeats=options.growth_repeats)
+    sizes = _large(model, capture, num_ranks, options)
+    measures = measured("passes", **sizes, layers=layers, repeats=options.growth_repeats)
     name = f"passes: {model.module} {model.large}, {capture}, {num_ranks:,} ranks, {PASS}"
-    return [_a_layer(name, found["seconds"], layers, "s")]
+    return [_a_layer(name, measures["seconds"], layers, "s")]
 
 
 def collectives_rows(model: Model, capture: str, options: Namespace) -> list[Row]:
     """Nodes and collectives after the pass over before, on the first of eight ranks."""
-    found = measured("collectives", **_sizes(model, options), capture=capture, degrees=model.eight_ranks)
+    measures = measured("collectives", **_sizes(model, options), capture=capture, degrees=model.eight_ranks)
     name = f"collectives: {model.module}, {capture}, {_text(model.eight_ranks)}"
     return [
-        Row(f"{name}: {kind}", found["after"][kind], number, "", note=f"after / before {PASS}")
-        for kind, number in found["before"].items()
+        Row(f"{name}: {kind}", measures["after"][kind], number, "", note=f"after / before {PASS}")
+        for kind, number in measures["before"].items()
     ]
 
 
@@ -251,20 +258,20 @@ def _sizes(model: Model, options: Namespace) -> dict[str, Any]:
 def _large(model: Model, capture: str, num_ranks: int, options: Namespace) -> dict[str, Any]:
     """What a measurement of a large job is given."""
     degrees = {**model.large_degrees, "dp_shard": num_ranks // model.large_degrees["tp"]}
-    given = {"module": model.module, "config": model.large, "degrees": degrees, "seq_len": options.large_seq_len}
-    return {**given, "capture": capture}
+    sizes = {"module": model.module, "config": model.large, "degrees": degrees, "seq_len": options.large_seq_len}
+    return {**sizes, "capture": capture}
 
 
-def _a_layer(name: str, found: list[list[float]], layers: list[int], unit: str, goal: float | None = None) -> Row:
+def _a_layer(name: str, measures: list[list[float]], layers: list[int], unit: str, goal: float | None = None) -> Row:
     """What a layer takes in the deep model over what one takes in the shallow one; `found` has the runs of each."""
-    (many_runs, few_runs), (many, few) = found, layers
+    (many_runs, few_runs), (many, few) = measures, layers
     note = f"a layer, {many} / {few} layers: 1 is linear growth, {many / few:g} quadratic"
     return Row(f"{name} a layer", statistics.median(many_runs) / many, statistics.median(few_runs) / few, unit, goal, note)
 
 
-def _step_row(name: str, found: dict[str, list[float]]) -> Row:
+def _step_row(name: str, measures: dict[str, list[float]]) -> Row:
     """Medians of the steps of both sides, which were taken in turn."""
-    graph, eager = found["graph"], found["eager"]
+    graph, eager = measures["graph"], measures["eager"]
     ratios = [ours / theirs for ours, theirs in zip(graph, eager)]
     medians = statistics.median(graph), statistics.median(eager)
     spread = min(ratios), max(ratios)

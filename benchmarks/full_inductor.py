@@ -41,14 +41,14 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         kinds = [kind for kind in KINDS if kind != "torch_compile" or options.torch_compile]
-        found = {kind: run(kind, options, Path(folder)) for kind in kinds}
-    best = min((kind for kind in ("eager", "torch_compile") if kind in found), key=lambda kind: found[kind].step_s)
-    eager = found["eager"]
+        runs = {kind: run(kind, options, Path(folder)) for kind in kinds}
+    best = min((kind for kind in ("eager", "torch_compile") if kind in runs), key=lambda kind: runs[kind].step_s)
+    eager = runs["eager"]
     rows = [
-        Row("step", found["artifact"].step_s, found[best].step_s, goal=1.0, note=f"other side: {best}"),
-        Row("start, cold: to the first step", found["cold"].first_step_s, eager.first_step_s, note="other side: eager"),
-        Row("start, artifact: to the first step", found["artifact"].first_step_s, eager.first_step_s, goal=1.5),
-        Row("start, artifact: CPU of the job", found["artifact"].cpu_s, eager.cpu_s, note="all processes, the launcher too"),
+        Row("step", runs["artifact"].step_s, runs[best].step_s, goal=1.0, note=f"other side: {best}"),
+        Row("start, cold: to the first step", runs["cold"].first_step_s, eager.first_step_s, note="other side: eager"),
+        Row("start, artifact: to the first step", runs["artifact"].first_step_s, eager.first_step_s, goal=1.5),
+        Row("start, artifact: CPU of the job", runs["artifact"].cpu_s, eager.cpu_s, note="all processes, the launcher too"),
     ]
     write("full_inductor", rows, options.out, job=f"{options.config}, {options.ranks} ranks, tp {options.tp}")
 

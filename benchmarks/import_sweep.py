@@ -61,19 +61,19 @@ def main() -> None:
     _draw(swept)
     if options.out is not None:
         seconds = round(time.perf_counter() - start, 1)
-        found = {"benchmark": "import_sweep", **harness.machine(), "seconds": seconds, "packages": swept}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        outcomes = {"benchmark": "import_sweep", **harness.machine(), "seconds": seconds, "packages": swept}
+        options.out.write_text(json.dumps(outcomes, indent=1) + "\n")
 
 
 def _top_level(name: str) -> list[str]:
     """The top-level modules with something in them that the distribution or module `name` has."""
     owned = sorted(module for module, owners in importlib.metadata.packages_distributions().items() if name in owners)
-    found = [module for module in owned if _is_of(name, module)]
-    if not found and importlib.util.find_spec(name) is not None:
-        found = [name]
-    if not found:
+    outcomes = [module for module in owned if _is_of(name, module)]
+    if not outcomes and importlib.util.find_spec(name) is not None:
+        outcomes = [name]
+    if not outcomes:
         sys.exit(f"import_sweep: no package {name!r} is installed here: {sys.executable} -m pip install {name}")
-    return found
+    return outcomes
 
 
 def _is_of(distribution: str, module: str) -> bool:
@@ -104,16 +104,16 @@ def _sweep(package: str, side: str, without_tests: bool) -> dict[str, str]:
     names = sorted({package}.union(*(_modules(package, Path(place)) for place in places)))
     if without_tests:
         names = [name for name in names if not is_of_tests(name)]
-    found: dict[str, str] = {}
-    while len(found) < len(names):
-        for name, outcome in zip(names[len(found) :], _import_in_child(names[len(found) :])):
-            found[name] = _import(name) if outcome == OK else outcome
-        for name in names[len(found) :]:
-            above = found.get(name.rpartition(".")[0], OK)
+    outcomes: dict[str, str] = {}
+    while len(outcomes) < len(names):
+        for name, outcome in zip(names[len(outcomes) :], _import_in_child(names[len(outcomes) :])):
+            outcomes[name] = _import(name) if outcome == OK else outcome
+        for name in names[len(outcomes) :]:
+            above = outcomes.get(name.rpartition(".")[0], OK)
             if above == OK:
                 break
-            found[name] = above
-    return found
+            outcomes[name] = above
+    return outcomes
 
 
 def _modules(package: str, folder: Path) -> Iterator[str]:
@@ -201,20 +201,20 @@ def _ending(status: int) -> str:
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
 
 
-def _summary(package: str, found: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _summary(package: str, outcomes: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Counts, what is missing how often on each side, and each module that fails on a side."""
-    counts = {side: Counter(found[side].values()) for side in SIDES}
+    counts = {side: Counter(outcomes[side].values()) for side in SIDES}
     missed = sorted((set(counts["without"]) | set(counts["with"])) - {OK}, key=lambda name: -counts["without"][name])
     owners = importlib.metadata.packages_distributions().get(package, ())
     return {
         "version": importlib.metadata.version(owners[0]) if owners else "",
-        "modules": len(found["with"]),
+        "modules": len(outcomes["with"]),
         **{side: counts[side][OK] for side in SIDES},
         "missing": {name: {side: counts[side][name] for side in SIDES} for name in missed},
         "failures": {
-            module: {side: found[side][module] for side in SIDES}
-            for module in found["with"]
-            if {found[side][module] for side in SIDES} != {OK}
+            module: {side: outcomes[side][module] for side in SIDES}
+            for module in outcomes["with"]
+            if {outcomes[side][module] for side in SIDES} != {OK}
         },
     }
 
@@ -223,9 +223,11 @@ def _draw(swept: dict[str, Any]) -> None:
     table = Table(title="modules that import, and the first name that others miss", box=None, title_justify="left")
     for column in ("package", "modules", "without torchspan", "with torchspan"):
         table.add_column(column, overflow="fold")
-    for package, found in swept.items():
-        table.add_row(f"{package} {found['version']}", str(found["modules"]), str(found["without"]), str(found["with"]))
-        for name, counts in found["missing"].items():
+    for package, outcomes in swept.items():
+        table.add_row(
+            f"{package} {outcomes['version']}", str(outcomes["modules"]), str(outcomes["without"]), str(outcomes["with"])
+        )
+        for name, counts in outcomes["missing"].items():
             table.add_row(f"  {name}", "", *(f"-{counts[side]}" if counts[side] else "" for side in SIDES))
     Console().print(table)
 

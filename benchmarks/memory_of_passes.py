@@ -34,27 +34,33 @@ def main() -> None:
     sides = ["graph", "eager", "eager, checkpoint", "eager, selective checkpoint", *PASSES]
     rows: list[Row] = []
     for model, sizes in MODELS.items():
-        given = {"sizes": sizes, "batch": options.batch, "seq_len": options.seq_len, "sides": sides, "repeats": options.repeats}
-        found = dict(fresh_script(MEASUREMENTS, [json.dumps(given)]))
-        rows += _rows(model, found)
+        settings = {
+            "sizes": sizes,
+            "batch": options.batch,
+            "seq_len": options.seq_len,
+            "sides": sides,
+            "repeats": options.repeats,
+        }
+        measures = dict(fresh_script(MEASUREMENTS, [json.dumps(settings)]))
+        rows += _rows(model, measures)
     write("memory of passes", rows, options.out, batch=options.batch, seq_len=options.seq_len, threads=1)
 
 
-def _rows(model: str, found: dict[str, Any]) -> list[Row]:
-    rows = [*_compared(model, found, "graph", "eager", None)]
-    for one, theirs in PASSES.items():
-        rows += _compared(model, found, one, "graph", 1.0)
-        rows += _compared(model, found, one, theirs, None)
-        figures = found["figures"][one]
+def _rows(model: str, measures: dict[str, Any]) -> list[Row]:
+    rows = [*_compared(model, measures, "graph", "eager", None)]
+    for name, theirs in PASSES.items():
+        rows += _compared(model, measures, name, "graph", 1.0)
+        rows += _compared(model, measures, name, theirs, None)
+        figures = measures["figures"][name]
         before, after = figures["sac_kept_before_bytes"], figures["sac_kept_after_bytes"]
-        rows.append(Row(f"{model}: kept for the backward, {one} / graph", after, before, "B", note="predicted from shapes"))
+        rows.append(Row(f"{model}: kept for the backward, {name} / graph", after, before, "B", note="predicted from shapes"))
     return rows
 
 
-def _compared(model: str, found: dict[str, Any], ours: str, theirs: str, goal: float | None) -> list[Row]:
-    peaks, taken = found["peak_bytes"], found["seconds"]
-    ratios = [one / other for one, other in zip(taken[ours], taken[theirs])]
-    medians = statistics.median(taken[ours]), statistics.median(taken[theirs])
+def _compared(model: str, measures: dict[str, Any], ours: str, theirs: str, goal: float | None) -> list[Row]:
+    peaks, seconds = measures["peak_bytes"], measures["seconds"]
+    ratios = [name / other for name, other in zip(seconds[ours], seconds[theirs])]
+    medians = statistics.median(seconds[ours]), statistics.median(seconds[theirs])
     return [
         Row(f"{model}: peak memory, {ours} / {theirs}", peaks[ours], peaks[theirs], "B", goal),
         Row(f"{model}: step, {ours} / {theirs}", *medians, note="one thread", spread=(min(ratios), max(ratios))),

@@ -163,7 +163,7 @@ class Program:
         if name is None:
             return None
         number, store = self.number(), self.values[name].store
-        made = self.fresh(self.new(np.full(SHAPE, number, np.float32), store.memory, store.is_known))
+        new_name = self.fresh(self.new(np.full(SHAPE, number, np.float32), store.memory, store.is_known))
         spelling = self.random.choice(
             [
                 f"torch.full_like({name}, {number})",
@@ -171,7 +171,7 @@ class Program:
                 f"torch.zeros_like({name}).add_({number})",
             ]
         )
-        return f"{made} = {spelling}"
+        return f"{new_name} = {spelling}"
 
     def alias(self) -> str | None:
         name = self.pick()
@@ -183,8 +183,8 @@ class Program:
         if array.ndim == 2:
             views += [("[0]", array[0]), (".t()", array.T)]
         text, view = self.random.choice(views)
-        made = self.fresh(Value(view, store))
-        return f"{made} = {name}{text}"
+        new_name = self.fresh(Value(view, store))
+        return f"{new_name} = {name}{text}"
 
     def compute(self) -> str | None:
         name = self.pick(self.whole)
@@ -202,8 +202,8 @@ class Program:
                 (f"{name}.double().float()", array),
             ]
         )
-        made = self.fresh(self.new(result, store.memory, False))
-        return f"{made} = {text}"
+        new_name = self.fresh(self.new(result, store.memory, False))
+        return f"{new_name} = {text}"
 
     def write(self) -> str | None:
         name = self.pick()
@@ -261,12 +261,12 @@ class Program:
         moved = self.moved(name, memory, is_known, is_copy, dtype)
         if moved is None:
             return None
-        made = self.fresh(moved)
+        new_name = self.fresh(moved)
         if moved is self.values[name] and "tensor(" not in text and "asarray(" not in text:
-            self.same = (name, made)
+            self.same = (name, new_name)
         elif moved is self.values[name]:
-            self.values[made] = Value(moved.array, moved.store)
-        return f"{made} = {text}"
+            self.values[new_name] = Value(moved.array, moved.store)
+        return f"{new_name} = {text}"
 
     def to_numpy(self) -> str | None:
         """``x.cpu().numpy()``, seen as a tensor again: of the host, sharing the memory that ``.cpu()`` gave."""
@@ -274,8 +274,8 @@ class Program:
         moved = self.moved(name, HOST, True) if name is not None else None
         if moved is None:
             return None
-        made = self.fresh(Value(moved.array, moved.store))
-        return f"{made} = torch.from_numpy({name}.cpu().numpy())"
+        new_name = self.fresh(Value(moved.array, moved.store))
+        return f"{new_name} = torch.from_numpy({name}.cpu().numpy())"
 
     def module(self) -> str | None:
         """A module: made, moved, seen, differentiated, its gradients cleared."""
@@ -283,9 +283,9 @@ class Program:
         if not self.modules or self.random.random() < 0.2:
             if name is None:
                 return None
-            made = f"m{len(self.lines)}"
-            self.modules[made] = Module(self.values[name], self.new(np.full(SHAPE, 7, np.float32), HOST))
-            return f"{made} = Box({name})"
+            new_name = f"m{len(self.lines)}"
+            self.modules[new_name] = Module(self.values[name], self.new(np.full(SHAPE, 7, np.float32), HOST))
+            return f"{new_name} = Box({name})"
         own = self.random.choice(list(self.modules))
         module = self.modules[own]
         kind = self.random.randrange(5)
@@ -320,11 +320,11 @@ class Program:
             if value is None:
                 continue
             self.values["_"] = value
-            found = self.moved("_", memory, is_known)
+            values = self.moved("_", memory, is_known)
             del self.values["_"]
-            if found is None:
+            if values is None:
                 return None
-            moved[part] = found
+            moved[part] = values
         for part, value in moved.items():
             setattr(module, part, value)
         return text
@@ -354,17 +354,17 @@ def fault(program: Program, names: dict[str, Any]) -> str:
     """What differs between the program's tensors and the model's; "" if nothing."""
     if program.same is not None and names[program.same[0]] is not names[program.same[1]]:
         return f"{program.same[0]} and {program.same[1]} are two objects, one on a GPU"
-    found = {name: names[name] for name in program.values}
+    values = {name: names[name] for name in program.values}
     expected = dict(program.values)
     for name, module in program.modules.items():
         for part in ("weight", "buffer"):
-            found[f"{name}.{part}"], expected[f"{name}.{part}"] = getattr(names[name], part), getattr(module, part)
+            values[f"{name}.{part}"], expected[f"{name}.{part}"] = getattr(names[name], part), getattr(module, part)
         if module.grad is not None:
-            found[f"{name}.grad"], expected[f"{name}.grad"] = names[name].weight.grad, module.grad
+            values[f"{name}.grad"], expected[f"{name}.grad"] = names[name].weight.grad, module.grad
     for name, value in expected.items():
-        got = found[name].detach().numpy()
-        if got.dtype != value.array.dtype or not np.array_equal(got, value.array):
-            return f"{name} is {got.tolist()} ({got.dtype}), the model says {value.array.tolist()} ({value.array.dtype})"
+        array = values[name].detach().numpy()
+        if array.dtype != value.array.dtype or not np.array_equal(array, value.array):
+            return f"{name} is {array.tolist()} ({array.dtype}), the model says {value.array.tolist()} ({value.array.dtype})"
     return ""
 
 

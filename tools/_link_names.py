@@ -171,9 +171,9 @@ def link(release: Release) -> None:
             module.is_open = False
         if module.replaced_by:
             _add_class_names(release, module)
-    done: set[str] = set()
+    visited: set[str] = set()
     for name in release.modules:
-        _follow_stars(release, name, done)
+        _follow_stars(release, name, visited)
     for module in [*release.modules.values()]:
         for key, target in module.redirected.items():
             _redirect(release, key, target)
@@ -247,17 +247,17 @@ def _add_class_names(release: Release, module: ModuleNames) -> None:
         todo += [base for base in place.classes[name].bases.split(",") if base]
 
 
-def _follow_stars(release: Release, name: str, done: set[str]) -> None:
-    if name in done:
+def _follow_stars(release: Release, name: str, visited: set[str]) -> None:
+    if name in visited:
         return
-    done.add(name)
+    visited.add(name)
     module = release.modules[name]
     for source in dict.fromkeys([*module.stars, *module.exported_from]):
         other = release.modules.get(source)
         if other is None:
             module.is_open = module.is_open or (source in module.stars and name not in CLOSED)
             continue
-        _follow_stars(release, source, done)
+        _follow_stars(release, source, visited)
         names = other.exported if other.exported is not None else [n for n in other.names if not n.startswith("_")]
         if source in module.exported_from:
             module.exported = [*(module.exported or []), *names]
@@ -305,11 +305,11 @@ def settle_kinds(releases: list[Release]) -> None:
 def _settle_kinds(tables: list[dict[str, str]]) -> None:
     for name in set().union(*tables):
         entries = [table[name] for table in tables if ":" in table.get(name, "") and table[name].startswith("(")]
-        kept = _grown_parameters(entries) if entries else frozenset()
+        kinds = _grown_parameters(entries) if entries else frozenset()
         for table in tables:
             entry = table.get(name, "")
             if entry.startswith("(") and ":" in entry:
-                table[name] = _keep_kinds(entry, kept)
+                table[name] = _keep_kinds(entry, kinds)
 
 
 def _grown_parameters(entries: list[str]) -> frozenset[str]:
@@ -328,9 +328,9 @@ def _grown_parameters(entries: list[str]) -> frozenset[str]:
     return frozenset(grown)
 
 
-def _keep_kinds(entry: str, kept: frozenset[str]) -> str:
+def _keep_kinds(entry: str, kinds: frozenset[str]) -> str:
     parameters, arrow, result = entry.partition(">")
-    parts = [part if part.partition(":")[0] in kept else part.partition(":")[0] for part in parameters[1:].split(",")]
+    parts = [part if part.partition(":")[0] in kinds else part.partition(":")[0] for part in parameters[1:].split(",")]
     return "(" + ",".join(parts) + arrow + result
 
 

@@ -475,7 +475,7 @@ class Draft:
 
     def options(self) -> dict[str, object]:
         """How it is compiled, beside the backend."""
-        has_blocks = any(one.name == "blocks" for one in self.pieces)
+        has_blocks = any(choice.name == "blocks" for choice in self.pieces)
         options: dict[str, object] = {"strategy": self.random.choice(["whole", "per_block"]) if has_blocks else "whole"}
         if self.random.random() < 0.1:
             options["dynamic"] = self.random.choice([True, False])
@@ -487,18 +487,18 @@ class Draft:
 
     def setup(self) -> str:
         """The classes, the model, its optimizer, and hooks that are there from the first call on."""
-        self.pieces = self.random.choices(PIECES, [one.weight for one in PIECES], k=self.random.randint(2, 5))
+        self.pieces = self.random.choices(PIECES, [choice.weight for choice in PIECES], k=self.random.randint(2, 5))
         num_uses = self.random.choice([0, 0, 1, 1, 2])
-        self.uses = self.random.choices(ARGUMENTS, [one.weight for one in ARGUMENTS], k=num_uses)
+        self.uses = self.random.choices(ARGUMENTS, [choice.weight for choice in ARGUMENTS], k=num_uses)
         lines = [PRELUDE, "", self.model(), "", ""]
         lines += self.starting()
         return "\n".join(lines)
 
     def model(self) -> str:
         inits = ["super().__init__()", "self.mode = 'double'", "self.last = nn.Linear(4, 4)"]
-        body = [one.forward.replace("{n}", str(n)) for n, one in enumerate(self.pieces)]
-        inits += [one.init.replace("{n}", str(n)) for n, one in enumerate(self.pieces) if one.init]
-        body += [one.text for one in self.uses]
+        body = [choice.forward.replace("{n}", str(n)) for n, choice in enumerate(self.pieces)]
+        inits += [choice.init.replace("{n}", str(n)) for n, choice in enumerate(self.pieces) if choice.init]
+        body += [choice.text for choice in self.uses]
         self.random.shuffle(body)
         body.insert(self.random.randint(0, len(body)), "x = self.last(x)")
         if self.random.random() < 0.2:
@@ -518,15 +518,15 @@ class Draft:
 
     def starting(self) -> list[str]:
         lines = [f"torch.manual_seed({self.seed})", f"random.seed({self.seed})", f"np.random.seed({self.seed})"]
-        made = "Model()"
+        construction = "Model()"
         if self.random.random() < 0.1:
             kind = self.random.choice([".double()", ".eval()", ".bfloat16()", ".requires_grad_(False)"])
             self.dtype = {".double()": ", dtype=torch.float64", ".bfloat16()": ", dtype=torch.bfloat16"}.get(kind, "")
-            made += kind
+            construction += kind
         if self.random.random() < 0.15:
             hook = self.hook()
-            return [*lines, f"model = {made}", hook, "model = start(model)", self.optimizer()]
-        return [*lines, f"model = start({made})", self.optimizer()]
+            return [*lines, f"model = {construction}", hook, "model = start(model)", self.optimizer()]
+        return [*lines, f"model = start({construction})", self.optimizer()]
 
     def optimizer(self) -> str:
         return self.random.choice(
@@ -562,32 +562,32 @@ class Draft:
         owner = self.random.choice(["model", "model.last"])
         return self.pick(HOOKS).text.replace("{owner}", owner)
 
-    def call(self, given: Choice | None = None, is_usual: bool = False) -> str:
+    def call(self, inputs: Choice | None = None, is_usual: bool = False) -> str:
         """One call in one of the ways to call, with its arguments."""
-        ways = [one for one in CALLS if self.is_pure or not one.only_pure]
-        way = self.pick([one for one in ways if one.is_usual or not is_usual])
-        given = given or self.pick(INPUTS)
-        lines = [f"x = {given.text.replace('{rows}', str(self.rows)).replace('{dtype}', self.dtype)}"]
+        ways = [choice for choice in CALLS if self.is_pure or not choice.only_pure]
+        way = self.pick([choice for choice in ways if choice.is_usual or not is_usual])
+        inputs = inputs or self.pick(INPUTS)
+        lines = [f"x = {inputs.text.replace('{rows}', str(self.rows)).replace('{dtype}', self.dtype)}"]
         if way.wants_grad:
             lines.append("x = x.detach().requires_grad_()")
         named = self.arguments()
-        kept = []
+        extras = []
         for number, (name, value) in enumerate(named):
             if name == "extra":
                 lines.append(f"extra = {value}")
                 named[number] = (name, "extra")
-                kept = ["extra"]
-        lines.append(f"given = [{', '.join(['x', *kept])}]")
+                extras = ["extra"]
+        lines.append(f"given = [{', '.join(['x', *extras])}]")
         text = ", ".join(["x", *(f"{name}={value}" for name, value in named)])
         body = way.text.replace("{call}", f"model({text})").replace("{forward_call}", f"model.forward({text})")
         return "\n".join([*lines, body])
 
     def arguments(self) -> list[tuple[str, str]]:
         """Keyword arguments; those that the forward does not read come too, seldom."""
-        names = {one.name for one in self.uses}
+        names = {choice.name for choice in self.uses}
         is_read = {
-            "scale": any("scale" in one for one in names),
-            "extra": any("extra" in one for one in names),
+            "scale": any("scale" in name for name in names),
+            "extra": any("extra" in name for name in names),
             "how": "text" in names,
             "alpha": "others" in names,
         }
@@ -597,11 +597,11 @@ class Draft:
 
     @property
     def is_pure(self) -> bool:
-        writes = any("written" in one.name or "appended" in one.name for one in self.uses)
-        return all(one.is_pure for one in self.pieces) and not writes
+        writes = any("written" in choice.name or "appended" in choice.name for choice in self.uses)
+        return all(choice.is_pure for choice in self.pieces) and not writes
 
     def pick(self, choices: Sequence[Choice]) -> Choice:
-        return self.random.choices(choices, [one.weight for one in choices])[0]
+        return self.random.choices(choices, [choice.weight for choice in choices])[0]
 
 
 def program(seed: int) -> Program:

@@ -49,8 +49,8 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def total(out: Any) -> torch.Tensor:
     """One number of all that requires a gradient, in which each element has its own part."""
-    wanted = [one for one in tensors_in(out) if one.requires_grad]
-    return sum((torch.zeros(()), *map(_weighted, wanted)))  # type: ignore[return-value]
+    differentiable = [one for one in tensors_in(out) if one.requires_grad]
+    return sum((torch.zeros(()), *map(_weighted, differentiable)))  # type: ignore[return-value]
 
 
 def _weighted(value: torch.Tensor) -> torch.Tensor:

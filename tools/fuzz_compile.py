@@ -84,8 +84,8 @@ class Started:
     @property
     def num_compiled_calls(self) -> int:
         """Calls of compiled graphs so far."""
-        generations = [one for plan in self._plans for region in plan._regions for one in region._generations.all()]
-        return sum(one.code.num_calls for one in generations if one.code is not None)
+        generations = [verdict for plan in self._plans for region in plan._regions for verdict in region._generations.all()]
+        return sum(verdict.code.num_calls for verdict in generations if verdict.code is not None)
 
     @property
     def num_swapped(self) -> int:
@@ -94,8 +94,10 @@ class Started:
 
     def outcomes(self) -> Counter[str]:
         """What became of each compile."""
-        attempts = [one for report in self.reports for one in report.attempts]
-        return Counter(one.outcome if one.cause is None else f"{one.outcome}: {_kind(one.cause)}" for one in attempts)
+        attempts = [verdict for report in self.reports for verdict in report.attempts]
+        return Counter(
+            verdict.outcome if verdict.cause is None else f"{verdict.outcome}: {_kind(verdict.cause)}" for verdict in attempts
+        )
 
 
 def _kind(cause: str) -> str:
@@ -200,11 +202,11 @@ def _run_process(first: int, count: int) -> list[Verdict]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "verdicts"
         command = [sys.executable, __file__, "--first", str(first), "--programs", str(count), "--verdicts", str(file)]
-        done = subprocess.run(command, check=False)
+        process = subprocess.run(command, check=False)
         verdicts = [_verdict(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if done.returncode not in (0, 1) or len(verdicts) < count:
+    if process.returncode not in (0, 1) or len(verdicts) < count:
         seed = first + len(verdicts)
-        verdicts.append(Verdict(seed, f"the process ended with {done.returncode}"))
+        verdicts.append(Verdict(seed, f"the process ended with {process.returncode}"))
     return verdicts
 
 
@@ -216,19 +218,25 @@ def _verdict(line: str) -> Verdict:
 def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The figures of a run."""
     outcomes: Counter[str] = Counter()
-    for one in verdicts:
-        outcomes += one.outcomes
+    for verdict in verdicts:
+        outcomes += verdict.outcomes
     return {
         "programs": len(verdicts),
-        "differ": [{"seed": one.seed, "step": one.step, "what": one.difference} for one in verdicts if one.difference],
-        "programs in which compiled code took over": sum(one.num_swapped > 0 for one in verdicts),
-        "programs by backend": dict(Counter(one.backend for one in verdicts)),
-        "programs that are bitwise eager's, by backend": dict(Counter(one.backend for one in verdicts if one.is_bitwise)),
-        "models": sum(one.num_models for one in verdicts),
-        "models that were taken over": sum(one.num_swapped for one in verdicts),
-        "steps": sum(one.num_steps for one in verdicts),
-        "steps in which compiled code ran": sum(one.num_compiled_steps for one in verdicts),
-        "seconds": round(sum(one.seconds for one in verdicts), 1),
+        "differ": [
+            {"seed": verdict.seed, "step": verdict.step, "what": verdict.difference}
+            for verdict in verdicts
+            if verdict.difference
+        ],
+        "programs in which compiled code took over": sum(verdict.num_swapped > 0 for verdict in verdicts),
+        "programs by backend": dict(Counter(verdict.backend for verdict in verdicts)),
+        "programs that are bitwise eager's, by backend": dict(
+            Counter(verdict.backend for verdict in verdicts if verdict.is_bitwise)
+        ),
+        "models": sum(verdict.num_models for verdict in verdicts),
+        "models that were taken over": sum(verdict.num_swapped for verdict in verdicts),
+        "steps": sum(verdict.num_steps for verdict in verdicts),
+        "steps in which compiled code ran": sum(verdict.num_compiled_steps for verdict in verdicts),
+        "seconds": round(sum(verdict.seconds for verdict in verdicts), 1),
         "compiles by outcome": dict(outcomes.most_common(40)),
     }
 

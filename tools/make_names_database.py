@@ -59,10 +59,10 @@ def _say(text: str) -> None:
 
 
 def _read(release: str, folder: Path) -> Release:
-    kept = folder / f"torch-{release}.zip"
-    if not kept.exists():
-        _extract(next(folder.glob(f"torch-{release}-*.whl"), None) or _download(release, folder), kept)
-    with zipfile.ZipFile(kept) as archive:
+    copy = folder / f"torch-{release}.zip"
+    if not copy.exists():
+        _extract(next(folder.glob(f"torch-{release}-*.whl"), None) or _download(release, folder), copy)
+    with zipfile.ZipFile(copy) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
     sources = {name: text.decode() for name, text in texts.items() if name.endswith((".py", ".pyi"))}
     _say(f"torch {release}: {len(sources)} files")
@@ -77,16 +77,16 @@ def _download(release: str, folder: Path) -> Path:
     return next(folder.glob(f"torch-{release}-*.whl"))
 
 
-def _extract(wheel: Path, kept: Path) -> None:
+def _extract(wheel: Path, copy: Path) -> None:
     """Keep what is read of `wheel`, and delete it."""
-    partial = kept.with_suffix(".part")
+    partial = copy.with_suffix(".part")
     with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as out:
         for name in archive.namelist():
             if (name.partition("/")[0] in ROOTS and name.endswith((".py", ".pyi"))) or name == OPERATORS:
                 out.writestr(name, archive.read(name))
         libraries = [name for name in archive.namelist() if name.endswith(LIBRARIES)]
         out.writestr("libraries", b"\0".join(texts_in(archive.read(name)) for name in libraries))
-    partial.rename(kept)
+    partial.rename(copy)
     wheel.unlink()
 
 

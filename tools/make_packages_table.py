@@ -55,9 +55,9 @@ def _table(packages: dict[str, Any]) -> str:
         "| --- | --: | --: | --: | --: | --- |",
     ]
     for name, counts_of in packages.items():
-        left = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
-        named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
-        more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
+        still_missing = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
+        named = ", ".join(f"{_plain(name)} {count}" for name, count in list(still_missing.items())[:NUM_NAMED])
+        more = f", and {len(still_missing) - NUM_NAMED} more" if len(still_missing) > NUM_NAMED else ""
         without = "not measured" if counts_of["without"] is None else counts_of["without"]
         torch, native = counts_of.get("native", ("", ""))
         newer = f"{native} ({torch.partition('+')[0]})" if torch else ""

@@ -182,15 +182,17 @@ def main() -> None:
         candidates = _unique(_ask(options.new, Path(folder)))
         is_there = _ask(options.old, Path(folder), [probe for _, _, probe in candidates])
         drawn = _draw(candidates, is_there, options.count, random.Random(options.seed))
-        asked = [one | {"found": _scanned(one["program"], versions[0], Path(folder))} for one in drawn]
-    result = _result(asked, versions, options.seed)
+        questions = [entry | {"found": _scanned(entry["program"], versions[0], Path(folder))} for entry in drawn]
+    result = _result(questions, versions, options.seed)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stderr.write(f"{json.dumps({key: value for key, value in result.items() if key != 'names'})}\n")
 
 
 def _version(python: str) -> str:
-    done = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True)
-    return done.stdout.strip().partition("+")[0]
+    process = subprocess.run(
+        [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+    )
+    return process.stdout.strip().partition("+")[0]
 
 
 def _ask(python: str, folder: Path, probes: list[Any] | None = None) -> list[Any]:
@@ -202,7 +204,7 @@ def _ask(python: str, folder: Path, probes: list[Any] | None = None) -> list[Any
 
 
 def _unique(candidates: list[Any]) -> list[Any]:
-    return list({program: one for one in candidates for program in [one[1]]}.values())
+    return list({program: entry for entry in candidates for program in [entry[1]]}.values())
 
 
 def _draw(candidates: list[Any], is_there: list[bool | None], count: int, chance: random.Random) -> list[dict[str, Any]]:
@@ -213,10 +215,10 @@ def _draw(candidates: list[Any], is_there: list[bool | None], count: int, chance
             pools.setdefault((there, kind), []).append({"kind": kind, "program": program, "probe": probe, "there": there})
     drawn = []
     for there in (False, True):
-        left = {kind: chance.sample(pool, len(pool)) for (its, kind), pool in sorted(pools.items()) if its is there}
+        pools_left = {kind: chance.sample(pool, len(pool)) for (its, kind), pool in sorted(pools.items()) if its is there}
         half: list[dict[str, Any]] = []
-        while len(half) < count // 2 and any(left.values()):
-            half += [pool.pop() for pool in left.values() if pool]
+        while len(half) < count // 2 and any(pools_left.values()):
+            half += [pool.pop() for pool in pools_left.values() if pool]
         drawn += half[: count // 2]
     return drawn
 
@@ -227,24 +229,24 @@ def _scanned(program: str, torch: str, folder: Path) -> list[str]:
     return [f"{finding.name} {finding.says}" for finding in scan([folder / "program.py"], torch).findings]
 
 
-def _result(asked: list[dict[str, Any]], versions: list[str], seed: int) -> dict[str, Any]:
-    lacking = [one for one in asked if not one["there"]]
-    found = [one for one in asked if one["found"]]
-    right = [one for one in found if not one["there"]]
-    by_kind = Counter(one["kind"] for one in lacking)
-    found_by_kind = Counter(one["kind"] for one in right)
+def _result(questions: list[dict[str, Any]], versions: list[str], seed: int) -> dict[str, Any]:
+    lacking = [entry for entry in questions if not entry["there"]]
+    positives = [entry for entry in questions if entry["found"]]
+    right = [entry for entry in positives if not entry["there"]]
+    by_kind = Counter(entry["kind"] for entry in lacking)
+    found_by_kind = Counter(entry["kind"] for entry in right)
     return {
         "torch": {"old": versions[0], "new": versions[1]},
         "machine": platform.machine(),
         "seed": seed,
-        "drawn": len(asked),
+        "drawn": len(questions),
         "lacking": len(lacking),
         "recall": round(len(right) / len(lacking), 4),
-        "precision": round(len(right) / max(1, len(found)), 4),
+        "precision": round(len(right) / max(1, len(positives)), 4),
         "recall_by_kind": {kind: f"{found_by_kind[kind]} of {number}" for kind, number in sorted(by_kind.items())},
-        "missed": [one["program"] for one in lacking if not one["found"]],
-        "wrong": [one for one in found if one["there"]],
-        "names": [{key: one[key] for key in ("kind", "program", "there", "found")} for one in asked],
+        "missed": [entry["program"] for entry in lacking if not entry["found"]],
+        "wrong": [entry for entry in positives if entry["there"]],
+        "names": [{key: entry[key] for key in ("kind", "program", "there", "found")} for entry in questions],
     }
 
 

@@ -84,8 +84,8 @@ def original(path: Path) -> str:
     with Environment(device_patches(Facts(), "auto", report), report):
         output = executed(path)
     (ported, *_) = _ported(path, make_page(report, Run(folder=str(path.parent)), [str(path)]).files)
-    left = [f"{statement.source.strip()}: {'; '.join(statement.notes)}" for statement in ported.left]
-    return json.dumps({"output": output, "text": ported.text, "left": left})
+    unported = [f"{statement.source.strip()}: {'; '.join(statement.notes)}" for statement in ported.left]
+    return json.dumps({"output": output, "text": ported.text, "left": unported})
 
 
 def outcome(path: Path, folder: Path) -> dict[str, object]:

@@ -91,13 +91,13 @@ def run(model: str, flavour: str, compiler: list[str], steps: int) -> dict[str, 
             text=True,
         )
         seconds = round(time.perf_counter() - start)
-        found = json.loads(losses.read_text()) if losses.exists() else {"losses": [], "report": {"decisions": []}}
-    decisions = [decision for decision in found["report"]["decisions"] if decision["topic"] in ("capture", "pass")]
+        outcome = json.loads(losses.read_text()) if losses.exists() else {"losses": [], "report": {"decisions": []}}
+    decisions = [decision for decision in outcome["report"]["decisions"] if decision["topic"] in ("capture", "pass")]
     return {
         "words": f"NGPU={ranks} ./run_train.sh {' '.join(words)}",
         "exit_code": job.returncode,
         "seconds": seconds,
-        "losses": found["losses"],
+        "losses": outcome["losses"],
         "report": [f"{decision['subject']} → {decision['choice']}" for decision in decisions],
         "error": job.stderr[-2000:] if job.returncode else "",
     }

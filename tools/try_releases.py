@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", help="what pytest is given; the result is printed and not written")
     options = parser.parse_args()
     for release in options.releases:
-        found = try_release(release, options.tests or TESTS, is_kept=options.keep)
-        sys.stderr.write(f"torch {release}: {_counts(found)}\n" + "".join(f"  {name}\n" for name in found["failed"]))
+        outcome = try_release(release, options.tests or TESTS, is_kept=options.keep)
+        sys.stderr.write(f"torch {release}: {_counts(outcome)}\n" + "".join(f"  {name}\n" for name in outcome["failed"]))
         if not options.tests:
-            write({release: found})
+            write({release: outcome})
 
 
 def try_release(release: str, tests: list[str] | tuple[str, ...], *, is_kept: bool) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def try_release(release: str, tests: list[str] | tuple[str, ...], *, is_kept: bo
         # torch 2.9 to 2.12 compile C++ with it, and neither they nor what they bring require it before Python 3.12
         uv = [str(ROOT / ".envs" / "tools" / "bin" / "uv"), "pip", "install", "-q", "--python", str(folder / "bin" / "python")]
         subprocess.run([*uv, "setuptools"], cwd=ROOT, check=True)
-        done = subprocess.run(
+        process = subprocess.run(
             [*dev, "test", "-q", f"--junitxml={results}", *tests], cwd=ROOT, env=environ, stdout=sys.stderr, check=False
         )
         if is_new and not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not results.exists():
-            sys.exit(f"torch {release}: no test ran (exit code {done.returncode}); its message is above")
+            sys.exit(f"torch {release}: no test ran (exit code {process.returncode}); its message is above")
         return read_results(results.read_text()) | {
             "seconds": round(time.monotonic() - start),
             "date": datetime.date.today().isoformat(),
@@ -102,17 +102,17 @@ def write(results: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> str:
     """The table, and below it what failed."""
     lines = ["| torch | passed | skipped | failed | tried |", "| --- | --: | --: | --: | --- |"]
-    for release, found in results.items():
-        counts = f"{found['passed']} | {found['skipped']} | {len(found['failed'])}"
-        lines.append(f"| {release} | {counts} | {found['date']} |")
-    for release, found in results.items():
-        if found["failed"]:
-            lines += ["", f"Failed on torch {release}:", "", *(f"- `{name}`" for name in found["failed"])]
+    for release, outcome in results.items():
+        counts = f"{outcome['passed']} | {outcome['skipped']} | {len(outcome['failed'])}"
+        lines.append(f"| {release} | {counts} | {outcome['date']} |")
+    for release, outcome in results.items():
+        if outcome["failed"]:
+            lines += ["", f"Failed on torch {release}:", "", *(f"- `{name}`" for name in outcome["failed"])]
     return "\n".join(lines)
 
 
-def _counts(found: dict[str, Any]) -> str:
-    return f"{found['passed']} passed, {found['skipped']} skipped, {len(found['failed'])} failed, {found['seconds']} s"
+def _counts(outcome: dict[str, Any]) -> str:
+    return f"{outcome['passed']} passed, {outcome['skipped']} skipped, {len(outcome['failed'])} failed, {outcome['seconds']} s"
 
 
 if __name__ == "__main__":

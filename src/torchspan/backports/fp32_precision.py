@@ -59,11 +59,11 @@ def resolve(given: dict[_Place, str], backend: str, operator: str) -> str:
     'tf32'
     """
     places = ((backend, operator), (backend, "all"), ("generic", "all"))
-    found = next((value for place in places if (value := given.get(place, "none")) != "none"), None)
-    if found is None:
+    precision = next((value for place in places if (value := given.get(place, "none")) != "none"), None)
+    if precision is None:
         is_default = backend == "cuda" and operator in ("conv", "rnn") and (backend, operator) not in given
         return "tf32" if is_default else "none"
-    return found if found in _VALUES[backend] else "none"
+    return precision if precision in _VALUES[backend] else "none"
 
 
 def _level(given: dict[_Place, str], has_cuda: bool) -> str:
@@ -117,9 +117,9 @@ def _report(name: str, precision: str, kinds: list[str]) -> None:
         return
     report.decide("backport", name, f"torchspan's {BACKPORT.name}: {precision}", BACKPORT.reason, user_site())
     if kinds.count("tf32") == 1:
-        one = ("torch.backends.cudnn.conv", "torch.backends.cudnn.rnn")[kinds.index("tf32")]
+        allowed = ("torch.backends.cudnn.conv", "torch.backends.cudnn.rnn")[kinds.index("tf32")]
         reason = "this torch has one switch for cuDNN's convolutions and recurrent layers, and the other one allows no TF32"
-        report.decide("backport", f"{one}.fp32_precision", "float32, though 'tf32' is allowed", reason, user_site())
+        report.decide("backport", f"{allowed}.fp32_precision", "float32, though 'tf32' is allowed", reason, user_site())
 
 
 def _notice() -> None:

@@ -43,7 +43,7 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@dataclass
+@dataclass(slots=True)
 class _Forward:
     """What it takes to run the graph again: its arguments, the old values of those that it changed, random state, autocast."""
 
@@ -173,18 +173,23 @@ class _Backward:
                 output.grad_fn.register_prehook(  # type: ignore[union-attr]
                     partial(self._note, number, output.output_nr)
                 )
-        for name in ("apply", "apply_boxed"):  # torch 2.13 and later call the second one
-            if hasattr(type(node), name):
-                setattr(node, name, partial(self._run, name))
+        node.apply = self._apply
+        if hasattr(type(node), "apply_boxed"):  # torch 2.13 and later call this one
+            node.apply_boxed = self._apply_boxed
 
     def _note(self, number: int, output_nr: int, gradients: Sequence[Tensor | None]) -> None:
         gradient = gradients[output_nr]
         if gradient is not None:
             self._through_views[number] = gradient
 
-    def _run(self, name: str, *gradients: Any) -> Any:
+    def _apply(self, *gradients: Any) -> Any:
+        return self._run("apply", gradients, list(gradients))
+
+    def _apply_boxed(self, gradients: list[Any]) -> Any:
+        return self._run("apply_boxed", (gradients,), gradients.copy())  # which compiled code empties
+
+    def _run(self, name: str, gradients: tuple[Any, ...], output_gradients: list[Tensor | None]) -> Any:
         node = self._node()
-        output_gradients = list(gradients[0]) if name == "apply_boxed" else list(gradients)
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
             why_not = self._why_not(output_gradients)
@@ -282,11 +287,10 @@ def _may_be_written(value: Any) -> bool:
 
 
 def _versions(args: Sequence[Any]) -> int:
-    tensors_of_args = [arg for arg in args if isinstance(arg, Tensor)]
     try:
-        return sum([tensor._version for tensor in tensors_of_args])
+        return sum([arg._version for arg in args if isinstance(arg, Tensor)])
     except RuntimeError:  # inference tensors have none
-        return sum(tensor._version for tensor in tensors_of_args if not tensor.is_inference())
+        return sum(arg._version for arg in args if isinstance(arg, Tensor) and not arg.is_inference())
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
