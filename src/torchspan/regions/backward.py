@@ -81,9 +81,10 @@ class EagerBackward:
             if not is_in_backward():
                 _undo(forward)
             raise
+        lost = _written(forward) if forward.unkept else ()
         if self._changed is None:
-            self._learn(forward)
-        if not has_backward or forward.unkept:
+            self._learn(forward, lost)
+        if not has_backward or lost:
             return outputs
         forward.versions = _versions(args)
         sources = [(output, _node_of(output, first)) for output in _outputs(outputs)]
@@ -104,18 +105,17 @@ class EagerBackward:
         unkept = {} if is_known else {i: _version(arg) for i, arg in enumerate(args) if i not in before}
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state(), unkept)
 
-    def _learn(self, forward: _Forward) -> None:
+    def _learn(self, forward: _Forward, lost: tuple[int, ...]) -> None:
         """Note whether the graph draws random numbers, and which arguments it writes into: the same in all its calls.
 
-        Parameters, which may be large, tell by their versions; those that are written stay in the forward's `unkept`.
+        Parameters, which may be large, tell by their versions: `lost` are those that were written.
         """
         assert forward.random is not None
         drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
         self._is_random = drawn
         with torch.no_grad():
             changed = tuple(i for i, value in forward.before.items() if not torch.equal(value, forward.args[i]))
-        forward.unkept = {i: version for i, version in forward.unkept.items() if _version(forward.args[i]) != version}
-        self._changed = (*changed, *forward.unkept)
+        self._changed = (*changed, *lost)
         forward.before = {i: forward.before[i] for i in changed}
         forward.random = forward.random if drawn else None
 
@@ -254,6 +254,11 @@ def _undo(forward: _Forward) -> None:
         for number, value in forward.before.items():
             if not torch.equal(forward.args[number], value):
                 forward.args[number].copy_(value)
+
+
+def _written(forward: _Forward) -> tuple[int, ...]:
+    """The arguments that were written since, and whose old values are not kept."""
+    return tuple(i for i, version in forward.unkept.items() if _version(forward.args[i]) != version)
 
 
 def _version(value: Any) -> int:
