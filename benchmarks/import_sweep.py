@@ -1,6 +1,7 @@
 """Which modules of installed packages import here, without and with torchspan, and what the others miss first.
 
     python benchmarks/import_sweep.py torchtitan peft --out sweep.json
+    python benchmarks/import_sweep.py verl --without-tests --out sweep.json    leaving out modules of tests
 
 The modules, those of namespace packages too, are first imported one after another in a fork of a process that imported all
 that were found to import, up to the first that fails, hangs or ends the fork: so a sweep is fast, and a failure leaves nothing.
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", help="names of distributions or of top-level modules")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--without-tests", action="store_true", help="leave modules of tests out")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -48,13 +50,13 @@ def main() -> None:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        json.dump({name: _sweep(name, options.side) for name in options.packages}, answer)
+        json.dump({name: _sweep(name, options.side, options.without_tests) for name in options.packages}, answer)
         answer.flush()
         os._exit(0)  # without the exit handlers of what was imported
     packages = [package for name in options.packages for package in _top_level(name)]
     start = time.perf_counter()
     with ThreadPoolExecutor() as pool:
-        sides = dict(zip(SIDES, pool.map(lambda side: json.loads(_run_side(side, packages)), SIDES)))
+        sides = dict(zip(SIDES, pool.map(lambda side: json.loads(_run_side(side, packages, options.without_tests)), SIDES)))
     swept = {package: _summary(package, {side: sides[side][package] for side in SIDES}) for package in packages}
     _draw(swept)
     if options.out is not None:
@@ -83,14 +85,14 @@ def _is_of(distribution: str, module: str) -> bool:
     )
 
 
-def _run_side(side: str, packages: list[str]) -> str:
+def _run_side(side: str, packages: list[str], without_tests: bool) -> str:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHSPAN")}
     environ |= {"OMP_NUM_THREADS": "1"} | ({"TORCHSPAN": "1"} if side == "with" else {})
-    command = [sys.executable, __file__, "--side", side, *packages]
+    command = [sys.executable, __file__, "--side", side, *(["--without-tests"] if without_tests else []), *packages]
     return subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def _sweep(package: str, side: str) -> dict[str, str]:
+def _sweep(package: str, side: str, without_tests: bool) -> dict[str, str]:
     """For each module of `package`, ``ok`` or what it misses."""
     import torch  # noqa: F401 - the one thing that all processes share; it activates torchspan where that is asked for
 
@@ -100,6 +102,8 @@ def _sweep(package: str, side: str) -> dict[str, str]:
     assert spec is not None, package
     places = list(spec.submodule_search_locations or ())
     names = sorted({package}.union(*(_modules(package, Path(place)) for place in places)))
+    if without_tests:
+        names = [name for name in names if not is_of_tests(name)]
     found: dict[str, str] = {}
     while len(found) < len(names):
         for name, outcome in zip(names[len(found) :], _import_in_child(names[len(found) :])):
@@ -120,6 +124,16 @@ def _modules(package: str, folder: Path) -> Iterator[str]:
             continue
         for end in range(len(parts)):
             yield ".".join((package, *parts[: end + 1])).removesuffix(".__init__")
+
+
+def is_of_tests(name: str) -> bool:
+    """Whether a module is of a package's tests, by its dotted name.
+
+    >>> is_of_tests("verl.tests.a"), is_of_tests("torchao.b_test"), is_of_tests("torchao.testing.utils")
+    (True, True, False)
+    """
+    parts = name.split(".")
+    return any(part in ("test", "tests", "conftest") or part.startswith("test_") or part.endswith("_test") for part in parts)
 
 
 def _import_in_child(names: list[str]) -> list[str]:

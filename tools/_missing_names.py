@@ -55,6 +55,11 @@ class MissingName:
         self._skip_test()
         raise TypeError(f"{self!r} is no number")
 
+    def __lt__(self, other: object) -> bool:
+        return bool(self.__index__())
+
+    __gt__ = __le__ = __ge__ = __lt__
+
     def _skip_test(self) -> None:
         specs = [getattr(sys.modules.get(name), "__spec__", None) for name in test_modules]
         if test_modules and not any(getattr(spec, "_initializing", False) for spec in specs):

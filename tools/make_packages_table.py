@@ -2,14 +2,15 @@
 
     python benchmarks/import_sweep.py peft torchao --out sweep.json
     python tools/make_packages_table.py sweep.json …
+    python tools/make_packages_table.py sweep.json --native newest.json    beside a sweep on the newest torch
 
 A package of a later file replaces that of an earlier one, and of the result there was; with no file, only the table is made.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ BEGIN, END = "<!-- table: made by tools/make_packages_table.py -->", "<!-- end o
 NUM_NAMED = 6
 
 
-def main(files: list[str]) -> None:
+def main() -> None:
     """Merge the files into the result, and the result into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="what import_sweep.py wrote on the older torch")
+    parser.add_argument("--native", type=Path, help="what it wrote on the newest torch, for its imports without torchspan")
+    options = parser.parse_args()
+    native = json.loads(options.native.read_text()) if options.native else {"packages": {}}
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"packages": {}}
-    for file in files:
-        answer = json.loads(Path(file).read_text())
+    for file in options.files:
+        answer = json.loads(file.read_text())
+        for name, of in answer["packages"].items():
+            if name in native["packages"]:
+                of["native"] = [native["torch"], native["packages"][name]["without"]]
         result = answer | {"packages": result["packages"] | {name: _brief(of) for name, of in answer["packages"].items()}}
     result.pop("seconds", None)  # of the last file only
     result["packages"] = dict(sorted(result["packages"].items()))
@@ -42,15 +51,17 @@ def _brief(swept: dict[str, Any]) -> dict[str, Any]:
 
 def _table(packages: dict[str, Any]) -> str:
     rows = [
-        "| package | modules | import without | with | what those miss that still do not |",
-        "| --- | --: | --: | --: | --- |",
+        "| package | modules | import without | with | on a newer torch, without | what those miss that still do not |",
+        "| --- | --: | --: | --: | --: | --- |",
     ]
     for name, counts_of in packages.items():
         left = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
         named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
         more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
         without = "not measured" if counts_of["without"] is None else counts_of["without"]
-        counts = f"{counts_of['modules']} | {without} | {counts_of['with']}"
+        torch, native = counts_of.get("native", ("", ""))
+        newer = f"{native} ({torch.partition('+')[0]})" if torch else ""
+        counts = f"{counts_of['modules']} | {without} | {counts_of['with']} | {newer}"
         rows.append(f"| {name} {counts_of['version']} | {counts} | {named}{more} |")
     return "\n".join(rows)
 
@@ -61,4 +72,4 @@ def _plain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -55,8 +55,14 @@ def try_release(release: str, tests: list[str] | tuple[str, ...], *, is_kept: bo
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         results = Path(temporary) / "results.xml"
-        command = [sys.executable, str(ROOT / "dev.py"), "test", "-q", f"--junitxml={results}", *tests]
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=sys.stderr, check=False)
+        dev = [sys.executable, str(ROOT / "dev.py")]
+        subprocess.run([*dev, "shell"], cwd=ROOT, env=environ, stdout=sys.stderr, check=True)
+        # torch 2.9 to 2.12 compile C++ with it, and neither they nor what they bring require it before Python 3.12
+        uv = [str(ROOT / ".envs" / "tools" / "bin" / "uv"), "pip", "install", "-q", "--python", str(folder / "bin" / "python")]
+        subprocess.run([*uv, "setuptools"], cwd=ROOT, check=True)
+        done = subprocess.run(
+            [*dev, "test", "-q", f"--junitxml={results}", *tests], cwd=ROOT, env=environ, stdout=sys.stderr, check=False
+        )
         if is_new and not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
         if not results.exists():

@@ -12,28 +12,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchspan.backports._base import all_backports
+from torchspan.backports._base import all_backports, get_backport
 from torchspan.environment.scope import Environment
 
 FIRST_FORMS = Path(__file__).with_name("first_forms.txt")
 
 
 def first_forms() -> list[tuple[list[str], str, str]]:
-    """Of each line of first_forms.txt: the releases (as 2.10), the beginning of the tests' names, what that form does."""
-    lines = [line for line in FIRST_FORMS.read_text().splitlines() if line and not line.startswith("#")]
-    entries = [(*line.partition(" | ")[0].split(maxsplit=1), line.partition(" | ")[2]) for line in lines]
-    return [(releases.split(","), test.strip(), cause) for releases, test, cause in entries]
+    """Of each line of first_forms.txt: the releases (as 2.10), the beginning of the tests' names, the backport."""
+    lines = [line.partition(" | ") for line in FIRST_FORMS.read_text().splitlines() if line and not line.startswith("#")]
+    entries = [(*line.split(maxsplit=1), named) for line, _, named in lines]
+    return [(releases.split(","), test, named or test.partition(".")[0][5:]) for releases, test, named in entries]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this torch has in a first form."""
     release = ".".join(torch.__version__.split(".")[:2])
-    here = [(test, cause) for releases, test, cause in first_forms() if release in releases]
+    here = [(test, get_backport(name).first_form(release)) for releases, test, name in first_forms() if release in releases]
     for item in items:
         name = item.nodeid.removeprefix("tests/backports/")
-        for test, cause in here:
+        for test, otherwise in here:
             if name.startswith(test):
-                item.add_marker(pytest.mark.skip(reason=f"torch {release}'s own, a first form: {cause}"))
+                item.add_marker(pytest.mark.skip(reason=f"torch {release}'s own, a first form: {otherwise}"))
+
+
+@pytest.fixture
+def skipped_first_forms() -> list[tuple[list[str], str, str]]:
+    """The lines of first_forms.txt."""
+    return first_forms()
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from torchspan.backports._base import INDEX, REGISTRY, Backport, index_entry, is_lacking, status
-from torchspan.environment.patch import MissingModule, Replacement
+from torchspan.core.report import Report, reporting
+from torchspan.environment.patch import MissingModule, MissingName, Replacement
 from torchspan.environment.scope import Environment
+from torchspan.scan._names import Names
 
 NAMES = REGISTRY.names()
 TAKEN_AWAY = {"opaque_object": {"OpaqueBase", "OpaqueBaseMeta", "__getattr__"}}
@@ -24,6 +26,8 @@ TAKEN_AWAY = {"opaque_object": {"OpaqueBase", "OpaqueBaseMeta", "__getattr__"}}
 
 WHOLE = ("2.8.", "2.13.", "2.15.")
 """Releases that have what they have in its last form; tests/backports/first_forms.txt is of the others."""
+OPEN = ("torch._dynamo.decorators.override_optimization_hint",)
+"""Names of modules that make names at run time: the database cannot tell which releases lack them."""
 
 
 def backport_of(name: str) -> Backport:
@@ -70,6 +74,51 @@ def test_a_backport_says_what_it_is(name: str) -> None:
     assert backport.names or backport.replaces or backport.redefines or backport.also
 
 
+@pytest.mark.once
+def test_a_name_says_which_releases_of_torch_have_it() -> None:
+    """Held to the database of names, which is read off the releases themselves."""
+    database, wrong = Names.load(), []
+    for backport in map(backport_of, NAMES):
+        for place, names in {backport.target: backport.names, **backport.elsewhere}.items():
+            for name in names:
+                mask = database.look_up(f"{place}.{name}").mask
+                has = [minor for index, minor in enumerate(database.minors) if mask >> index & 1]
+                first, _, last = backport.period_of(place, name).partition(" to ")
+                expected = (first.rpartition(".")[0] if first.count(".") == 2 else first, last or database.minors[-1])
+                if has and (has[0], has[-1]) != expected and f"{place}.{name}" not in OPEN:
+                    wrong.append(f"{backport.name}: {place}.{name} is in torch {has[0]} to {has[-1]}")
+    assert not wrong
+
+
+@pytest.mark.once
+def test_a_first_form_says_what_it_does_otherwise(skipped_first_forms: list[tuple[list[str], str, str]]) -> None:
+    for releases, test, name in skipped_first_forms:
+        assert all(backport_of(name).first_form(f"{release}.0") for release in releases), test
+
+
+@pytest.mark.once
+def test_of_a_first_form_it_says_what_this_torch_has_and_what_it_lacks() -> None:
+    names = {"nn": object, "_b": object}
+    backport = Backport("a", "a", "torch", "2.6.0", came={"99.0.0": ("_b",)}, is_module=True, names=names)
+    assert status(backport) == (
+        "backported",
+        f"torch {torch.__version__} has a first form of it, since 2.6.0, without _b (since 99.0.0)",
+    )
+    reasons = {patch.attribute: patch.reason for patch in backport.patches() if isinstance(patch, MissingName)}
+    assert reasons == {"nn": "torch has it since 2.6.0", "_b": "torch has it since 99.0.0"}
+    whole = Backport("a", "a", "torch", "2.6.0", names={"nn": object})
+    assert status(whole) == ("native", f"torch {torch.__version__} has it (since 2.6.0)")
+    minor = ".".join(torch.__version__.split(".")[:2])
+    first = Backport("a", "a", "torch", "2.6.0", first_forms={minor: "takes no x"}, names={"nn": object})
+    assert status(first) == ("native", f"torch {torch.__version__} has a first form of it, since 2.6.0: takes no x")
+    report = Report()
+    with reporting(report):
+        first.record_use("nn(x=1)")
+    assert [decision.reason for decision in report.decisions] == [
+        f"what torch {torch.__version__} has is a first form: takes no x"
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_index_lists_what_it_changes_and_provides(name: str) -> None:
     listed = json.loads(INDEX.read_text())
@@ -109,8 +158,8 @@ def test_where_torch_has_it_nothing_changes_and_nothing_is_reported(name: str) -
     with Environment(backport.patches()) as environment:
         use(backport)
         for place, holder in targets.items():
-            kept = before[place].keys() - completed
-            assert all(vars(holder)[key] is before[place][key] for key in kept), place
+            unchanged = before[place].keys() - completed
+            assert all(vars(holder)[key] is before[place][key] for key in unchanged), place
             assert vars(holder).keys() - before[place].keys() <= older, place
         subjects = {decision.subject.rpartition(".")[2] for decision in environment.report.decisions}
         assert subjects <= older

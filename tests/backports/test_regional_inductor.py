@@ -41,15 +41,15 @@ def compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[b
     import torch._inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    seen: list[bool] = []
+    values: list[bool] = []
     compile_part = torch._inductor.standalone_compile
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        seen.append(torch._inductor.config.fallback_random)
+        values.append(torch._inductor.config.fallback_random)
         return compile_part(*args, **kwargs)
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", counted)
-    return seen
+    return values
 
 
 def backend() -> Any:
@@ -73,6 +73,20 @@ def test_two_parts_are_compiled_forward_and_backward_with_eagers_gradients(compi
     expected.sum().backward()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])
+
+
+def test_a_part_of_a_graph_that_is_called_twice_is_compiled_once(compiles: list[bool]) -> None:
+    @torch.compiler.nested_compile_region
+    def nested(x: torch.Tensor) -> torch.Tensor:
+        with traceback.annotate({"compile_with_inductor": 0}):
+            return x.sin()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return nested(nested(x + 1) + 1)
+
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(program, backend=backend(), fullgraph=True)(x), program(x))
+    assert len(compiles) == 1
 
 
 @pytest.mark.slow

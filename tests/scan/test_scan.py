@@ -237,3 +237,8 @@ def test_the_example_of_this_project_runs_with_torchspan() -> None:
 def test_no_torch_release_in_the_python_api_is_an_error() -> None:
     with pytest.raises(InputError, match=r"expected one from 2\.6 to 2\.15"):
         scan([__file__], "3.0")
+
+
+def test_a_member_of_a_subclass_is_no_need_where_the_class_has_moved(scanned: Scanned) -> None:
+    text = "from torch.distributed.tensor import Placement\ndef f(p: Placement):\n    return p.is_shard() and p.dim\n"
+    assert not scanned(program=text).findings

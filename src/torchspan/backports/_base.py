@@ -48,11 +48,13 @@ class Backport:
     """One thing that a newer torch has.
 
     `since` is the first torch release that has it (none if torch has none), `upstream` a link to the change that brought it,
-    `differs` what is not as upstream's. `names` are built in the module `target` where it lacks them; with `is_module`, the
-    module itself is what is missing. `elsewhere` are names that belong to it in other modules, which are made where this torch
-    lacks them. `replaces` are changes to what is there in `target` (such as a function that lacks an argument); `redefines` are
-    the same for functions that other modules hold too, which stay the objects they are. `also` are changes elsewhere that the
-    rest needs, made when the module in question is imported.
+    `differs` what is not as upstream's. `came` are names that came in other releases: by the first that has them, or by the
+    first and the last (``2.11 to 2.13``); a name is one of `target`'s, or dotted. `first_forms` says of releases (``2.10,
+    2.11``) that have it in a first form what that form does otherwise. `names` are built in the module `target` where it
+    lacks them; with `is_module`, the module itself is what is missing. `elsewhere` are names that belong to it in other
+    modules, which are made where this torch lacks them. `replaces` are changes to what is there in `target` (such as a
+    function that lacks an argument); `redefines` are the same for functions that other modules hold too, which stay the
+    objects they are. `also` are changes elsewhere that the rest needs, made when the module in question is imported.
 
     `lacks` says whether this torch needs all that, given the module `target` (None if it does not exist); by default it does
     where `target` has none of `names` (with `is_module`, not all). `impossible` gives the reason why it cannot work here, or
@@ -66,6 +68,8 @@ class Backport:
     since: str = ""
     upstream: str = ""
     differs: str = "nothing known"
+    came: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    first_forms: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     is_module: bool = False
     elsewhere: Mapping[str, Mapping[str, Callable[[], object]]] = field(default_factory=dict)
@@ -79,18 +83,37 @@ class Backport:
     @property
     def reason(self) -> str:
         """Why it was put in: the text of the Decision."""
-        return f"torch has it since {self.since}" if self.since else "no torch has it there"
+        return self.reason_of("")
+
+    def reason_of(self, module: str, attribute: str = "") -> str:
+        """Why a name, or a whole module, was put in: which releases of torch have it."""
+        period = self.period_of(module, attribute)
+        if not period[:1].isdigit():
+            return f"torch has it in {period}" if period else "no torch has it there"
+        return f"torch {period} have it" if " to " in period else f"torch has it since {period}"
+
+    def first_form(self, release: str) -> str:
+        """What torch `release`, which has it in a first form, does otherwise; nothing where that is not so."""
+        minor = ".".join(release.split(".")[:2])
+        return next((text for releases, text in self.first_forms.items() if minor in releases.split(", ")), "")
+
+    def period_of(self, module: str, attribute: str) -> str:
+        """The releases that have a name, or a module, as `came` and `since` say them."""
+        called = {module, f"{module}.{attribute}"} | ({attribute} if module == self.target else set())
+        return next((period for period, names in self.came.items() if not called.isdisjoint(names)), self.since)
 
     def patches(self) -> Iterable[Patch]:
         """The Patches that provide it; where torch has it, they change nothing."""
         if self.is_module:
             yield MissingModule(self.name, self.target, self._build_module, self.reason)
         for attribute in self.names:  # a torch that has the module may still lack some
-            yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), self.reason)
+            reason = self.reason_of(self.target, attribute)
+            yield MissingName(self.name, self.target, attribute, partial(self._build_name, attribute), reason)
         for module, names in self.elsewhere.items():
-            yield MissingModule(self.name, module, partial(self._build_module, module), self.reason)
+            yield MissingModule(self.name, module, partial(self._build_module, module), self.reason_of(module))
             for attribute in names:
-                yield MissingName(self.name, module, attribute, partial(self._build_name, attribute, module), self.reason)
+                reason = self.reason_of(module, attribute)
+                yield MissingName(self.name, module, attribute, partial(self._build_name, attribute, module), reason)
         for attribute, rebuild in self.replaces.items():
             yield Replacement(self.name, self.target, attribute, self._where_lacking(rebuild))
         for attribute, redefine in self.redefines.items():
@@ -101,9 +124,13 @@ class Backport:
 
     def record_use(self, subject: str) -> None:
         """Record that a changed function did what torch's own could not; for what no look-up of a name shows."""
+        import torch
+
         report = current_report()
         if report is not None:
-            report.decide("backport", subject, f"torchspan's {self.name}", self.reason, user_site())
+            first = self.first_form(torch.__version__)
+            reason = f"what torch {torch.__version__} has is a first form: {first}" if first else self.reason
+            report.decide("backport", subject, f"torchspan's {self.name}", reason, user_site())
 
     def _where_lacking(self, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def change(old: Any) -> object:
@@ -121,7 +148,8 @@ class Backport:
         if cause is None:
             built = (self.elsewhere[module] if module else self.names)[attribute]()
         else:
-            built = unavailable(f"{module or self.target}.{attribute}", cause, self.since, self.instead)
+            place = module or self.target
+            built = unavailable(f"{place}.{attribute}", cause, self.period_of(place, attribute), self.instead)
         if not module:
             _built[self.name, attribute] = built
         return built
@@ -221,16 +249,45 @@ def _is_imported(name: str) -> bool:
 def status(backport: Backport) -> tuple[Standing, str]:
     """How this torch stands to `backport`, and why; activates nothing.
 
-    ``native``: torch has it; ``backported``: ours takes its place once activated; ``not possible here``: neither.
+    ``native``: torch has it, if only in a first form; ``backported``: ours takes its place once activated, or completes
+    torch's; ``not possible here``: neither.
     """
     import torch
 
+    first = _first_form(backport, torch.__version__)
     if not is_lacking(backport):
-        return "native", f"torch {torch.__version__} has it" + (f" (since {backport.since})" if backport.since else "")
+        return "native", first or f"torch {torch.__version__} has it" + (f" (since {backport.since})" if backport.since else "")
     reason = backport.impossible()
     if reason is not None:
         return "not possible here", reason
-    return "backported", f"torch {torch.__version__} lacks it; {backport.reason}"
+    return "backported", first or f"torch {torch.__version__} lacks it; {backport.reason}"
+
+
+def _first_form(backport: Backport, release: str) -> str:
+    """That torch `release` has it in a first form, and what that lacks and does otherwise; nothing where it is not so."""
+    otherwise = backport.first_form(release)
+    came_before = backport.since[:1].isdigit() and _minor(backport.since) <= _minor(release)
+    if not otherwise and not (came_before and is_lacking(backport)):
+        return ""
+    later: dict[str, list[str]] = {}
+    for place, names in ({backport.target: backport.names} | dict(backport.elsewhere)).items():
+        for name in names:
+            period = backport.period_of(place, name)
+            if period[:1].isdigit() and _minor(period) > _minor(release):
+                later.setdefault(period, []).append(name)
+    without = ", ".join(f"{_listed(names)} (since {period})" for period, names in later.items())
+    since = f", since {backport.since}" if came_before else ""
+    says = f"torch {release} has a first form of it{since}" + (f", without {without}" if without else "")
+    return f"{says}: {otherwise}" if otherwise else says
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _minor(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split()[0].split(".")[:2])
 
 
 def backport_patches() -> list[Patch]:

@@ -126,7 +126,18 @@ BACKPORT = Backport(
     name="accelerator_memory",
     summary="memory of the accelerator that is here: get_memory_info, memory_allocated, memory_stats, empty_cache, …",
     target="torch.accelerator.memory",
-    since=_SINCE,  # get_memory_info since 2.10, empty_host_cache since 2.12
+    since=_SINCE,
+    came={
+        "2.10.0": (
+            "get_memory_info",
+            "torch.accelerator.get_memory_info",
+        ),
+        "2.12.0": (
+            "empty_host_cache",
+            "torch.accelerator.empty_host_cache",
+        ),
+        "2.13.0": ("_snapshot",),
+    },
     upstream="https://github.com/pytorch/pytorch/pull/152932",
     differs="figures are those of torch.cuda or torch.xpu; other devices are refused",
     is_module=True,

@@ -159,6 +159,12 @@ BACKPORT = _Definition(
     summary="activations on the CPU until the backward: torch.ops.ao.offload, reload and wait_tensor",
     target=_PLACE,
     since="2.12.0",
+    came={
+        "2.12.0": (f"{_PASSES}.offload_activation_fw_async", f"{_PASSES}.reload_activation_bw_async"),
+        "2.10.0": (_PASSES,),  # the rest of it
+        "2.13.0": ("pinned_memory_pool",),
+    },
+    first_forms={"2.12": "pins no memory of a meta tensor, and copies to the current accelerator alone"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.12.0/torch/_functorch/_activation_offloading/offload_ops.py",
     differs=(
         "a tensor that is on the CPU is copied at once, where newer torch needs an accelerator; the passes of "
@@ -173,13 +179,13 @@ BACKPORT = _Definition(
     },
     elsewhere={
         "torch._functorch._activation_offloading.activation_offloading": {
-            "enable_activation_offloading": lambda: unavailable(f"{_PASSES}.enable_activation_offloading", _CAUSE, "2.11.0"),
-            "offload_activation_fw": lambda: unavailable(f"{_PASSES}.offload_activation_fw", _CAUSE, "2.11.0"),
-            "reload_activation_bw": lambda: unavailable(f"{_PASSES}.reload_activation_bw", _CAUSE, "2.11.0"),
+            "enable_activation_offloading": lambda: unavailable(f"{_PASSES}.enable_activation_offloading", _CAUSE, "2.10.0"),
+            "offload_activation_fw": lambda: unavailable(f"{_PASSES}.offload_activation_fw", _CAUSE, "2.10.0"),
+            "reload_activation_bw": lambda: unavailable(f"{_PASSES}.reload_activation_bw", _CAUSE, "2.10.0"),
             "offload_activation_fw_async": lambda: unavailable(f"{_PASSES}.offload_activation_fw_async", _CAUSE, "2.12.0"),
             "reload_activation_bw_async": lambda: unavailable(f"{_PASSES}.reload_activation_bw_async", _CAUSE, "2.12.0"),
-            "can_offload": lambda: unavailable(f"{_PASSES}.can_offload", _CAUSE, "2.11.0"),
-            "choose_offload_sets": lambda: unavailable(f"{_PASSES}.choose_offload_sets", _CAUSE, "2.11.0"),
+            "can_offload": lambda: unavailable(f"{_PASSES}.can_offload", _CAUSE, "2.10.0"),
+            "choose_offload_sets": lambda: unavailable(f"{_PASSES}.choose_offload_sets", _CAUSE, "2.10.0"),
         }
     },
 )

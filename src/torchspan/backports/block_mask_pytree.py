@@ -205,6 +205,7 @@ BACKPORT = Backport(
     summary="BlockMask._flatten, _unflatten, _flatten_with_keys, to register flex attention's mask as a pytree",
     target=_PLACE,
     since="2.10.0",
+    came={"2.11.0": ("_MaskModWrapper",)},
     upstream="https://github.com/pytorch/pytorch/pull/164940",
     differs="it has no tensors that this torch's BlockMask has not",
     names={"_MaskModWrapper": lambda: _MaskModWrapper},

@@ -171,6 +171,17 @@ BACKPORT = Backport(
     summary="merge FSDP's collectives by size, also by inductor's options: torch._inductor.fx_passes.bucketing",
     target=_PLACE,
     since="2.9.0",
+    came={
+        "2.10.0": (
+            "BucketMode",
+            "is_all_reduce_tensor",
+            "is_all_to_all_tensor",
+        ),
+        "2.11.0": (
+            "is_fsdp_all_gather",
+            "is_fsdp_reduce_scatter",
+        ),
+    },
     upstream="https://github.com/pytorch/pytorch/pull/158663",
     differs="buckets are copied with plain operators, whatever the mode; only gathers of parameters are merged",
     names={

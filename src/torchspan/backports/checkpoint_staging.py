@@ -224,6 +224,7 @@ BACKPORT = Backport(
     summary="DefaultStager and StagingOptions: a checkpoint's copy of the state, made in background",
     target=_PLACE,
     since="2.9.0",
+    first_forms={"2.11, 2.12": "cannot copy a class whose metaclass is not type"},
     upstream="https://github.com/pytorch/pytorch/pull/156207",
     differs=(
         "the stream of an asynchronous copy waits for what the caller's stream has still to do; tensors inside other objects "

@@ -46,6 +46,8 @@ BACKPORT = _Submodule(
     summary="capture one call of a function ahead of time and load it elsewhere: torch.compiler.precompile",
     target="torch.compiler",
     since="2.15.0",
+    came={"2.14.0": ("precompile", "PrecompileError")},
+    first_forms={"2.14": "a function without capture, which is left alone"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.15.0/torch/compiler/precompile.py",
     differs=(
         "the files are a torchspan artifact and its digest: no Python source is executed, nothing is unpickled; every call is "

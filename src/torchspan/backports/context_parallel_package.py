@@ -74,11 +74,12 @@ BACKPORT = Backport(
     summary="context parallelism at its newer place: torch.distributed.tensor.experimental._context_parallel",
     target=_PLACE,
     since="2.10.0",
+    first_forms={"2.10, 2.11, 2.12": "balances a sequence that cannot be cut evenly too"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/distributed/tensor/experimental/_context_parallel/__init__.py",
     differs="see the backport context_parallel",
     is_module=True,
     names={
-        **_BALANCERS,
+        **{name: build for name, build in _BALANCERS.items() if name != "_create_default_load_balancer"},
         **_SHARED,
     },
     elsewhere={

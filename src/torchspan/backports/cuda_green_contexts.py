@@ -43,6 +43,12 @@ BACKPORT = Backport(
     summary="parts of a GPU's multiprocessors: torch.cuda.green_contexts can be imported; its use is refused",
     target=_PLACE,
     since=_SINCE,
+    came={
+        "2.15.0": (
+            "SMPartition",
+            "is_localization_supported",
+        )
+    },
     upstream="https://github.com/pytorch/pytorch/tree/v2.10.0/torch/cuda/green_contexts.py",
     differs=f"{_CAUSE}: making one is an error that says so",
     is_module=True,

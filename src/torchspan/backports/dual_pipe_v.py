@@ -222,6 +222,14 @@ def _transfers(action: _Action, rank_of: Mapping[int, int], num_stages: int) -> 
         yield rank_of[other], _action(other, receive, action.microbatch_index)
 
 
+class _Lowered(list[Any]):
+    """A rank's actions as this runtime lowers them, which puts no REDUCE_GRAD in: the last backward scales gradients."""
+
+
+def _is_reduction(action: _Action | None) -> bool:
+    return action is not None and action.computation_type.name == "REDUCE_GRAD"
+
+
 def _last_backwards(actions: Sequence[_Action]) -> dict[int, list[int]]:
     """The stages whose gradients are complete after the action at a position."""
     position_of: dict[int, int] = {}
@@ -301,7 +309,8 @@ for _public in (_PipelineContext, _CustomFunctionProtocol):
     _public.__module__ = _PLACE
 
 _CUSTOM = ("FORWARD", "FULL_BACKWARD", "BACKWARD_INPUT", "BACKWARD_WEIGHT", _OVERLAP, "UNSHARD", "RESHARD")
-_BACKWARD = ("FULL_BACKWARD", "BACKWARD_INPUT", "BACKWARD_WEIGHT", "SEND_B", "RECV_B")
+_BACKWARD = ("FULL_BACKWARD", "BACKWARD_INPUT", "BACKWARD_WEIGHT", "SEND_B", "RECV_B", "REDUCE_GRAD")
+_OF_ALL_MICROBATCHES = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
 
 
 class _Runtime:
@@ -332,6 +341,7 @@ class _Runtime:
         self._sends: list[Any] = []
         self._is_ready_for_backward = False
         self._return_outputs = True
+        self._scales_where_said = False
 
     def register_custom_function(self, computation_type: Any, custom_function: _CustomFunctionProtocol) -> None:
         """Have `custom_function` do all actions of `computation_type`; it is called with the action and a context.
@@ -355,17 +365,23 @@ class _Runtime:
         super()._validate_and_set_stage_mapping(parts)  # type: ignore[misc]
 
     def _prepare_schedule_with_comms(self, actions: _Order, format: str = "compute_only") -> None:
+        """A schedule of the program's that says all that is done says where gradients are scaled, too: by REDUCE_GRAD."""
+        self._load_actions(actions, format)
+        self._scales_where_said |= format == "compute_comms" and not any(isinstance(_, _Lowered) for _ in actions.values())
+
+    def _load_actions(self, actions: _Order, format: str = "compute_only") -> None:
+        """Its name on torch 2.8, where gradients are scaled with the last backward, whatever a schedule says."""
+        self._scales_where_said = any(_is_reduction(action) for listed in actions.values() for action in listed)
         self._validate_and_set_stage_mapping(actions)
         if format == "compute_comms":
             self.pipeline_order_with_comms = {rank: list(listed) for rank, listed in actions.items()}
         elif format == "compute_only":
             _check_computations(actions)
             unsharded = {rank: _with_unshard(listed) for rank, listed in actions.items()}
-            self.pipeline_order_with_comms = _with_transfers(unsharded, self.stage_index_to_group_rank, self._num_stages)
+            lowered = _with_transfers(unsharded, self.stage_index_to_group_rank, self._num_stages)
+            self.pipeline_order_with_comms = {rank: _Lowered(listed) for rank, listed in lowered.items()}
         else:
             raise NotImplementedError(f"{format=} is not implemented")
-
-    _load_actions = _prepare_schedule_with_comms  # its name on torch 2.8
 
     def _dump_csv(self, filename: str, format: str = "compute_comms") -> None:
         orders = {"compute_only": self.pipeline_order, "compute_comms": self.pipeline_order_with_comms}
@@ -421,7 +437,7 @@ class _Runtime:
         self.backward_counter.clear()
         context = _PipelineContext(self, arg_mbs, kwarg_mbs, target_mbs, losses)
         actions = self.pipeline_order_with_comms[self.rank]
-        complete = _last_backwards(actions) if self._has_backward else {}
+        complete = _last_backwards(actions) if self._has_backward and not self._scales_where_said else {}
         for position, action in enumerate(actions):
             try:
                 with torch.profiler.record_function(f"PP:{action}"):
@@ -466,7 +482,7 @@ class _Runtime:
         perform = getattr(self, f"_do_{name.lower()}", None)
         if perform is None:
             raise ValueError(f"{action=} is unknown or unsupported")
-        assert microbatch is not None or name in ("UNSHARD", "RESHARD"), f"{action=} missing mb_index"
+        assert microbatch is not None or name in _OF_ALL_MICROBATCHES, f"{action=} missing mb_index"
         perform(self._stage(action.stage_index), microbatch, context)
 
     def _stage(self, index: int) -> Any:
@@ -537,6 +553,9 @@ class _Runtime:
         """Count a backward that gives parameters their gradients; says whether it is the stage's last."""
         self.backward_counter[stage.stage_index] += 1
         return self.backward_counter[stage.stage_index] == self._n_microbatches
+
+    def _do_reduce_grad(self, stage: Any, microbatch: int | None, context: _PipelineContext) -> None:
+        self._scale_gradients((stage.stage_index,))  # FSDP has reduced them with the stage's last backward
 
     def _scale_gradients(self, stages: Iterable[int]) -> None:
         for index in stages:
@@ -794,12 +813,14 @@ BACKPORT = Backport(
     summary="ScheduleDualPipeV, OVERLAP_F_B, and custom functions for the actions of a pipeline's schedule",
     target=_PLACE,
     since="2.10.0",
+    came={"2.9.0": ("OVERLAP_F_B",)},
     upstream="https://github.com/pytorch/pytorch/pull/162016",  # the schedule itself, since 2.9: pull/159591
     differs=(
-        "there is no REDUCE_GRAD action: a stage's gradients are reduced and scaled with its last backward; an action's "
-        "sub_actions are an attribute and no fourth entry; options of later releases are not taken (defer_pp_recv, "
-        "max_active_stages, loss_kwargs, ...); eval() works, where torch's own "
-        "fails for stages that follow each other on one rank, and does not call a custom function of a backward or of a pair"
+        "schedules put no REDUCE_GRAD in: FSDP reduces a stage's gradients with its last backward, and they are scaled there, "
+        "or where a schedule of compute_comms says REDUCE_GRAD; an action's sub_actions are an attribute and no fourth entry; "
+        "options of later releases are not taken (defer_pp_recv, max_active_stages, loss_kwargs, ...); eval() works, where "
+        "torch's own fails for stages that follow each other on one rank, and does not call a custom function of a backward or "
+        "of a pair"
     ),
     names={
         _OVERLAP: _overlap,

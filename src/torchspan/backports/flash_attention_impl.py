@@ -102,6 +102,8 @@ BACKPORT = Backport(
     summary="which flash attention torch's operator runs: torch.nn.attention.activate_flash_attention_impl and its like",
     target=_PLACE,
     since=_SINCE,
+    came={"2.11.0": ("restore_flash_attention_impl",)},
+    first_forms={"2.10": "keeps no handle, cannot take an implementation back, and lists the known ones in other words"},
     upstream="https://github.com/pytorch/pytorch/pull/167348",
     differs="FA3 and FA4 are known by name, and refused; what a package registers is activated and restored",
     names={function.__name__: (lambda function=function: function) for function in _PUBLIC}

@@ -247,6 +247,7 @@ BACKPORT = Backport(
     summary="the precision of float32 matmuls, convolutions and recurrent layers: fp32_precision of torch.backends and below",
     target="torch.backends",
     since="2.9.0",
+    first_forms={"2.9, 2.10": "torch.backends.cudnn.rnn keeps what is assigned to it, and nothing else learns of it"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.9.0/torch/backends/__init__.py",
     differs=(
         "one switch for the matmuls of all devices, so CUDA's 'tf32' allows it on a CPU that has it; cuDNN's convolutions and "

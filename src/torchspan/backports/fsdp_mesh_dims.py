@@ -162,6 +162,8 @@ BACKPORT = Backport(
     summary="fully_shard over named axes of a larger mesh: DataParallelMeshDims and fully_shard(dp_mesh_dims=…)",
     target="torch.distributed.fsdp",
     since="2.12.0",
+    came={"2.11.0": ("torch.distributed.fsdp._fully_shard._fsdp_init._get_mesh_info",)},
+    first_forms={"2.11": "what FSDP knows of a mesh is asked in another way"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.12.0/torch/distributed/fsdp/_fully_shard/_fully_shard.py",
     differs=(
         "the sharded parameters lie on the data-parallel and then the other axes, not on the mesh that was given; "

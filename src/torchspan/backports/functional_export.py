@@ -245,6 +245,10 @@ BACKPORT = Backport(
     summary="a program's graph as dynamo sees it, called as the program is: dynamo_graph_capture_for_export",
     target=_PLACE,
     since="2.10.0",
+    first_forms={
+        "2.10": "asks for keyword-only arguments of the model at each call, and makes an input of a dynamic dimension's size",
+        "2.11": "makes an input of a dynamic dimension's size",
+    },
     upstream="https://github.com/pytorch/pytorch/pull/165225",
     differs='meta["module_call_specs"] is empty',
     names={"dynamo_graph_capture_for_export": lambda: dynamo_graph_capture_for_export},

@@ -52,6 +52,7 @@ BACKPORT = Backport(
     summary="code of graphs that takes one list: torch.fx.graph._BoxedCodeGen; print_readable(expanded_def=, additional_meta=)",
     target="torch.fx.graph",
     since="2.10.0",
+    first_forms={"2.10": "print_readable takes no additional_meta"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/fx/graph.py",
     differs="print_readable's text has each function's parameters on one line and no additional metadata",
     names={"_BoxedCodeGen": _boxed},

@@ -48,6 +48,7 @@ BACKPORT = Backport(
     summary="names for the kernels of a CUDA graph: torch.cuda._graph_annotations",
     target=_PLACE,
     since="2.12.0",
+    first_forms={"2.12, 2.14": "does not say that the driver is missing"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.12.0/torch/cuda/_graph_annotations.py",
     differs="nothing is noted, as in newer torch without the driver of CUDA 13.1",
     is_module=True,

@@ -9,6 +9,7 @@ BACKPORT = Backport(
     summary="AOTAutograd in two steps, a joint graph with descriptors between them: aot_export_joint_with_descriptors",
     target="torch._functorch.aot_autograd",
     since="2.9.0",
+    first_forms={"2.9": "takes no keyword arguments of a captured graph", "2.10": "traces a captured graph with other stacks"},
     upstream="https://github.com/pytorch/pytorch/pull/159005",
     differs=(
         "only the joint graph has descriptors, its two parts have those of their inputs; disable_functionalization and "

@@ -76,6 +76,13 @@ BACKPORT = Backport(
     summary="every rank simulated in one process: torch.distributed._local_tensor",
     target=_PLACE,
     since=_SINCE,
+    came={
+        "2.12.0": (
+            "rank_map",
+            "tensor_map",
+        )
+    },
+    first_forms={"2.10, 2.11": "has a part of the module"},
     upstream="https://github.com/pytorch/pytorch/pull/164537",
     differs="a simulation cannot be begun; what only asks for one, or runs outside of one, works",
     names={

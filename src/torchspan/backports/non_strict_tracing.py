@@ -79,6 +79,8 @@ BACKPORT = Backport(
     summary="a training step traced by make_fx: torch.compiler._is_non_strict_tracing, make_fx(record_stack_traces=…)",
     target="torch.compiler",
     since="2.12.0",
+    came={"2.13.0": ("_patch_engine_backward",)},
+    first_forms={"2.12": "asks for a context around a patch of the backward"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.12.0/torch/compiler/__init__.py",
     names={
         "_is_non_strict_tracing": lambda: _is_non_strict_tracing,

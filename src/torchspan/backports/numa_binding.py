@@ -180,6 +180,13 @@ BACKPORT = Backport(
     summary="processes bound to the CPUs near their accelerator: torch.numa.binding",
     target="torch.numa.binding",
     since="2.9.0",
+    came={
+        "2.10.0": ("_maybe_apply_numa_binding_to_current_process",),
+        "2.11.0": (
+            "_maybe_wrap_with_numa_binding",
+            "_maybe_wrap_command_args_with_numa_binding",
+        ),
+    },
     upstream="https://github.com/pytorch/pytorch/blob/v2.9.0/torch/numa/binding.py",
     differs=(
         "AffinityMode.NODE only; the others are refused; numactl is needed for commands only; LaunchConfig(numa_options=…) "

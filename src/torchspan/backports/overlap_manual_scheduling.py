@@ -74,6 +74,7 @@ BACKPORT = Backport(
     summary="bucket FSDP's collectives by module and overlap them: manual_overlap_bucketing",
     target=_PLACE,
     since=_SINCE,
+    first_forms={"2.10": "asks for a process group, whatever the graph"},
     upstream="https://github.com/pytorch/pytorch/pull/165487",
     differs=(
         "insert_overlap_deps does not make inductor keep the order; buckets are copied with plain operators; "

@@ -100,6 +100,7 @@ BACKPORT = Backport(
     summary="pipelines: the action REDUCE_GRAD, PipelineStage(get_mesh=…), block masks cut into microbatches",
     target=_PLACE,
     since="2.10.0",
+    first_forms={"2.10, 2.11": "PipelineStage takes no get_mesh"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.10.0/torch/distributed/pipelining/schedules.py",
     differs=(
         "schedules put no REDUCE_GRAD in: gradients are reduced with a stage's last backward; stages send no DTensors, so "

@@ -181,6 +181,7 @@ BACKPORT = _InPackageToo(
     summary="QuantizedHuggingFaceStorageReader: block-scaled and MXFP4 safetensors read as plain tensors",
     target=_PLACE,
     since="2.9.0",
+    first_forms={"2.9": "multiplies a shard that begins inside a block with the scales of other blocks"},
     upstream="https://github.com/pytorch/pytorch/pull/160682",
     differs=(
         "all of an MXFP4 tensor is read, however many dimensions it has (torch 2.13 and 2.15 fill the first values of each row "

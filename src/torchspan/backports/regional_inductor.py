@@ -38,10 +38,10 @@ regional_inductor.__module__ = "torch.fx.passes.regional_inductor"
 def _compile_regions(gm: GraphModule) -> tuple[GraphModule, int]:
     """The graph with its regions compiled, also those of the graphs that it calls, and the number of its own."""
     cut = cut_regions(gm)
-    for node in cut.graph.find_nodes(op="get_attr"):
-        called = cut.get_submodule(str(node.target)) if _is_submodule(cut, str(node.target)) else None
+    for target in dict.fromkeys(str(node.target) for node in cut.graph.find_nodes(op="get_attr")):  # one may be called twice
+        called = cut.get_submodule(target) if _is_submodule(cut, target) else None
         if isinstance(called, GraphModule):
-            parent, _, last = str(node.target).rpartition(".")
+            parent, _, last = target.rpartition(".")
             setattr(cut.get_submodule(parent), last, _compile_regions(called)[0])
     regions = list_regions(cut)
     for region in regions:

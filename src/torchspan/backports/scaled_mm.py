@@ -211,6 +211,7 @@ BACKPORT = Backport(
     summary="products of scaled float8 matrices: torch.nn.functional.scaled_mm, scaled_grouped_mm, ScalingType, SwizzleType",
     target=_PLACE,
     since=_SINCE,
+    first_forms={"2.10, 2.11": "no kernel for a CPU", "2.12": "its kinds of scaling cannot be traced"},
     upstream="https://github.com/pytorch/pytorch/pull/163856",
     differs=(
         "scales by tensor and by row only: those of blocks raise UnsupportedError, as 2.8's kernels do not know them; "

@@ -10,16 +10,19 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from torchspan.backports._base import Backport, Change
+from torchspan.backports._base import Backport, Change, unavailable
 from torchspan.core.errors import UnsupportedError
 
 _PLACES = ("torch.distributed.symmetric_memory", "torch.distributed._symmetric_memory")
 _VARIABLE = "TORCH_SYMMMEM"
+_PADS = {name: f"{_PLACES[-1]}.{name}" for name in ("get_signal_pad_size", "set_signal_pad_size")}
+_FIXED_PADS = "this torch's signal pads have one size"
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ BACKPORT = Backport(
     upstream="https://github.com/pytorch/pytorch/tree/main/torch/distributed/_symmetric_memory",
     differs="no torch has the class at this place; it calls what this torch has in torch.distributed._symmetric_memory",
     names={"SymmetricMemory": lambda: SymmetricMemory},
+    elsewhere={_PLACES[-1]: {name: partial(unavailable, place, _FIXED_PADS, "2.10.0") for name, place in _PADS.items()}},
+    came={"2.10.0": tuple(_PADS.values())},
     also=(  # torch has them since 2.9
         Change("torch.distributed._symmetric_memory", "set_backend", lambda old: old or _set_backend, create=True),
         Change("torch.distributed._symmetric_memory", "get_backend", lambda old: old or _get_backend, create=True),

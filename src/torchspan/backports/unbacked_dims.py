@@ -58,6 +58,7 @@ BACKPORT = Backport(
     summary="unbacked dimensions by their newer names: DimDynamic.UNBACKED, optimization_hint",
     target="torch.fx.experimental.symbolic_shapes",
     since="2.11.0",
+    came={"2.12.0": ("optimization_hint",)},
     upstream="https://github.com/pytorch/pytorch/blob/v2.11.0/torch/fx/experimental/symbolic_shapes.py",
     differs="shape_ids and unbacked_bounds of a context are refused",
     names={"optimization_hint": lambda: optimization_hint},

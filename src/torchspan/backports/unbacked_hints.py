@@ -85,6 +85,7 @@ BACKPORT = Backport(
     summary="mark_unbacked(min=, max=, shape_id=, hint_override=), override_optimization_hint",
     target="torch._dynamo.decorators",
     since="2.13.0",
+    first_forms={"2.11": "takes the bounds"},
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/decorators.py",
     differs="bounds and shape ids are refused with what to write instead; hints are left out, which changes no result",
     names={"override_optimization_hint": lambda: override_optimization_hint},

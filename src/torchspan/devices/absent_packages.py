@@ -11,6 +11,10 @@ from torchspan.core.topics import Standing, Topic
 from torchspan.devices._redirect import Redirection
 from torchspan.environment.patch import AbsentModule, Patch
 
+_ASKED_FOR_CUDA = (
+    "its kernels are for GPUs; with --device off (TORCHSPAN_DEVICE=off) a program that has a way for CPUs takes that"
+)
+
 ADVICE = {
     "triton": "its kernels are for GPUs; 'pip install triton' has them run here by Triton's interpreter, slowly (torchspan "
     "turns it on), or write them with torch's operators",
@@ -20,6 +24,10 @@ ADVICE = {
     "transformer_engine": "torch.nn's layers under torch.autocast run on every device",
     "cupy": "numpy has the same functions for the CPU",
     "pycuda": "its kernels are for NVIDIA's compiler: write them with torch's operators",
+    "sgl_kernel": _ASKED_FOR_CUDA,
+    "flashinfer": _ASKED_FOR_CUDA,
+    "deep_gemm": _ASKED_FOR_CUDA,
+    "cutlass": _ASKED_FOR_CUDA,
     "pynvml": "'torchspan run --masquerade' answers it",
 }
 """By the package: what to do where it is not there."""

@@ -99,11 +99,12 @@ class Names:
 
     def look_up_member(self, dotted: str) -> Presence:
         """In which releases an instance of a class has a member, given as ``class.member``."""
-        mask = 0
+        mask, is_known = 0, False
         for its, entry in self._lookup.entries_of_member(dotted):
             mask |= 0 if entry is None else its
-        # what its class lacks in every release is its subclass's
-        return Presence(dotted, mask or self.all)
+            is_known |= entry not in (None, "?")
+        # what its class has in no release is its subclass's, also where older releases have the class elsewhere
+        return Presence(dotted, mask if is_known else self.all)
 
     def resolve(self, path: str) -> str:
         """The dotted name that a path with calls in it means; nothing where the result of a call is not known.
