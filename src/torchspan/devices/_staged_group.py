@@ -51,10 +51,29 @@ class StagedGroup(dist.ProcessGroup):
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg, arg-type]
         self.inner = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._name = self._desc = ""
 
     def getBackendName(self) -> str:
         """The name of the backend."""
         return NAME
+
+    # torch 2.8 asks the backends of a group for its name, and this group is its own backend
+
+    def setGroupName(self, name: str) -> None:
+        """Be known by this name."""
+        self._name = name
+
+    def getGroupName(self) -> str:
+        """The name that functional collectives and meshes know it by."""
+        return self._name
+
+    def setGroupDesc(self, desc: str) -> None:
+        """Be described so."""
+        self._desc = desc
+
+    def getGroupDesc(self) -> str:
+        """The description, for messages."""
+        return self._desc
 
     def __repr__(self) -> str:
         return f"StagedGroup(rank={self.rank()}, size={self.size()})"

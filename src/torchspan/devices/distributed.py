@@ -4,6 +4,7 @@ Where that is another accelerator, NCCL becomes the accelerator's own backend, o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
@@ -15,6 +16,8 @@ from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 C10D = "torch.distributed.distributed_c10d"
+_POINT_TO_POINT = (12, 13, 14)
+"""c10d's numbers for send, recv and recv_anysource."""
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:
@@ -22,6 +25,7 @@ def patches(redirection: Redirection) -> Iterable[Patch]:
     for name in ("init_process_group", "new_group", "split_group", "new_subgroups", "new_subgroups_by_enumeration"):
         yield Redefinition("distributed", C10D, name, partial(_group, redirection, name))
     yield Redefinition("distributed", C10D, "barrier", partial(_barrier, redirection))
+    yield Replacement("distributed", C10D, "Work.get_future", _get_future)
     mesh = partial(_mesh, redirection)
     yield Redefinition("distributed", "torch.distributed.device_mesh", "init_device_mesh", mesh)
     yield Replacement("distributed", "torch.distributed.device_mesh", "DeviceMesh.__init__", partial(_mesh_init, redirection))
@@ -92,6 +96,40 @@ def _barrier(redirection: Redirection, old: Function) -> Function:
         return old(group, async_op, **kwargs)
 
     return barrier
+
+
+def _get_future(old: Any) -> Function:
+    """NCCL has a future for every work; gloo has none for a reduce-scatter, in any torch up to 2.15.
+
+    It has none for a send and a receive either, and those may be waited for once: they are left as they are.
+    """
+
+    @wraps(old)
+    def get_future(self: Any) -> Any:
+        try:
+            return old(self)
+        except RuntimeError as error:
+            if "not implemented" not in str(error) or self._get_op_type() in _POINT_TO_POINT:
+                raise
+            return _future_of(self)
+
+    return get_future
+
+
+def _future_of(work: Any) -> Any:
+    """A future that is done when the work is, or has its error. What the work wrote is not known here: its value is empty."""
+    future: Any = torch.futures.Future()
+
+    def wait() -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            future.set_exception(error)
+        else:
+            future.set_result([])
+
+    threading.Thread(target=wait, name="torchspan-work", daemon=True).start()
+    return future
 
 
 def _mesh(redirection: Redirection, old: Function) -> Function:
