@@ -56,6 +56,7 @@ def _table(packages: dict[str, Any]) -> str:
     ]
     for name, counts_of in packages.items():
         left = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
+        left = dict(sorted(left.items(), key=lambda item: -item[1]))
         named = ", ".join(f"{_plain(name)} {count}" for name, count in list(left.items())[:NUM_NAMED])
         more = f", and {len(left) - NUM_NAMED} more" if len(left) > NUM_NAMED else ""
         without = "not measured" if counts_of["without"] is None else counts_of["without"]
