@@ -50,11 +50,11 @@ def nothing_left() -> Callable[[], None]:
 
     def check() -> None:
         deadline = time.monotonic() + 1.0
-        left = _others(before)
-        while left and time.monotonic() < deadline:
+        survivors = _others(before)
+        while survivors and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = _others(before)
-        assert left == []
+            survivors = _others(before)
+        assert survivors == []
 
     return check
 
@@ -62,18 +62,18 @@ def nothing_left() -> Callable[[], None]:
 def _others(before: set[int]) -> list[str]:
     known = before.union(server_pids())
     running = [child for child in [*psutil.Process().children(recursive=True), *_orphans()] if child.pid not in known]
-    left = []
+    survivors = []
     for child in running:
         with suppress(psutil.NoSuchProcess):  # ended since it was listed
             if child.status() != psutil.STATUS_ZOMBIE:
-                left.append(f"{child.pid} {child.name()}")
-    return left
+                survivors.append(f"{child.pid} {child.name()}")
+    return survivors
 
 
 def _orphans() -> list[psutil.Process]:
     """Forks of a compile server of this process, whoever their parent is now."""
     mark = f'"parent": {os.getpid()}' + "}"
-    return [one for one in psutil.process_iter(["cmdline"]) if any(mark in part for part in one.info["cmdline"] or ())]
+    return [child for child in psutil.process_iter(["cmdline"]) if any(mark in part for part in child.info["cmdline"] or ())]
 
 
 class Block(nn.Module):

@@ -138,13 +138,13 @@ def test_threads_that_activate_and_look_names_up_at_once_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "said"),
+    ("variable", "message"),
     [
         ({"TORCHSPAN_DISABLE": "anotate"}, "did you mean 'annotate'?"),
         ({"TORCHSPAN_DEVICE": "cudaa"}, "device is 'cudaa'; expected"),
         ({"TORCHSPAN_BUDGET_SECONDS": "soon"}, "TORCHSPAN_BUDGET_SECONDS is 'soon'; expected a number"),
     ],
 )
-def test_a_variable_that_cannot_be_used_is_one_line_and_exit_code_2(run_python, variable: dict[str, str], said: str) -> None:
+def test_a_variable_that_cannot_be_used_is_one_line_and_exit_code_2(run_python, variable: dict[str, str], message: str) -> None:
     done = run_python("import torch", env={"TORCHSPAN": "1", **variable}, expect=2)
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -197,8 +197,8 @@ def new_module() -> Callable[..., AbstractContextManager[types.ModuleType]]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
     """The module of the models, importable by its name here and in every process that has its folder on its path."""
-    with module_of("artifact_models", MODELS, tmp_path_factory.mktemp("models")) as made:
-        yield made
+    with module_of("artifact_models", MODELS, tmp_path_factory.mktemp("models")) as module:
+        yield module
 
 
 @pytest.fixture(scope="session")
@@ -206,15 +206,15 @@ def make(models: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     """The file of the artifact of a model of that name, for a compiler; made when it is first asked for."""
     from torchspan.artifacts import precompile
 
-    made: dict[tuple[str, str], Path] = {}
+    paths: dict[tuple[str, str], Path] = {}
     folder = tmp_path_factory.mktemp("artifacts")
 
     def make_artifact(name: str, compiler: str = "eager") -> Path:
-        if (name, compiler) not in made:
+        if (name, compiler) not in paths:
             args, kwargs = models.inputs(name)
             artifact = precompile(getattr(models, name)(), args, kwargs, compiler=compiler)
-            made[name, compiler] = artifact.save(folder / f"{name}-{compiler}.tspan")
-        return made[name, compiler]
+            paths[name, compiler] = artifact.save(folder / f"{name}-{compiler}.tspan")
+        return paths[name, compiler]
 
     return make_artifact
 

@@ -138,7 +138,7 @@ def test_a_mark_of_dynamo_counts_and_static_entries_stay_beside_dynamic_ones(tmp
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "error", "said"),
+    ("dynamic", "error", "message"),
     [
         ({"y": {0: "b"}}, UnknownNameError, "no input 'y'.*by position or by name"),
         ({"x": {5: "b"}}, InputError, "dimension 5 of input 'x', which has 3"),
@@ -148,8 +148,8 @@ def test_a_mark_of_dynamo_counts_and_static_entries_stay_beside_dynamic_ones(tmp
         ({0: {0: "a", 2: "b"}}, CaptureError, r"cannot be captured for any args\[0\]\.size\(2\): it works for 4 only"),
     ],
 )
-def test_what_cannot_be_dynamic_is_said_before_anything_is_compiled(dynamic: Any, error: type, said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_what_cannot_be_dynamic_is_said_before_anything_is_compiled(dynamic: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
         precompile(Attention(), (torch.randn(3, 5, 4),), compiler="eager", dynamic=dynamic)
     with pytest.raises(InputError, match="has size 1 in the example"):
         precompile(nn.Linear(4, 3), (torch.randn(1, 4),), compiler="eager", dynamic={0: {0: "batch"}})

@@ -77,11 +77,11 @@ def test_weights_that_are_not_inside_are_one_clear_error(models: types.ModuleTyp
 
 def test_two_artifacts_are_compared_by_entry_and_payload(models: types.ModuleType, tmp_path: Path) -> None:
     model = models.mlp()
-    one = precompile(model, (torch.randn(4, 10),), compiler="eager").save(tmp_path / "one.tspan")
+    first = precompile(model, (torch.randn(4, 10),), compiler="eager").save(tmp_path / "one.tspan")
     same = precompile(models.mlp(), (torch.randn(4, 10),), compiler="eager").save(tmp_path / "same.tspan")
-    other = precompile(model, (torch.randn(5, 10),), compiler="eager").save(tmp_path / "other.tspan")
-    assert diff(one, same) == {"entries": {}, "payloads": {}}
-    result = diff(one, other)
+    second = precompile(model, (torch.randn(5, 10),), compiler="eager").save(tmp_path / "other.tspan")
+    assert diff(first, same) == {"entries": {}, "payloads": {}}
+    result = diff(first, second)
     assert list(result["entries"]) == ["rebuild"]
     assert set(result["payloads"]) == {"entry0/plan.json", "entry0/guards.json"}
-    assert verify(one)["differs"] == {}
+    assert verify(first)["differs"] == {}

@@ -97,7 +97,7 @@ def test_a_changed_program_is_refused_by_the_guard_that_names_it(
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda x, m: ((x[:3],), {"mask": m}), r"args\[0\] has shape \[3, 10\] \(expected \[4, 10\]\)"),
         (lambda x, m: ((x.double(),), {"mask": m}), r"args\[0\] has dtype torch.float64 \(expected torch.float32\)"),
@@ -111,17 +111,17 @@ def test_a_changed_program_is_refused_by_the_guard_that_names_it(
     ],
 )
 def test_other_inputs_are_refused_by_the_guard_that_names_them(
-    call: Callable, said: str, models: types.ModuleType, make: Callable[..., Path]
+    call: Callable, message: str, models: types.ModuleType, make: Callable[..., Path]
 ) -> None:
     args, kwargs = models.inputs("mlp")
     fast = load(make("mlp"), models.mlp())
     other_args, other_kwargs = call(args[0], kwargs["mask"])
-    with pytest.raises(GuardError, match=said):
+    with pytest.raises(GuardError, match=message):
         fast(*other_args, **other_kwargs)
 
 
 @pytest.mark.parametrize(
-    ("scope", "said"),
+    ("scope", "message"),
     [
         (lambda: torch.autocast("cpu"), "autocast is {'cpu': 'torch.bfloat16'}, expected {}"),
         (lambda: torch.device("meta"), "torch_function_modes is ['torch.utils._device:DeviceContext meta'], expected []"),
@@ -131,13 +131,13 @@ def test_other_inputs_are_refused_by_the_guard_that_names_them(
     ids=["autocast", "device", "inference", "mode"],
 )
 def test_another_state_of_torch_is_refused(
-    scope: Callable, said: str, models: types.ModuleType, make: Callable[..., Path]
+    scope: Callable, message: str, models: types.ModuleType, make: Callable[..., Path]
 ) -> None:
     args, kwargs = models.inputs("mlp")
     fast = load(make("mlp"), models.mlp())
     with scope(), pytest.raises(GuardError) as error:
         fast(*args, **kwargs)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_program_that_asks_for_the_grad_mode_is_held_to_it(models: types.ModuleType, make: Callable[..., Path]) -> None:

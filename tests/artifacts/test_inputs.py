@@ -35,20 +35,20 @@ def test_text_that_is_no_input_is_one_clear_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"kwargs": [1]}, "example keyword inputs are a mapping by name, not list"),
         ({"passes": 5}, "a pass is a Pass or a function of a GraphModule, not a int"),
     ],
 )
-def test_what_is_no_program_and_no_pass_is_said(given: dict[str, Any], message: str) -> None:
+def test_what_is_no_program_and_no_pass_is_said(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), **given)
+        precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), **arguments)
 
 
 def test_an_artifact_is_saved_to_a_path_or_into_an_open_file_only() -> None:
-    made = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
+    artifact = precompile(torch.nn.Linear(2, 3), (torch.ones(1, 2),), compiler="eager")
     with pytest.raises(InputError, match="to a path or into an open file, not into a int"):
-        made.save(5)  # type: ignore[call-overload]
+        artifact.save(5)  # type: ignore[call-overload]
     with pytest.raises(InputError, match="from a path or an open file, not from a int"):
         load(5, torch.nn.Linear(2, 3))  # type: ignore[arg-type]

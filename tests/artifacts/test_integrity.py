@@ -48,7 +48,7 @@ def with_entry(name: str, value: object) -> Callable[[dict[str, bytes]], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("torch", "1.0.0", r"entry 'torch': made for 1.0.0, this is " + torch.__version__.replace("+", r"\+")),
         ("python", "cpython 2.7", "entry 'python': made for cpython 2.7"),
@@ -59,10 +59,12 @@ def with_entry(name: str, value: object) -> Callable[[dict[str, bytes]], None]:
     ],
 )
 def test_what_was_made_for_something_else_is_refused_by_the_entry(
-    name: str, value: object, said: str, models: types.ModuleType, make: Callable[..., Path], tmp_path: Path
+    name: str, value: object, message: str, models: types.ModuleType, make: Callable[..., Path], tmp_path: Path
 ) -> None:
     other = rewrite(make("mlp"), tmp_path / "other.tspan", with_entry(name, value))
-    with pytest.raises(ManifestMismatchError, match=said + ".*Rebuild it: torchspan precompile .* --inputs 'float32") as error:
+    with pytest.raises(
+        ManifestMismatchError, match=message + ".*Rebuild it: torchspan precompile .* --inputs 'float32"
+    ) as error:
         load(other, models.mlp())
     assert str(error.value).count("entry '") == 1
 
@@ -99,7 +101,7 @@ def flip_manifest(members: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (flip_payload, "payload 'entry0/plan.json' is not as it was written"),
         (flip_manifest, "manifest is not as it was written"),
@@ -112,10 +114,10 @@ def flip_manifest(members: dict[str, bytes]) -> None:
     ids=["payload", "manifest", "no-object", "deep", "no-manifest", "missing", "extra"],
 )
 def test_a_changed_file_is_refused(
-    change: Callable, said: str, models: types.ModuleType, make: Callable[..., Path], tmp_path: Path
+    change: Callable, message: str, models: types.ModuleType, make: Callable[..., Path], tmp_path: Path
 ) -> None:
     changed = rewrite(make("mlp"), tmp_path / "changed.tspan", change)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=message):
         load(changed, models.mlp())
 
 

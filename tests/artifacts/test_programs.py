@@ -198,8 +198,8 @@ print("FINE", len(sys.argv) - 1)
 
 @pytest.fixture(scope="module")
 def programs(new_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
-    with new_module("artifact_programs", PROGRAMS, tmp_path_factory.mktemp("programs")) as made:
-        yield made
+    with new_module("artifact_programs", PROGRAMS, tmp_path_factory.mktemp("programs")) as module:
+        yield module
 
 
 def test_programs_of_many_kinds_run_in_a_fresh_process(

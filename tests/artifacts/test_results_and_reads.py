@@ -181,7 +181,7 @@ def test_what_became_something_of_another_kind_is_a_guard_that_does_not_hold(tmp
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda model, patch: patch.setattr(SETTINGS, "offset", 1, raising=False), "has the attribute 'offset'"),
         (lambda model, patch: setattr(model, "extra", 1), "has the attribute 'extra'"),
@@ -192,11 +192,11 @@ def test_what_became_something_of_another_kind_is_a_guard_that_does_not_hold(tmp
     ],
 )
 def test_what_a_program_asks_for_and_did_not_find_is_guarded(
-    change: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[..., Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = Asks(), torch.ones(3)
     fast = load(precompile(model, (x,), compiler="eager").save(tmp_path / "a.tspan"), model)
     torch.testing.assert_close(fast(x), model(x))
     change(model, monkeypatch)
-    with pytest.raises(GuardError, match=said):
+    with pytest.raises(GuardError, match=message):
         fast(x)

@@ -179,7 +179,7 @@ def _payloads(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("build", "error", "said"),
+    ("build", "error", "message"),
     [
         (
             lambda models: (models.Counting(), torch.ones(2)),
@@ -198,10 +198,10 @@ def _payloads(path: Path) -> dict[str, bytes]:
     ids=["attribute", "branch", "nothing", "metadata", "dtype-view"],
 )
 def test_what_an_artifact_cannot_hold_is_refused_when_it_is_made(
-    build: Callable, error: type[Exception], said: str, models: types.ModuleType
+    build: Callable, error: type[Exception], message: str, models: types.ModuleType
 ) -> None:
     target, x = build(models)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         precompile(target, (x,), compiler="eager")
 
 
@@ -218,8 +218,12 @@ def test_the_report_says_what_was_made_and_loaded(models: types.ModuleType, make
     assert (attempt.strategy, attempt.backend, attempt.outcome) == ("artifact", "eager", "compiled") and attempt.seconds > 0
     (attempt,) = load(make("mlp"), models.mlp()).report.attempts
     assert attempt.outcome == "loaded"
-    told = describe(make("mlp"))
-    assert told["entries"]["compiler"] == "eager" and told["entries"]["state"]["fc1.weight"] == [[20, 10], "float32", "cpu"]
+    about = describe(make("mlp"))
+    assert about["entries"]["compiler"] == "eager" and about["entries"]["state"]["fc1.weight"] == [
+        [20, 10],
+        "float32",
+        "cpu",
+    ]
 
 
 @pytest.mark.slow

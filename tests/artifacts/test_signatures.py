@@ -69,7 +69,7 @@ def test_keys_are_read_from_files(tmp_path: Path, artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"short", "a secret of 5 bytes signs nothing safely; expected at least 16"),
         (b"-----BEGIN PUBLIC KEY-----\nnonsense\n", "is not a readable key in PEM form"),
@@ -80,9 +80,9 @@ def test_keys_are_read_from_files(tmp_path: Path, artifact: Artifact) -> None:
     ],
     ids=["short", "nonsense", "other kind"],
 )
-def test_what_is_no_key_is_one_clear_error(content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_key_is_one_clear_error(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_key(tmp_path / "key")
     with pytest.raises(InputError, match="no key can be read from"):
         read_key(tmp_path / "absent")

@@ -44,7 +44,7 @@ def ask(num_ranks: int, questions: Sequence[Question]) -> dict[str, list[str]]:
     failures = {question.__name__: ["it was not asked: one before it failed"] for question in questions}
     with tempfile.TemporaryDirectory() as folder:
         arguments = [(rank, num_ranks, f"{folder}/rendezvous", questions, answers) for rank in range(num_ranks)]
-        ranks = [context.Process(target=rank_program, args=given, daemon=True) for given in arguments]
+        ranks = [context.Process(target=rank_program, args=rank_arguments, daemon=True) for rank_arguments in arguments]
         for rank in ranks:
             rank.start()
         for _ in range(num_ranks * len(questions)):
@@ -61,8 +61,8 @@ def ask(num_ranks: int, questions: Sequence[Question]) -> dict[str, list[str]]:
 def main(file: str, output: str) -> None:
     torch.set_num_threads(1)
     with Environment([patch for backport in all_backports() for patch in backport.patches()]):
-        asked = runpy.run_path(file)["QUESTIONS"]
-        Path(output).write_text(json.dumps({num: ask(num, questions) for num, questions in asked.items()}))
+        questions_of = runpy.run_path(file)["QUESTIONS"]
+        Path(output).write_text(json.dumps({num: ask(num, questions) for num, questions in questions_of.items()}))
 
 
 if __name__ == "__main__":

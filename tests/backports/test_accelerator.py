@@ -105,7 +105,7 @@ def public_names() -> list[str]:
     for place in PLACES:
         for name in names.names_in(place):
             dotted = f"{place}.{name}"
-            is_made = any(one.startswith(place.rpartition(".")[0]) for one in names.definitions(dotted))
+            is_made = any(definition.startswith(place.rpartition(".")[0]) for definition in names.definitions(dotted))
             if not name.startswith("_") and is_made and names.look_up(dotted).mask & newest:
                 results.append(dotted)
     return [name for name in results if not is_of_elsewhere(names, name)]

@@ -21,6 +21,6 @@ def test_nothing_is_one_and_to_make_one_is_an_error() -> None:
     if not is_lacking(BACKPORT):
         assert issubclass(AOTCompiledArtifact, CompiledArtifact)
         return
-    for made in (AOTCompiledArtifact, RegionalOutputCode):
-        with pytest.raises(UnsupportedError, match=rf"{made.__name__}: .* since 2\.10\.0; use torchspan\.precompile"):
-            made(len)
+    for cls in (AOTCompiledArtifact, RegionalOutputCode):
+        with pytest.raises(UnsupportedError, match=rf"{cls.__name__}: .* since 2\.10\.0; use torchspan\.precompile"):
+            cls(len)

@@ -29,11 +29,11 @@ def whole() -> BlockMask:
 def test_attention_is_the_same(compute: bool) -> None:
     mask = whole()
     blocks = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
-    made = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=16, mask_mod=causal, compute_q_blocks=compute)
+    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=16, mask_mod=causal, compute_q_blocks=compute)
     q, k, v = torch.randn(3, 1, 1, 32, 16).unbind()
-    assert torch.equal(flex_attention(q, k, v, block_mask=made), flex_attention(q, k, v, block_mask=mask))
-    assert made.seq_lengths == mask.seq_lengths
-    assert made.q_num_blocks is None or compute or is_lacking(BACKPORT)
+    assert torch.equal(flex_attention(q, k, v, block_mask=block_mask), flex_attention(q, k, v, block_mask=mask))
+    assert block_mask.seq_lengths == mask.seq_lengths
+    assert block_mask.q_num_blocks is None or compute or is_lacking(BACKPORT)
 
 
 def test_masks_have_no_order_of_dqs_blocks_unless_asked_for() -> None:

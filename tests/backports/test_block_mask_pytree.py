@@ -29,8 +29,8 @@ def no_further_than(distance: Tensor) -> Any:
     return mask
 
 
-def both(one: Any, two: Any) -> Any:
-    return lambda b, h, q, k: one(b, h, q, k) & two(b, h, q, k)
+def both(first: Any, second: Any) -> Any:
+    return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
 
 
 def within(distance: Tensor, b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -48,8 +48,8 @@ def rebuilt(mask: Any, leaves: Any = None) -> Any:
     return type(mask)._unflatten(result if leaves is None else leaves, context)
 
 
-def same_but_for_the_function(one: Any, two: Any) -> bool:
-    parts = zip(one.as_tuple()[:-1], two.as_tuple()[:-1])
+def same_but_for_the_function(first: Any, second: Any) -> bool:
+    parts = zip(first.as_tuple()[:-1], second.as_tuple()[:-1])
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in parts)
 
 
@@ -96,7 +96,7 @@ def test_contexts_are_equal_where_the_functions_do_the_same() -> None:
     contexts = [mask_of(mask_mod)._flatten()[1] for mask_mod in (causal, no_further_than(torch.tensor(1)))]
     again = [mask_of(mask_mod)._flatten()[1] for mask_mod in (causal, no_further_than(torch.tensor(2)))]
     assert contexts == again and contexts[0] != contexts[1]
-    assert [hash(one) for one in contexts] == [hash(one) for one in again]
+    assert [hash(context) for context in contexts] == [hash(context) for context in again]
 
 
 @pytest.mark.usefixtures("environment")

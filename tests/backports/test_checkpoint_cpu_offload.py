@@ -14,21 +14,21 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 @pytest.mark.parametrize("name", ["MUST_CPU_OFFLOAD", "PREFER_CPU_OFFLOAD"])
 def test_gradients_are_those_without_checkpointing(name: str) -> None:
-    seen = []
+    operators = []
 
     def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        seen.append(op)
+        operators.append(op)
         return getattr(CheckpointPolicy, name)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         return x.sin().exp()
 
-    one, two = (torch.linspace(0, 1, 4).requires_grad_() for _ in range(2))
+    first, second = (torch.linspace(0, 1, 4).requires_grad_() for _ in range(2))
     contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
-    checkpoint(compute, one, use_reentrant=False, context_fn=contexts).sum().backward()
-    compute(two).sum().backward()
-    assert torch.equal(one.grad, two.grad)
-    assert torch.ops.aten.sin.default in seen
+    checkpoint(compute, first, use_reentrant=False, context_fn=contexts).sum().backward()
+    compute(second).sum().backward()
+    assert torch.equal(first.grad, second.grad)
+    assert torch.ops.aten.sin.default in operators
 
 
 def test_the_members_are_like_all_others() -> None:

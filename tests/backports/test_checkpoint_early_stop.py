@@ -64,26 +64,26 @@ def test_each_of_two_nested_frames_has_its_own() -> None:
     assert outer.num_second == 1, "the outer frame stops early"
 
 
-@pytest.mark.parametrize(("asked", "num_second"), [(True, 1), (False, 2)])
-def test_the_context_manager_wins_over_the_argument(asked: bool, num_second: int) -> None:
+@pytest.mark.parametrize(("early_stop", "num_second"), [(True, 1), (False, 2)])
+def test_the_context_manager_wins_over_the_argument(early_stop: bool, num_second: int) -> None:
     block = Block()
-    module = wrapped(block, early_stop=not asked)
+    module = wrapped(block, early_stop=not early_stop)
     out = None
-    with torch.utils.checkpoint.set_checkpoint_early_stop(asked):
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
         out = module(torch.ones(2, 3, requires_grad=True))
     out.sum().backward()
     assert block.num_second == num_second
 
 
 def test_a_checkpoint_function_of_the_users_gets_the_argument() -> None:
-    seen: list[object] = []
+    values: list[object] = []
 
     def own(function, *args, early_stop=None):
-        seen.append(early_stop)
+        values.append(early_stop)
         return function(*args)
 
     train(wrapped(Block(), checkpoint_fn=own, early_stop=False))
-    assert seen == [False]
+    assert values == [False]
 
 
 @pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")

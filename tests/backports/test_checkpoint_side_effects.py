@@ -42,8 +42,8 @@ def test_a_compiled_checkpoint_with_effects_has_eagers_output_and_gradient(envir
         torch.testing.assert_close(actual, expected)
         assert model.num_calls == 1
         torch.testing.assert_close(torch.autograd.grad(actual.sum(), model.linear.weight)[0], gradient)
-    said = [decision.choice for decision in environment.report.decisions if OPTION in decision.subject]
-    assert said == (["the checkpointed function runs eagerly"] if OURS else [])
+    choices = [decision.choice for decision in environment.report.decisions if OPTION in decision.subject]
+    assert choices == (["the checkpointed function runs eagerly"] if OURS else [])
 
 
 def test_without_effects_it_is_compiled_whole_and_nothing_is_reported(environment: Environment) -> None:

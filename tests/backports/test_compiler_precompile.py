@@ -67,7 +67,7 @@ def infer(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x)
 
 
-class Made:
+class Precompiled:
     """Captures, each in two files of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -86,13 +86,13 @@ class Made:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    return Made(tmp_path)
+def precompiled(tmp_path: Path) -> Precompiled:
+    return Precompiled(tmp_path)
 
 
-def test_a_call_is_captured_and_computes_what_eager_does_for_other_weights(made: Made) -> None:
+def test_a_call_is_captured_and_computes_what_eager_does_for_other_weights(precompiled: Precompiled) -> None:
     model, eager = net(), net()
-    result, fast = made(infer, model, tokens())
+    result, fast = precompiled(infer, model, tokens())
     torch.testing.assert_close(result, infer(eager, tokens()), rtol=0, atol=1e-6)
     assert not result.requires_grad
     torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=0, atol=1e-6)  # buffers changed once
@@ -105,9 +105,9 @@ def test_a_call_is_captured_and_computes_what_eager_does_for_other_weights(made:
         assert entered is fast
 
 
-def test_a_training_step_leaves_the_gradients_of_eager_and_adds_to_those_that_are_there(made: Made) -> None:
+def test_a_training_step_leaves_the_gradients_of_eager_and_adds_to_those_that_are_there(precompiled: Precompiled) -> None:
     model, eager = net(), net()
-    _, fast = made(step, model, tokens(), tokens())
+    _, fast = precompiled(step, model, tokens(), tokens())
     model = net()
     for function, trained in ((fast, model), (step, eager)):
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
@@ -126,36 +126,36 @@ def test_a_training_step_leaves_the_gradients_of_eager_and_adds_to_those_that_ar
         assert fast(net(), tokens(), tokens()) is not None
 
 
-def test_gradients_go_to_parameters_that_took_part_and_not_to_frozen_ones(made: Made) -> None:
+def test_gradients_go_to_parameters_that_took_part_and_not_to_frozen_ones(precompiled: Precompiled) -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     first.bias.requires_grad_(False)
     x = torch.ones(2, 3)
-    made(lambda a, b, x: (a(x) * b.weight.sum()).sum().backward(), first, second, x)
+    precompiled(lambda a, b, x: (a(x) * b.weight.sum()).sum().backward(), first, second, x)
     assert first.weight.grad is not None
     assert second.weight.grad is not None
     assert first.bias.grad is None
     assert second.bias.grad is None
 
 
-def test_a_capture_holds_the_casts_that_it_was_made_with(made: Made) -> None:
+def test_a_capture_holds_the_casts_that_it_was_made_with(precompiled: Precompiled) -> None:
     linear, x = nn.Linear(3, 2), torch.ones(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         expected = linear(x)
-        result, fast = made(infer, linear, x)
+        result, fast = precompiled(infer, linear, x)
         inside = fast(linear, x)
     for actual in (result, inside, fast(linear, x)):
         assert actual.dtype == torch.bfloat16
         torch.testing.assert_close(actual, expected.detach())
 
 
-def test_containers_come_and_go_as_they_are(made: Made) -> None:
-    def function(model: nn.Module, given: dict[str, Any], flag: bool) -> Any:
-        given["b"][0].add_(1)
-        out = model(given["a"])
-        return {"out": (out, [out.sum(), 3, None]), "b": given["b"][0], "flag": flag}
+def test_containers_come_and_go_as_they_are(precompiled: Precompiled) -> None:
+    def function(model: nn.Module, inputs: dict[str, Any], flag: bool) -> Any:
+        inputs["b"][0].add_(1)
+        out = model(inputs["a"])
+        return {"out": (out, [out.sum(), 3, None]), "b": inputs["b"][0], "flag": flag}
 
     linear, x, y = nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(2)
-    _, fast = made(function, linear, {"a": x, "b": [y]}, True)
+    _, fast = precompiled(function, linear, {"a": x, "b": [y]}, True)
     assert y.tolist() == [1, 1]  # the captured call was made once
     result = fast(linear, {"a": x, "b": [y]}, True)
     assert y.tolist() == [2, 2]
@@ -167,9 +167,9 @@ def test_containers_come_and_go_as_they_are(made: Made) -> None:
         fast(linear, {"a": x, "b": [y, y]}, True)
 
 
-def test_a_call_of_another_shape_dtype_number_or_model_is_refused(made: Made) -> None:
+def test_a_call_of_another_shape_dtype_number_or_model_is_refused(precompiled: Precompiled) -> None:
     linear, x = nn.Linear(3, 2), torch.ones(4, 3)
-    _, fast = made(infer, linear, x)
+    _, fast = precompiled(infer, linear, x)
     for args in (
         (linear, torch.ones(5, 3)),
         (linear, x.double()),
@@ -185,9 +185,9 @@ def test_a_call_of_another_shape_dtype_number_or_model_is_refused(made: Made) ->
         fast(linear, x=x)
 
 
-def test_a_capture_takes_one_call_inside_its_block(made: Made) -> None:
+def test_a_capture_takes_one_call_inside_its_block(precompiled: Precompiled) -> None:
     precompile, error = torch.compiler.precompile, torch.compiler.PrecompileError
-    linear, x, paths = nn.Linear(3, 2), torch.ones(4, 3), made.paths()
+    linear, x, paths = nn.Linear(3, 2), torch.ones(4, 3), precompiled.paths()
     captured = precompile.capture(infer, **paths, backend="eager")
     assert isinstance(captured, precompile.Capture)
     for too_early in (lambda: captured(linear, x), captured.save):
@@ -208,8 +208,8 @@ def test_a_capture_takes_one_call_inside_its_block(made: Made) -> None:
             too_late()
 
 
-def test_a_block_without_a_call_or_with_an_error_writes_nothing(made: Made) -> None:
-    linear, x, paths = nn.Linear(3, 2), torch.ones(4, 3), made.paths()
+def test_a_block_without_a_call_or_with_an_error_writes_nothing(precompiled: Precompiled) -> None:
+    linear, x, paths = nn.Linear(3, 2), torch.ones(4, 3), precompiled.paths()
     with (
         pytest.raises(torch.compiler.PrecompileError),
         torch.compiler.precompile.capture(infer, **paths),
@@ -222,10 +222,10 @@ def test_a_block_without_a_call_or_with_an_error_writes_nothing(made: Made) -> N
     assert not any(path.exists() for path in paths.values())
 
 
-def test_other_tracers_backends_and_functions_with_bound_arguments_are_refused(made: Made) -> None:
+def test_other_tracers_backends_and_functions_with_bound_arguments_are_refused(precompiled: Precompiled) -> None:
     from functools import partial
 
-    capture, paths = torch.compiler.precompile.capture, made.paths()
+    capture, paths = torch.compiler.precompile.capture, precompiled.paths()
     with pytest.raises(TypeError):
         capture(infer, **paths, tracer="dynamo")
     with pytest.raises(ValueError, match="backend"):
@@ -234,50 +234,50 @@ def test_other_tracers_backends_and_functions_with_bound_arguments_are_refused(m
         capture(partial(infer, nn.Linear(3, 2)), **paths)
 
 
-def test_what_a_capture_cannot_follow_is_refused(made: Made) -> None:
+def test_what_a_capture_cannot_follow_is_refused(precompiled: Precompiled) -> None:
     linear, x, held = nn.Linear(3, 2), torch.ones(4, 3), torch.ones(2)
     marked = torch.ones(4, 3)
     torch._dynamo.mark_dynamic(marked, 0)
-    for function, given in (
+    for function, inputs in (
         (lambda model, x: model(x) + held, x),  # a tensor that is not an argument
         (lambda model, x: model(x) + torch.tensor([1.0, 2.0]), x),
         (lambda model, x: model(x).sum().backward(), x.clone().requires_grad_()),  # a gradient of an input
         (infer, marked),
     ):
         with pytest.raises(torch.compiler.PrecompileError):
-            made(function, linear, given)
+            precompiled(function, linear, inputs)
     with pytest.raises(RuntimeError):
-        made(lambda model, x: model(x) * x.sum().item(), linear, x)
+        precompiled(lambda model, x: model(x) * x.sum().item(), linear, x)
     assert linear.weight.grad is None
 
 
-def test_decompositions_of_the_tracer_are_applied(made: Made) -> None:
-    seen = []
+def test_decompositions_of_the_tracer_are_applied(precompiled: Precompiled) -> None:
+    shapes = []
 
     def silu(x: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(x.shape))
+        shapes.append(tuple(x.shape))
         return x * x.sigmoid()
 
     tracer = torch.compiler.precompile.MakeFxTracer({torch.ops.aten.silu.default: silu})
     with torch.compiler.precompile.capture(
-        lambda x: nn.functional.silu(x), **made.paths(), tracer=tracer, backend="eager"
+        lambda x: nn.functional.silu(x), **precompiled.paths(), tracer=tracer, backend="eager"
     ) as captured:
         x = torch.ones(3)
         torch.testing.assert_close(captured(x), nn.functional.silu(x))
-    assert seen == [(3,)]
+    assert shapes == [(3,)]
 
 
-def test_files_that_are_missing_or_not_a_pair_are_refused(made: Made) -> None:
+def test_files_that_are_missing_or_not_a_pair_are_refused(precompiled: Precompiled) -> None:
     precompile, error = torch.compiler.precompile, torch.compiler.PrecompileError
     linear, x = nn.Linear(3, 2), torch.ones(4, 3)
-    made(infer, linear, x)
-    made(lambda model, x: model(x) + 1, linear, x)
-    first, second = ((made.folder / f"new/{n}.py", made.folder / f"{n}.cache") for n in (1, 2))
-    source = made.folder / "source.py"
+    precompiled(infer, linear, x)
+    precompiled(lambda model, x: model(x) + 1, linear, x)
+    first, second = ((precompiled.folder / f"new/{n}.py", precompiled.folder / f"{n}.cache") for n in (1, 2))
+    source = precompiled.folder / "source.py"
     source.write_text("raise SystemExit('this was executed')\n")
     for pair in (
-        (made.folder / "none", first[1]),
-        (first[0], made.folder / "none"),
+        (precompiled.folder / "none", first[1]),
+        (first[0], precompiled.folder / "none"),
         (first[0], second[1]),
         (source, first[1]),
         (first[1], first[0]),
@@ -340,10 +340,10 @@ def test_a_program_runs_unmodified_and_its_artifact_compiles_nothing_in_a_fresh_
 
 
 @ours_only
-def test_modes_constants_strides_and_code_are_guarded(made: Made) -> None:
+def test_modes_constants_strides_and_code_are_guarded(precompiled: Precompiled) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
     x = torch.ones(4, 3)
-    _, fast = made(lambda model, x, scale: model(x) * scale, model, x, 2.0)
+    _, fast = precompiled(lambda model, x, scale: model(x) * scale, model, x, 2.0)
     model.eval()
     with pytest.raises(GuardError, match=r"args\[0\]._modules\['1'\].training is False, expected True"):
         fast(model, x, 2.0)
@@ -358,16 +358,16 @@ def test_modes_constants_strides_and_code_are_guarded(made: Made) -> None:
 
 
 @ours_only
-def test_a_model_may_be_frozen_and_in_another_mode_where_that_changes_nothing(made: Made) -> None:
+def test_a_model_may_be_frozen_and_in_another_mode_where_that_changes_nothing(precompiled: Precompiled) -> None:
     linear, x = nn.Linear(3, 2), torch.ones(4, 3)
-    result, fast = made(infer, linear, x)
+    result, fast = precompiled(infer, linear, x)
     frozen = linear.requires_grad_(False).eval()
     torch.testing.assert_close(fast(frozen, x), result)
 
 
 @ours_only
-def test_any_named_tuple_comes_back(made: Made) -> None:
-    result, fast = made(lambda x: Pair(x + 1, 1.5), torch.ones(2))
+def test_any_named_tuple_comes_back(precompiled: Precompiled) -> None:
+    result, fast = precompiled(lambda x: Pair(x + 1, 1.5), torch.ones(2))
     for actual in (result, fast(torch.ones(2))):
         assert type(actual) is Pair
         assert actual.first.tolist() == [2, 2]
@@ -375,30 +375,30 @@ def test_any_named_tuple_comes_back(made: Made) -> None:
 
 
 @ours_only
-def test_random_numbers_are_those_of_eager(made: Made) -> None:
+def test_random_numbers_are_those_of_eager(precompiled: Precompiled) -> None:
     x = torch.ones(100)
     torch.manual_seed(5)
     expected = [nn.functional.dropout(x) for _ in range(2)]
     torch.manual_seed(5)
-    result, fast = made(lambda x: nn.functional.dropout(x), x)
+    result, fast = precompiled(lambda x: nn.functional.dropout(x), x)
     torch.testing.assert_close([result, fast(x)], expected, rtol=0, atol=0)
 
 
 @ours_only
-def test_what_is_not_carried_is_unsupported_and_says_what_to_do(made: Made) -> None:
+def test_what_is_not_carried_is_unsupported_and_says_what_to_do(precompiled: Precompiled) -> None:
     x = torch.ones(4, 3)
     torch._dynamo.decorators.mark_unbacked(x, 0)
     with pytest.raises(UnsupportedError, match=r"mark_unbacked.*since 2\.15\.0\. Capture once for each size"):
-        made(infer, nn.Linear(3, 2), x)
+        precompiled(infer, nn.Linear(3, 2), x)
     with pytest.raises(UnsupportedError, match="plain, dense tensors"):
-        made(infer, nn.Linear(3, 2), torch.eye(3).to_sparse())
+        precompiled(infer, nn.Linear(3, 2), torch.eye(3).to_sparse())
 
 
 @ours_only
 @pytest.mark.parametrize("path", [[["local", "args"], ["item", 0], ["attr", "_parameters"]], [["local", "args"]], "weight"])
-def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(made: Made, path: Any) -> None:
-    made(lambda model, x: model(x).sum().backward(), nn.Linear(3, 2), torch.ones(4, 3))
-    file, pair = made.folder / "new/1.py", made.folder / "1.cache"
+def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(precompiled: Precompiled, path: Any) -> None:
+    precompiled(lambda model, x: model(x).sum().backward(), nn.Linear(3, 2), torch.ones(4, 3))
+    file, pair = precompiled.folder / "new/1.py", precompiled.folder / "1.cache"
     with Store(file) as store:
         manifest, payloads = store.manifest, store.payloads()
     entries = {**values_of(manifest), "gradients": [path] * 2}
@@ -409,12 +409,12 @@ def test_a_file_that_gives_gradients_to_what_is_no_parameter_is_refused(made: Ma
 
 
 @ours_only
-def test_its_file_is_an_artifact_that_can_be_looked_into(made: Made) -> None:
+def test_its_file_is_an_artifact_that_can_be_looked_into(precompiled: Precompiled) -> None:
     x = torch.ones(4, 3)
-    made(infer, nn.Linear(3, 2), x)
-    made(infer, nn.Linear(3, 2), x)
+    precompiled(infer, nn.Linear(3, 2), x)
+    precompiled(infer, nn.Linear(3, 2), x)
     environment_report = current_report()
     assert environment_report is not None
     outcomes = [attempt.outcome for attempt in environment_report.attempts]
     assert outcomes == ["compiled", "loaded"] * 2
-    assert diff(made.folder / "new/1.py", made.folder / "new/2.py") == {"entries": {}, "payloads": {}}
+    assert diff(precompiled.folder / "new/1.py", precompiled.folder / "new/2.py") == {"entries": {}, "payloads": {}}

@@ -59,10 +59,10 @@ def save_split(folder: Path, full: dict[str, torch.Tensor], dims: dict[str, int]
         save_shard(folder / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors", parts, offsets)
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal shape, dtype and bytes."""
-    as_bytes = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found, expected)]
-    return found.shape == expected.shape and found.dtype == expected.dtype and torch.equal(*as_bytes)
+    as_bytes = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, expected)]
+    return actual.shape == expected.shape and actual.dtype == expected.dtype and torch.equal(*as_bytes)
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,12 +139,12 @@ def test_a_file_that_dcp_did_not_save_is_an_error(tmp_path: Path) -> None:
 def test_the_signatures_are_upstreams() -> None:
     import torch.distributed.checkpoint._consolidate_hf_safetensors as module
 
-    one, every = module.consolidate_safetensors_files, module.consolidate_safetensors_files_on_every_rank
-    assert list(inspect.signature(one).parameters) == ["input_dir", "output_dir", "fqn_to_index_mapping", "num_threads"]
-    assert list(inspect.signature(every).parameters) == [*inspect.signature(one).parameters, "process_group"]
+    single, every = module.consolidate_safetensors_files, module.consolidate_safetensors_files_on_every_rank
+    assert list(inspect.signature(single).parameters) == ["input_dir", "output_dir", "fqn_to_index_mapping", "num_threads"]
+    assert list(inspect.signature(every).parameters) == [*inspect.signature(single).parameters, "process_group"]
     assert inspect.signature(every).parameters["num_threads"].default == 1
-    assert one.__module__ == every.__module__ == module.__name__
-    assert inspect.getdoc(one) and inspect.getdoc(every)
+    assert single.__module__ == every.__module__ == module.__name__
+    assert inspect.getdoc(single) and inspect.getdoc(every)
 
 
 @ours_only
@@ -175,11 +175,11 @@ def test_what_is_missing_or_broken_is_an_error_that_names_it(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"no safetensors file in .* has b, c; the mapping names them"):
         consolidate(str(folder), str(tmp_path), {"a": 1, "b": 1, "c": 2})
     first = folder / "shard-00001-model-00001-of-00001.safetensors"
-    kept = first.read_bytes()
+    content = first.read_bytes()
     first.unlink()
     with pytest.raises(ValueError, match=r"the shards of a have 4 of the 8 elements of shape \[4, 2\]"):
         consolidate(str(folder), str(tmp_path), {"a": 1})
-    first.write_bytes(kept[:-8])
+    first.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"shard-00001.* ends early: 8 of 16 bytes"):
         consolidate(str(folder), str(tmp_path), {"a": 1}, num_threads=2)
     first.write_bytes(b"text")
@@ -327,8 +327,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=300)[0] for process in launched]
-    assert [process.returncode for process in launched] == [0, 0], "\n\n".join(text[-4000:] for text in said)
+    outputs = [process.communicate(timeout=300)[0] for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], "\n\n".join(text[-4000:] for text in outputs)
     _, answers = json.loads((folder / "answers.json").read_text())
     return folder, answers
 

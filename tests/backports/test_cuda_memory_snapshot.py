@@ -9,14 +9,14 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 
 def test_segments_are_the_same_with_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    pools = []
 
     def snapshot(pool: object) -> dict[str, object]:
-        asked.append(pool)
+        pools.append(pool)
         return {"segments": ["a segment"], "device_traces": ["a trace"]}
 
     monkeypatch.setattr(torch._C, "_cuda_memorySnapshot", snapshot, raising=False)
     for include in (True, False):
         assert torch.cuda.memory_snapshot(include_traces=include) == ["a segment"]
     assert torch.cuda.memory_snapshot((0, 1), include_traces=False) == ["a segment"]
-    assert asked[-1] in ((0, 1), (0, 1, False))
+    assert pools[-1] in ((0, 1), (0, 1, False))

@@ -25,9 +25,9 @@ double.__annotations__ = fill_.__annotations__ = {"x": torch.Tensor, "return": t
 
 
 def test_one_tag_and_several_are_the_operators(environment: Environment) -> None:
-    one = torch.library.custom_op("torchspan_test::one", double, mutates_args=(), tags=torch.Tag.pointwise)
+    single = torch.library.custom_op("torchspan_test::one", double, mutates_args=(), tags=torch.Tag.pointwise)
     several = torch.library.custom_op("torchspan_test::several", mutates_args=(), tags=[torch.Tag.pointwise])(double)
-    for operator in (one, several):
+    for operator in (single, several):
         assert torch.Tag.pointwise in operator._opoverload.tags
         assert torch.equal(operator(torch.ones(2)), torch.full((2,), 2.0))
 

@@ -89,17 +89,17 @@ def the_backend_is_the_one_asked_for() -> None:
     mesh = world()._unflatten(0, (2, 1), ("dp", "tp"), backend_override={"dp": ("gloo", options), "tp": "fake"})
     assert (dist.get_backend(mesh.get_group("dp")), dist.get_backend(mesh.get_group("tp"))) == ("gloo", "fake")
     assert mesh.get_group("dp") is not dist.group.WORLD
-    made = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"), backend_override={"dp": options, 1: "fake"})
-    assert (dist.get_backend(made.get_group("dp")), dist.get_backend(made.get_group("tp"))) == ("gloo", "fake")
+    from_options = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"), backend_override={"dp": options, 1: "fake"})
+    assert (dist.get_backend(from_options.get_group("dp")), dist.get_backend(from_options.get_group("tp"))) == ("gloo", "fake")
     assert dist.get_backend(init_device_mesh("cpu", (2,)).get_group()) == "gloo", "what was asked is of one mesh"
     with pytest.raises(RuntimeError):
         init_device_mesh("cpu", (2,), mesh_dim_names=("dp",), backend_override={"cp": "fake"})
     flat = mesh._flatten("all", backend_override="fake")
-    given = torch.ones(1)
-    dist.all_reduce(given, group=flat.get_group())
-    assert given == 1  # nothing was sent
-    dist.all_reduce(given, group=mesh.get_group("dp"))
-    assert given == 2
+    tensor = torch.ones(1)
+    dist.all_reduce(tensor, group=flat.get_group())
+    assert tensor == 1  # nothing was sent
+    dist.all_reduce(tensor, group=mesh.get_group("dp"))
+    assert tensor == 2
 
 
 def a_mesh_is_flattened() -> None:
@@ -226,12 +226,12 @@ class Block(torch.nn.Module):
 
 def check_trains_as_the_whole(model: Any, whole: Any, group_size: int, group_rank: int) -> None:
     """Three steps of data-parallel training leave the parameters where training of the whole model leaves them."""
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, whole)]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, whole)]
     for step in range(3):
         batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-        for one, part in ((model, batch.chunk(group_size)[group_rank]), (whole, batch)):
-            one(part).square().mean().backward()
-        norms = [torch.nn.utils.clip_grad_norm_(one.parameters(), 0.05) for one in (model, whole)]
+        for module, part in ((model, batch.chunk(group_size)[group_rank]), (whole, batch)):
+            module(part).square().mean().backward()
+        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05) for module in (model, whole)]
         torch.testing.assert_close(norms[0].full_tensor() if isinstance(norms[0], DTensor) else norms[0], norms[1])
         for optimizer in optimizers:
             optimizer.step()
@@ -286,7 +286,7 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("num", "question"), [(num, question.__name__) for num, asked in QUESTIONS.items() for question in asked]
+    ("num", "question"), [(num, question.__name__) for num, questions in QUESTIONS.items() for question in questions]
 )
 def test_on_ranks(failures: dict[str, dict[str, list[str]]], num: int, question: str) -> None:
     assert not failures[str(num)][question], failures[str(num)][question][0]

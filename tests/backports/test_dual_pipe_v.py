@@ -102,8 +102,8 @@ class Pipeline:
         """The output and the losses; as torchtitan does, only ranks that need them are given tokens, targets and a list."""
         tokens, target = batch(self.num_microbatches)
         losses: list[torch.Tensor] = []
-        given: dict[str, Any] = {"target": target, "losses": losses} if self.is_first else {}
-        output = getattr(self.schedule, method)(*([tokens] if self.is_first else []), **given, **options)
+        arguments: dict[str, Any] = {"target": target, "losses": losses} if self.is_first else {}
+        output = getattr(self.schedule, method)(*([tokens] if self.is_first else []), **arguments, **options)
         return output, losses
 
     def expected_losses(self) -> list[torch.Tensor]:
@@ -209,11 +209,11 @@ def other_actions_of_the_users() -> dict[str, Any]:
     from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
 
     pipeline = Pipeline(2 * dist.get_world_size())
-    seen: list[str] = []
+    actions: list[str] = []
     for kind in (UNSHARD, RESHARD):
-        pipeline.schedule.register_custom_function(kind, lambda action, ctx: seen.append(str(action)))
+        pipeline.schedule.register_custom_function(kind, lambda action, ctx: actions.append(str(action)))
     difference = pipeline.difference(pipeline.run()[1])
-    return {"difference": difference, "were called": set(seen) >= {f"{index}UNSHARD" for index in pipeline.indices}}
+    return {"difference": difference, "were called": set(actions) >= {f"{index}UNSHARD" for index in pipeline.indices}}
 
 
 def schedules_from_files() -> dict[str, Any]:
@@ -313,9 +313,9 @@ environments: list[Environment] = []
 
 def rank_program(rank: int, num_ranks: int, rendezvous: str, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks)
-    asked = [question for question in QUESTIONS[num_ranks] if question is not evaluation or is_lacking(BACKPORT)]
+    questions = [question for question in QUESTIONS[num_ranks] if question is not evaluation or is_lacking(BACKPORT)]
     try:
-        answers.put({question.__name__: question() for question in asked})
+        answers.put({question.__name__: question() for question in questions})
     except BaseException:
         answers.put(f"rank {rank} of {num_ranks}: {traceback.format_exc()}")
         raise
@@ -359,7 +359,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "question"), [(count, question.__name__) for count, asked in QUESTIONS.items() for question in asked]
+    ("num_ranks", "question"), [(count, question.__name__) for count, questions in QUESTIONS.items() for question in questions]
 )
 def test_on_ranks(answers: Any, num_ranks: int, question: str) -> None:
     if question == "evaluation" and not is_lacking(BACKPORT):
@@ -525,8 +525,8 @@ def test_a_schedule_that_is_made_is_reported(stage: Callable[..., Any], environm
 
     assert not [decision for decision in environment.report.decisions if "DualPipeV" in decision.subject]
     ScheduleDualPipeV([stage(0), stage(3)], 4)
-    made = [decision.subject for decision in environment.report.decisions if "DualPipeV" in decision.subject]
-    assert made == (["ScheduleDualPipeV"] if is_lacking(BACKPORT) else [])
+    subjects = [decision.subject for decision in environment.report.decisions if "DualPipeV" in decision.subject]
+    assert subjects == (["ScheduleDualPipeV"] if is_lacking(BACKPORT) else [])
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def test_where_torch_has_it_nothing_changes_and_nothing_is_reported(name: str) -
     with Environment(backport.patches()) as environment:
         use(backport)
         for place, holder in targets.items():
-            kept = before[place].keys() - completed
-            assert all(vars(holder)[key] is before[place][key] for key in kept), place
+            unchanged = before[place].keys() - completed
+            assert all(vars(holder)[key] is before[place][key] for key in unchanged), place
             assert vars(holder).keys() - before[place].keys() <= older, place
         subjects = {decision.subject.rpartition(".")[2] for decision in environment.report.decisions}
         assert subjects <= older

@@ -20,9 +20,9 @@ def test_the_code_takes_one_list_and_empties_it() -> None:
     graph = module()
     graph.graph.set_codegen(fx.graph._BoxedCodeGen())
     graph.recompile()
-    given = [torch.ones(2), torch.ones(2)]
-    assert torch.equal(graph.forward(given), torch.full((2,), 2.0))
-    assert given == []
+    inputs = [torch.ones(2), torch.ones(2)]
+    assert torch.equal(graph.forward(inputs), torch.full((2,), 2.0))
+    assert inputs == []
 
 
 def test_a_graph_is_printed_whatever_is_asked_for() -> None:

@@ -46,19 +46,19 @@ def check_each(run: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
 
 
 def one_tensor() -> None:
-    def run(operation: Any, given: torch.Tensor) -> torch.Tensor:
+    def run(operation: Any, tensor: torch.Tensor) -> torch.Tensor:
         output = torch.zeros(2)
-        assert dist.reduce_scatter_tensor(output, given, op=operation) is None
-        torch.testing.assert_close(given, value_of(dist.get_rank()))  # it is left as it was
+        assert dist.reduce_scatter_tensor(output, tensor, op=operation) is None
+        torch.testing.assert_close(tensor, value_of(dist.get_rank()))  # it is left as it was
         return output
 
     check_each(run)
 
 
 def one_tensor_later() -> None:
-    def run(operation: Any, given: torch.Tensor) -> torch.Tensor:
+    def run(operation: Any, tensor: torch.Tensor) -> torch.Tensor:
         output = torch.zeros(2)
-        work = dist.reduce_scatter_tensor(output, given, op=operation, async_op=True)
+        work = dist.reduce_scatter_tensor(output, tensor, op=operation, async_op=True)
         assert isinstance(work, dist.Work)
         work.wait()
         return output
@@ -67,9 +67,9 @@ def one_tensor_later() -> None:
 
 
 def a_list_of_tensors() -> None:
-    def run(operation: Any, given: torch.Tensor) -> torch.Tensor:
+    def run(operation: Any, tensor: torch.Tensor) -> torch.Tensor:
         output = torch.zeros(2)
-        dist.reduce_scatter(output, list(given.chunk(dist.get_world_size())), op=operation)
+        dist.reduce_scatter(output, list(tensor.chunk(dist.get_world_size())), op=operation)
         return output
 
     check_each(run)
@@ -77,17 +77,17 @@ def a_list_of_tensors() -> None:
 
 def tensors_of_other_shapes() -> None:
     output = torch.zeros(2, 3)
-    given = torch.full((2 * dist.get_world_size(), 3), float(dist.get_rank()))
-    dist.reduce_scatter_tensor(output, given, op=dist.ReduceOp.MAX)
+    tensor = torch.full((2 * dist.get_world_size(), 3), float(dist.get_rank()))
+    dist.reduce_scatter_tensor(output, tensor, op=dist.ReduceOp.MAX)
     torch.testing.assert_close(output, torch.full((2, 3), dist.get_world_size() - 1.0))
 
 
 def several_at_once() -> None:
-    def run(operation: Any, given: torch.Tensor) -> torch.Tensor:
+    def run(operation: Any, tensor: torch.Tensor) -> torch.Tensor:
         outputs = [torch.zeros(2), torch.zeros(2)]
         with dist._coalescing_manager():
             for output in outputs:
-                dist.reduce_scatter_tensor(output, given, op=operation)
+                dist.reduce_scatter_tensor(output, tensor, op=operation)
         torch.testing.assert_close(*outputs)
         return outputs[1]
 
@@ -95,23 +95,23 @@ def several_at_once() -> None:
 
 
 def as_functions() -> None:
-    def run(operation: Any, given: torch.Tensor) -> torch.Tensor:
+    def run(operation: Any, tensor: torch.Tensor) -> torch.Tensor:
         name = next(name for name in REDUCTIONS if getattr(dist.ReduceOp, name.upper()) == operation)
-        one = functional.reduce_scatter_tensor(given, name, 0, dist.group.WORLD)
-        (many,) = functional.reduce_scatter_tensor_coalesced([given], name, [0], dist.group.WORLD)
-        columns = given.expand(3, -1).contiguous()
+        first = functional.reduce_scatter_tensor(tensor, name, 0, dist.group.WORLD)
+        (many,) = functional.reduce_scatter_tensor_coalesced([tensor], name, [0], dist.group.WORLD)
+        columns = tensor.expand(3, -1).contiguous()
         along_columns = functional.reduce_scatter_tensor(columns, name, 1, dist.group.WORLD)
         torch.testing.assert_close(along_columns + 0, expected(name).expand(3, -1))
-        torch.testing.assert_close(many + 0, one + 0)
-        return one + 0
+        torch.testing.assert_close(many + 0, first + 0)
+        return first + 0
 
     check_each(run)
 
 
 def compiled() -> None:
     @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    def average(given: torch.Tensor) -> torch.Tensor:
-        return functional.reduce_scatter_tensor(given, "avg", 0, dist.group.WORLD) * 2
+    def average(tensor: torch.Tensor) -> torch.Tensor:
+        return functional.reduce_scatter_tensor(tensor, "avg", 0, dist.group.WORLD) * 2
 
     torch.testing.assert_close(average(value_of(dist.get_rank())), expected("avg") * 2)
 
@@ -158,7 +158,7 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("num", "question"), [(num, question.__name__) for num, asked in QUESTIONS.items() for question in asked]
+    ("num", "question"), [(num, question.__name__) for num, questions in QUESTIONS.items() for question in questions]
 )
 def test_on_ranks(failures: dict[str, dict[str, list[str]]], num: int, question: str) -> None:
     assert not failures[str(num)][question], failures[str(num)][question][0]

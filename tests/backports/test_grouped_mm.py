@@ -51,8 +51,8 @@ def expected(mat_a: Tensor, mat_b: Tensor, ends: list[int]) -> Tensor:
     return torch.cat([mat_a[group] @ mat_b[:, at] for group, at in groups], dim=1)
 
 
-def close(found: Any, wanted: Any, dtype: torch.dtype) -> None:
-    torch.testing.assert_close(found, wanted, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+def close(actual: Any, wanted: Any, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -138,6 +138,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_an_error_that_says_so(case: str) -> None:
-    given, named, message = REFUSED[case]
+    args, named, message = REFUSED[case]
     with pytest.raises(RuntimeError, match=message):
-        F.grouped_mm(*given, **named)
+        F.grouped_mm(*args, **named)

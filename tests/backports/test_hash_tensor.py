@@ -43,7 +43,7 @@ def test_numbers_without_dimensions_and_without_elements() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "given", "error"),
+    ("shape", "keywords", "error"),
     [
         ((0,), {}, RuntimeError),
         ((0, 3), {"dim": 0}, IndexError),
@@ -53,6 +53,6 @@ def test_numbers_without_dimensions_and_without_elements() -> None:
     ],
     ids=str,
 )
-def test_what_has_no_hash_is_an_error(shape: tuple[int, ...], given: dict[str, object], error: type[Exception]) -> None:
+def test_what_has_no_hash_is_an_error(shape: tuple[int, ...], keywords: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
-        torch.hash_tensor(torch.ones(shape), **given)
+        torch.hash_tensor(torch.ones(shape), **keywords)

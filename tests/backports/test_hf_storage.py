@@ -52,9 +52,9 @@ def load(path: Path, like: dict[str, torch.Tensor], **options: Any) -> dict[str,
     return into
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    pairs = [(found[name], tensor) for name, tensor in expected.items()]
-    return found.keys() == expected.keys() and all(
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    pairs = [(actual[name], tensor) for name, tensor in expected.items()]
+    return actual.keys() == expected.keys() and all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
         for a, b in pairs
     )
@@ -117,10 +117,10 @@ def test_signatures_begin_as_upstreams() -> None:
 
 
 def test_a_writer_says_what_it_was_made_with() -> None:
-    made = writer(Path("/somewhere"), save_distributed=True, enable_consolidation=True, thread_count_consolidation=5)
-    assert (made.save_distributed, made.enable_consolidation, made.thread_count_consolidation) == (True, True, 5)
-    assert (str(made.path), made.consolidated_output_path) == ("/somewhere/sharded", "/somewhere")
-    assert (made.fqn_to_index_mapping, made.thread_count) == (None, 1)
+    instance = writer(Path("/somewhere"), save_distributed=True, enable_consolidation=True, thread_count_consolidation=5)
+    assert (instance.save_distributed, instance.enable_consolidation, instance.thread_count_consolidation) == (True, True, 5)
+    assert (str(instance.path), instance.consolidated_output_path) == ("/somewhere/sharded", "/somewhere")
+    assert (instance.fqn_to_index_mapping, instance.thread_count) == (None, 1)
 
 
 def test_a_missing_tensor_and_a_broken_file_are_errors(tmp_path: Path) -> None:

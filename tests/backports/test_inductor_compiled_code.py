@@ -33,11 +33,11 @@ def program(x: Tensor, weight: Tensor) -> Tensor:
 def gradients_and_operators(compiled: Any, saves: bool) -> tuple[tuple[Tensor, ...], list[str]]:
     """Of a checkpointed region with two calls of `compiled`: the gradients, and what its policy was asked in the forward."""
     operator = torch._higher_order_ops.inductor_compiled_code
-    seen: list[str] = []
+    operators: list[str] = []
 
     def policy(context: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if not context.is_recompute:
-            seen.append(str(called))
+            operators.append(str(called))
         return CheckpointPolicy.MUST_SAVE if called is operator and saves else CheckpointPolicy.PREFER_RECOMPUTE
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def gradients_and_operators(compiled: Any, saves: bool) -> tuple[tuple[Tensor, .
         use_reentrant=False,
         context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
     )
-    return torch.autograd.grad(out.sum(), (x, weight)), seen
+    return torch.autograd.grad(out.sum(), (x, weight)), operators
 
 
 @pytest.mark.slow
@@ -57,20 +57,20 @@ def test_a_compiled_region_is_one_operator_for_selective_checkpointing(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     compiled = torch.compile(program, options={OPTION: True})
-    expected, seen = gradients_and_operators(program, saves=True)
-    assert "inductor_compiled_code" not in seen and "aten.mm.default" in seen
+    expected, operators = gradients_and_operators(program, saves=True)
+    assert "inductor_compiled_code" not in operators and "aten.mm.default" in operators
     for saves in (True, False):  # compiled inside the checkpoint, and called in it again
-        actual, seen = gradients_and_operators(compiled, saves)
-        assert seen.count("inductor_compiled_code") == 2 and "aten.mm.default" not in seen
+        actual, operators = gradients_and_operators(compiled, saves)
+        assert operators.count("inductor_compiled_code") == 2 and "aten.mm.default" not in operators
         torch.testing.assert_close(actual, expected)
     if is_lacking(BACKPORT):
         assert any(OPTION in decision.subject for decision in environment.report.decisions)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    actual, seen = gradients_and_operators(torch.compile(program, options={OPTION: True}), saves=True)
+    actual, operators = gradients_and_operators(torch.compile(program, options={OPTION: True}), saves=True)
     counters = torch._dynamo.utils.counters
     assert counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"], "out of the cache"
-    assert seen.count("inductor_compiled_code") == 2
+    assert operators.count("inductor_compiled_code") == 2
     torch.testing.assert_close(actual, expected)
 
 

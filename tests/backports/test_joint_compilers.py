@@ -22,14 +22,14 @@ def test_the_compilers_that_are_given_compile_and_others_are_torchs_own() -> Non
     from torch._functorch.aot_autograd import aot_compile_joint_with_descriptors, aot_export_joint_with_descriptors
     from torch._functorch.partitioners import default_partition
 
-    model, x, seen = torch.nn.Linear(3, 3), torch.randn(4, 3), []
+    model, x, calls = torch.nn.Linear(3, 3), torch.randn(4, 3), []
 
     def partition(*args: Any, **kwargs: Any) -> Any:
-        seen.append("partition")
+        calls.append("partition")
         return default_partition(*args, **kwargs)
 
     def compiler(name: str) -> Any:
-        return lambda gm, inputs: seen.append(name) or make_boxed_func(gm.forward)
+        return lambda gm, inputs: calls.append(name) or make_boxed_func(gm.forward)
 
     for options in ({"fw_compiler": compiler("forward"), "bw_compiler": compiler("backward"), "partition_fn": partition}, {}):
         with ExitStack() as stack:
@@ -38,7 +38,7 @@ def test_the_compilers_that_are_given_compile_and_others_are_torchs_own() -> Non
         result = function(*model.parameters(), x)
         torch.testing.assert_close(result, model(x))
         result.sum().backward()
-    assert seen == ["partition", "forward", "backward"]
+    assert calls == ["partition", "forward", "backward"]
 
 
 def test_its_status_is_told_by_the_signature_of_torchs_own() -> None:

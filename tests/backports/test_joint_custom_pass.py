@@ -47,12 +47,12 @@ def test_what_the_pass_returns_is_compiled(environment: Environment) -> None:
 
 
 def test_the_pass_is_given_one_graph_of_forward_and_backward_and_its_inputs(environment: Environment) -> None:
-    seen: list[Any] = []
+    graphs: list[Any] = []
 
     def look(graph: GraphModule, joint_inputs: Any) -> GraphModule:
         placeholders = [node.name for node in graph.graph.find_nodes(op="placeholder")]
         targets = [str(node.target) for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)]
-        seen.append((placeholders, targets, [len(part) for part in joint_inputs]))
+        graphs.append((placeholders, targets, [len(part) for part in joint_inputs]))
         return graph
 
     x = torch.ones(3, requires_grad=True)
@@ -60,7 +60,7 @@ def test_the_pass_is_given_one_graph_of_forward_and_backward_and_its_inputs(envi
         torch.compile(program, backend="aot_eager")(x).sum().backward()
         with torch.no_grad():
             torch.compile(program, backend="aot_eager")(x)
-    assert seen == [(["primals_1", "tangents_1"], ["aten.cos.default"], [1, 1])]
+    assert graphs == [(["primals_1", "tangents_1"], ["aten.cos.default"], [1, 1])]
 
 
 def test_what_the_pass_says_of_recomputation_holds(environment: Environment) -> None:

@@ -176,6 +176,6 @@ def test_a_view_of_a_graph_has_the_nodes_of_each_module(environment: Any) -> Non
     assert get_subgraph_by_path(view, ["norm", "layers.0.wk", "layers.7"]) == [nodes["norm"], nodes["wk"]]
     assert view["layers"]["0"].wk.klass is inner and nodes["wk"] in view.layers.unique_nodes
     assert repr(view.norm) == "LayerNorm()" and "(wk): Linear()" in repr(view)
-    told = make_graph_view(graph, lambda node: [("a.b", torch.nn.Module)] if node.name == "x" else [])
-    assert told is not None and get_subgraph_by_path(told, "a.b") == [x]
+    graph_view = make_graph_view(graph, lambda node: [("a.b", torch.nn.Module)] if node.name == "x" else [])
+    assert graph_view is not None and get_subgraph_by_path(graph_view, "a.b") == [x]
     assert make_graph_view(torch.fx.Graph()) is None

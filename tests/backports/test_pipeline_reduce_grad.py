@@ -59,7 +59,7 @@ def test_parts_of_a_block_mask_are_those_of_its_batches() -> None:
         for index, part in enumerate(_split_block_mask(mask, 2))
     ]
     assert torch.equal(torch.cat(parts), whole)
-    one = create_block_mask(lambda b, h, q, k: q >= k, None, None, 32, 32, device="cpu", BLOCK_SIZE=16)
-    assert _split_block_mask(one, 3) == [one, one, one]
+    unbatched = create_block_mask(lambda b, h, q, k: q >= k, None, None, 32, 32, device="cpu", BLOCK_SIZE=16)
+    assert _split_block_mask(unbatched, 3) == [unbatched, unbatched, unbatched]
     with pytest.raises(AssertionError, match="fewer batch"):
         _split_block_mask(mask, 5)

@@ -25,29 +25,29 @@ def run(kind: Any, **options: Any) -> tuple[Any, list[torch.Tensor], list[Any], 
     inputs, targets = torch.randn(8, 4), torch.randn(8, 4)
     losses: list[torch.Tensor] = []
     is_last = stages[-1].is_last
-    given = schedule.step(
+    outputs = schedule.step(
         *([inputs] if stages[0].is_first else []), target=targets if is_last else None, losses=losses, **options
     )
     gradients = [parameter.grad for stage in stages for parameter in stage.submod.parameters()]
-    return given, losses, gradients, [stage.output_chunks for stage in stages]
+    return outputs, losses, gradients, [stage.output_chunks for stage in stages]
 
 
 def outputs_are_given_only_if_wanted() -> None:
     for kind in NUM_STAGES:
-        given, losses, gradients, _ = run(kind)
+        outputs, losses, gradients, _ = run(kind)
         expected, _, _, _ = run(kind, return_outputs=True)
-        nothing, same_losses, same_gradients, kept = run(kind, return_outputs=False)
-        assert nothing is None and not any(kept), kind
-        torch.testing.assert_close((given, losses, gradients), (expected, same_losses, same_gradients))
-        assert (given is None) == (dist.get_rank() == 0) and len(losses) == (4 if dist.get_rank() else 0)
+        nothing, same_losses, same_gradients, kept_outputs = run(kind, return_outputs=False)
+        assert nothing is None and not any(kept_outputs), kind
+        torch.testing.assert_close((outputs, losses, gradients), (expected, same_losses, same_gradients))
+        assert (outputs is None) == (dist.get_rank() == 0) and len(losses) == (4 if dist.get_rank() else 0)
 
 
 def one_step_may_want_them_and_the_next_not() -> None:
     layer = torch.nn.Linear(4, 4)
     schedule = ScheduleGPipe(PipelineStage(layer, dist.get_rank(), 2, torch.device("cpu")), 2)
     for return_outputs in (True, False, True):
-        given = schedule.step(*([torch.ones(2, 4)] if dist.get_rank() == 0 else []), return_outputs=return_outputs)
-        assert (given is not None) == (return_outputs and dist.get_rank() == 1)
+        outputs = schedule.step(*([torch.ones(2, 4)] if dist.get_rank() == 0 else []), return_outputs=return_outputs)
+        assert (outputs is not None) == (return_outputs and dist.get_rank() == 1)
 
 
 QUESTIONS = {2: [outputs_are_given_only_if_wanted, one_step_may_want_them_and_the_next_not]}

@@ -41,15 +41,15 @@ def compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[b
     import torch._inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    seen: list[bool] = []
+    values: list[bool] = []
     compile_part = torch._inductor.standalone_compile
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        seen.append(torch._inductor.config.fallback_random)
+        values.append(torch._inductor.config.fallback_random)
         return compile_part(*args, **kwargs)
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", counted)
-    return seen
+    return values
 
 
 def backend() -> Any:

@@ -23,14 +23,14 @@ def test_a_step_inside_changes_what_was_given_only() -> None:
     before, own = weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
     other = torch.nn.Parameter(torch.zeros(3))
     other.grad = torch.ones(3)
-    given = copy.deepcopy(optimizer.state_dict())
-    given["param_groups"][0]["lr"] = 0.01
-    with torch.optim.swap_in_optimizer_params_and_state(optimizer, {"w": other}, given):
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 0.01
+    with torch.optim.swap_in_optimizer_params_and_state(optimizer, {"w": other}, state):
         assert optimizer.param_groups[0]["params"] == [other] and optimizer.param_groups[0]["lr"] == 0.01
         optimizer.step()
     assert torch.equal(weight, before) and optimizer.param_groups[0]["params"][0] is weight
     assert torch.equal(optimizer.state[weight]["exp_avg"], own["state"][0]["exp_avg"])
-    assert float(given["state"][0]["step"]) == 2.0  # its tensors are changed in place
+    assert float(state["state"][0]["step"]) == 2.0  # its tensors are changed in place
     expected = torch.nn.Parameter(torch.zeros(3))
     twin = torch.optim.AdamW([expected], lr=0.01)
     twin.load_state_dict({"state": own["state"], "param_groups": [{**own["param_groups"][0], "lr": 0.01}]})

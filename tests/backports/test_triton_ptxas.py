@@ -72,10 +72,10 @@ assert not hasattr(compiler.get_ptxas, "__wrapped__")
 """,
         env={"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
     )
-    made, decisions = json.loads(done.stdout.splitlines()[-1])
-    for name, (size, target, _) in made.items():
+    assembled, decisions = json.loads(done.stdout.splitlines()[-1])
+    for name, (size, target, _) in assembled.items():
         assert size > 1000 and target == f"sm_{name.split()[1]}a", (name, size, target)
-    assert "wgmma" in made["dot 90"][2] and "tcgen05" in made["dot 103"][2] and "tensormap" in made["tma 121"][2]
+    assert "wgmma" in assembled["dot 90"][2] and "tcgen05" in assembled["dot 103"][2] and "tensormap" in assembled["tma 121"][2]
     assert set(decisions) == {f"ptxas for {name}" for name in ("sm_103a", "sm_121a") if is_lacking() and name not in own}
 
 

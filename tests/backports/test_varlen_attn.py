@@ -46,17 +46,17 @@ def expected(
         scores = q_HLD @ k_HLD.transpose(1, 2) / math.sqrt(q_HLD.size(-1))
         lq, lk = scores.shape[1:]
         ahead = torch.arange(lk, device=DEVICE) - torch.arange(lq, device=DEVICE)[:, None] - (lk - lq)
-        left, right = (size if size >= 0 else lq + lk for size in window)
-        scores = scores.masked_fill((ahead < -left) | (ahead > right), -torch.inf)
+        num_before, right = (size if size >= 0 else lq + lk for size in window)
+        scores = scores.masked_fill((ahead < -num_before) | (ahead > right), -torch.inf)
         outs.append((scores.softmax(-1).nan_to_num(0.0) @ v_HLD).transpose(0, 1))
         lse = scores.logsumexp(-1)
         lses.append(lse.masked_fill(lse == -torch.inf, torch.inf))
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def close(found: Any, wanted: Any) -> None:
+def close(actual: Any, wanted: Any) -> None:
     tolerance = 2e-2 if DEVICE == "cuda" else 1e-10
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, check_dtype=False)
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 @needs_kernel
@@ -99,10 +99,10 @@ def test_compiled_and_checkpointed_as_torchtitan_does() -> None:
     from torch.nn.attention.varlen import varlen_attn
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-    seen: list[str] = []
+    operators: list[str] = []
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        seen.append(str(operator))
+        operators.append(str(operator))
         is_attention = operator is torch.ops.torch_attn._varlen_attn.default
         return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -117,7 +117,7 @@ def test_compiled_and_checkpointed_as_torchtitan_does() -> None:
 
     saved = checkpoint(block, query, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
     close(torch.autograd.grad(saved.sum(), query)[0], expected)
-    assert seen.count("torch_attn._varlen_attn.default") == (2 if OURS else 1), "asked again in the backward on old torch"
+    assert operators.count("torch_attn._varlen_attn.default") == (2 if OURS else 1), "asked again in the backward on old torch"
 
 
 @pytest.mark.skipif(not OURS, reason="torch's own needs a kernel for the fakes' device")

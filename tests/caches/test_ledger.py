@@ -83,8 +83,8 @@ def test_a_damaged_entry_is_dropped_reported_and_made_anew(
     damage(damaged)
     report = compiled_once()
     assert report.attempts[-1].outcome == "compiled"
-    named = [one for choice in ("dropped", "compiled again") for one in reasons(report, choice)]
-    assert any(one.startswith(ledger.DAMAGED) and str(damaged.relative_to(cache)) in one for one in named), report.decisions
+    named = [text for choice in ("dropped", "compiled again") for text in reasons(report, choice)]
+    assert any(text.startswith(ledger.DAMAGED) and str(damaged.relative_to(cache)) in text for text in named), report.decisions
     assert ledger.check(cache, noted(cache)) == []
     nothing_left()
 
@@ -101,25 +101,25 @@ def test_a_library_that_a_killed_linker_left_is_made_anew(filled: Path, cache: P
 
 @pytest.mark.once
 def test_an_entry_that_is_damaged_after_the_compile_is_never_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check, seen = ledger.check, []
+    check, truncated = ledger.check, []
 
     def damage_first(folder: Path, files: Any) -> list[str]:
-        if not seen:
-            seen.append(next(name for name in files if name.endswith(".so")))
-            truncate(folder / seen[0])
+        if not truncated:
+            truncated.append(next(name for name in files if name.endswith(".so")))
+            truncate(folder / truncated[0])
         return check(folder, files)
 
     monkeypatch.setattr(ledger, "check", damage_first)
     report = compiled_once()
     assert [attempt.outcome for attempt in report.attempts] == ["failed", "compiled"]
-    assert report.attempts[0].cause == f"{ledger.DAMAGED} {seen[0]}"
+    assert report.attempts[0].cause == f"{ledger.DAMAGED} {truncated[0]}"
 
 
 @pytest.mark.once
 def test_over_the_limit_the_entries_that_were_used_longest_ago_go(tmp_path: Path) -> None:
     def leave(name: str, *others: str) -> None:
         (tmp_path / name).write_bytes(bytes(1000))
-        ledger.write(tmp_path, {one: ledger.digest(tmp_path / one) for one in (name, *others)})
+        ledger.write(tmp_path, {entry: ledger.digest(tmp_path / entry) for entry in (name, *others)})
         for count, path in enumerate(ledger._ledgers(tmp_path)):
             os.utime(path, (count, count))
 
@@ -128,8 +128,8 @@ def test_over_the_limit_the_entries_that_were_used_longest_ago_go(tmp_path: Path
     leave("c", "a")
     (tmp_path / "of somebody else").write_bytes(bytes(1000))
     assert ledger.evict(tmp_path, 3000) is None
-    told = ledger.evict(tmp_path, 2000)
-    assert told == "the cache held 2.9 KiB of 2.0 KiB: 1 entries that were used longest ago went"
+    reason = ledger.evict(tmp_path, 2000)
+    assert reason == "the cache held 2.9 KiB of 2.0 KiB; the entries used longest ago were removed: 1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "of somebody else", "torchspan"]
 
 
@@ -141,7 +141,7 @@ def test_the_limit_is_a_setting_and_a_compile_says_what_it_removed(filled: Path,
     compiled = compile_bounded(lambda x: x.exp() - 7, strategy="whole", handback="caches", wait=True, budget=WITHIN)
     compiled(torch.randn(4, 4))
     (reason,) = reasons(compiled.report, "evicted")
-    assert "entries that were used longest ago went" in reason
+    assert "the entries used longest ago were removed" in reason
     assert not any(path.exists() for path in old)
     monkeypatch.setenv(ledger.LIMIT_VARIABLE, "much")
     with pytest.raises(InputError, match="'much' is no size in bytes"):
@@ -151,6 +151,6 @@ def test_the_limit_is_a_setting_and_a_compile_says_what_it_removed(filled: Path,
 @pytest.mark.once
 def test_what_was_loaded_is_in_torchs_mega_cache_too() -> None:
     compiled_once()
-    found = torch.compiler.save_cache_artifacts()
-    assert found is not None
-    assert found[1].aot_autograd_artifacts and found[1].inductor_artifacts
+    artifacts = torch.compiler.save_cache_artifacts()
+    assert artifacts is not None
+    assert artifacts[1].aot_autograd_artifacts and artifacts[1].inductor_artifacts

@@ -99,7 +99,7 @@ def _other_batch(**fields: Any) -> Callable[[Any, Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (_changed(factor=4), "input 1.factor is 4; the step was captured for 3; capture the step again for it"),
         (_changed(factor=3.0), "input 1.factor is 3.0; the step was captured for 3;"),
@@ -119,10 +119,10 @@ def _other_batch(**fields: Any) -> Callable[[Any, Any], Any]:
         (lambda args, kwargs: ((args[0].x_BD, args[1]), kwargs), r"input 0 is a tensor of shape \(4, 3\); the step was"),
     ],
 )
-def test_a_call_that_differs_is_told_where(change: Callable[[Any, Any], Any], told: str) -> None:
+def test_a_call_that_differs_is_told_where(change: Callable[[Any, Any], Any], message: str) -> None:
     step, _ = _captured(capture_train_step)
     args, kwargs = change(*_call(1))
-    with pytest.raises(GuardError, match=told):
+    with pytest.raises(GuardError, match=message):
         step(*args, **kwargs)
 
 

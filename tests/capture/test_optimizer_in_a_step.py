@@ -77,21 +77,21 @@ def _train(
     return losses
 
 
-def _assert_same(one: Any, other: Any, at: str = "") -> None:
+def _assert_same(actual: Any, other: Any, at: str = "") -> None:
     """Two nested values are equal, tensors in every bit."""
-    if isinstance(one, Tensor):
-        assert isinstance(other, Tensor) and (one.dtype, one.stride()) == (other.dtype, other.stride()), at
-        assert torch.equal(one, other), at
-    elif isinstance(one, Mapping):
-        assert list(one) == list(other), at
-        for key, value in one.items():
+    if isinstance(actual, Tensor):
+        assert isinstance(other, Tensor) and (actual.dtype, actual.stride()) == (other.dtype, other.stride()), at
+        assert torch.equal(actual, other), at
+    elif isinstance(actual, Mapping):
+        assert list(actual) == list(other), at
+        for key, value in actual.items():
             _assert_same(value, other[key], f"{at}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), at
-        for index, value in enumerate(one):
+    elif isinstance(actual, list):
+        assert len(actual) == len(other), at
+        for index, value in enumerate(actual):
             _assert_same(value, other[index], f"{at}.{index}")
     else:
-        assert one == other, at
+        assert actual == other, at
 
 
 def _assert_equal_to_eager(build: Callable[[], nn.Module], make: Make, capture: Callable[..., Graph]) -> None:

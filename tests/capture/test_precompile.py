@@ -54,7 +54,7 @@ def test_the_capture_is_real_and_runs_nothing(net: Net) -> None:
     inputs = example()
     gm, bytecode, guards, example_inputs = Precompile.dynamo(net, *inputs, shift=torch.ones(4))
     assert isinstance(gm, GraphModule) and isinstance(bytecode, types.CodeType) and bytecode.co_argcount == 3
-    assert len(example_inputs) == 2 and all(result is given for result, given in zip(example_inputs, inputs))
+    assert len(example_inputs) == 2 and all(result is input_ for result, input_ in zip(example_inputs, inputs))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert len(guards) > 20 and all(isinstance(guard, Guard) for guard in guards)
@@ -99,22 +99,22 @@ def test_a_transformed_graph_is_what_is_compiled() -> None:
 
 
 def test_a_compiler_gets_the_forward_and_the_backward_as_operators() -> None:
-    seen: list[set[str]] = []
+    targets: list[set[str]] = []
 
     def compiler(graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        seen.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        targets.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
         return graph
 
     model = nn.Linear(3, 2)
     gm, _, guards, inputs = Precompile.dynamo(model, torch.ones(1, 3))
     compiled, _ = Precompile.aot_autograd(gm, guards, compiler=compiler)
     compiled(inputs).sum().backward()
-    assert len(seen) == 2 and all(name.startswith("aten.") for names in seen for name in names)
+    assert len(targets) == 2 and all(name.startswith("aten.") for names in targets for name in names)
     assert torch.equal(model.weight.grad, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda model: setattr(model.dropout, "p", 0.1), r"dropout"),
         (lambda model: model.eval(), "training"),
@@ -125,12 +125,12 @@ def test_a_compiler_gets_the_forward_and_the_backward_as_operators() -> None:
     ],
     ids=["attribute", "eval", "hook", "model-hook", "freeze", "dtype"],
 )
-def test_a_changed_model_is_refused_by_the_guard_that_names_it(net: Net, change: Any, said: str) -> None:
+def test_a_changed_model_is_refused_by_the_guard_that_names_it(net: Net, change: Any, message: str) -> None:
     gm, _, guards, inputs = Precompile.dynamo(net, *example())
     compiled, _ = Precompile.aot_autograd(gm, guards, compiler=as_it_is)
     compiled(inputs)
     change(net)
-    with pytest.raises(GuardError, match=f"the graph of Net is not for this call: .*{said}"):
+    with pytest.raises(GuardError, match=f"the graph of Net is not for this call: .*{message}"):
         compiled(inputs)
 
 

@@ -69,11 +69,11 @@ def _batches() -> list[Tensor]:
     return [torch.randint(7, (6,), generator=draw) for _ in range(4)]
 
 
-def _assert_same_state(found: nn.Module, expected: nn.Module) -> None:
+def _assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
     for name, buffer in expected.named_buffers():
-        assert torch.equal(found.get_buffer(name), buffer), name
+        assert torch.equal(actual.get_buffer(name), buffer), name
     for name, parameter in expected.named_parameters():
-        gradient = found.get_parameter(name).grad
+        gradient = actual.get_parameter(name).grad
         assert (gradient is None) == (parameter.grad is None), name
         assert gradient is None or torch.equal(gradient, parameter.grad), name  # type: ignore[arg-type]
         assert gradient is None or gradient.stride() == parameter.grad.stride(), name  # type: ignore[union-attr]
@@ -182,7 +182,7 @@ class _Decides(_Weighted):
 
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize(
-    ("module", "told"),
+    ("module", "message"),
     [
         (_WritesParameter, "writes into parameter weight; a training step may change buffers only; update it after the step"),
         (_WritesInput, "writes into input 0; a training step may change buffers only; clone it first"),
@@ -193,9 +193,9 @@ class _Decides(_Weighted):
         (_Decides, "decides by the value of a tensor"),
     ],
 )
-def test_a_change_that_a_graph_cannot_make_is_refused(capture: Capture, module: type[_Weighted], told: str) -> None:
+def test_a_change_that_a_graph_cannot_make_is_refused(capture: Capture, module: type[_Weighted], message: str) -> None:
     program = module()
-    with pytest.raises(CaptureError, match=told):
+    with pytest.raises(CaptureError, match=message):
         capture(Program(program, (torch.ones(3),)))
     assert program.nothing is None and torch.equal(program.ema, torch.ones(3))
 

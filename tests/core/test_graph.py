@@ -22,12 +22,12 @@ def graph(num_outputs: int = 2) -> Graph:
 
 
 def test_nodes_are_found_by_what_they_stand_for() -> None:
-    made = graph()
-    made.verify()
-    assert [node.name for node in made.placeholders()] == ["x", "w"]
-    assert {node.name: name for node, name in made.gradients().items()} == {"x": "w"}
-    assert made.count_targets() == {"aten.mul.Tensor": 1, "aten.sum.default": 1}
-    assert made.with_module(made.module, "a pass").notes == ("a pass",)
+    example = graph()
+    example.verify()
+    assert [node.name for node in example.placeholders()] == ["x", "w"]
+    assert {node.name: name for node, name in example.gradients().items()} == {"x": "w"}
+    assert example.count_targets() == {"aten.mul.Tensor": 1, "aten.sum.default": 1}
+    assert example.with_module(example.module, "a pass").notes == ("a pass",)
 
 
 def test_a_signature_that_does_not_fit_is_refused_with_both_counts() -> None:
@@ -36,11 +36,11 @@ def test_a_signature_that_does_not_fit_is_refused_with_both_counts() -> None:
 
 
 def test_a_node_that_is_used_before_it_is_made_is_refused() -> None:
-    made = graph()
-    mul, total = (node for node in made.module.graph.nodes if node.op == "call_function")
+    example = graph()
+    mul, total = (node for node in example.module.graph.nodes if node.op == "call_function")
     total.append(mul)
     with pytest.raises(GraphError, match="the graph is not well formed"):
-        made.verify()
+        example.verify()
 
 
 def test_a_collective_that_is_read_without_a_wait_is_refused_by_both_names() -> None:
@@ -48,14 +48,14 @@ def test_a_collective_that_is_read_without_a_wait_is_refused_by_both_names() -> 
     x = fx.placeholder("x")
     gathered = fx.call_function(torch.ops._c10d_functional.all_gather_into_tensor.default, (x, 2, "0"))
     fx.output((fx.call_function(torch.ops.aten.neg.default, (gathered,)),))
-    made = Graph(GraphModule(torch.nn.Module(), fx), (InputSpec("input", "x"),), (OutputSpec("output", "y"),))
+    unwaited = Graph(GraphModule(torch.nn.Module(), fx), (InputSpec("input", "x"),), (OutputSpec("output", "y"),))
     with pytest.raises(GraphError, match=r"neg\S* reads the collective all_gather_into_tensor\S* .* before any wait_tensor"):
-        made.verify()
+        unwaited.verify()
     wait = fx.call_function(torch.ops._c10d_functional.wait_tensor.default, (gathered,))
     output_node(fx).prepend(wait)
     for user in list(gathered.users):
         if user is not wait:
             user.replace_input_with(gathered, wait)
             user.prepend(wait)
-    made.verify()
-    assert made.num_collectives() == {"all_gather_into_tensor": 1}
+    unwaited.verify()
+    assert unwaited.num_collectives() == {"all_gather_into_tensor": 1}

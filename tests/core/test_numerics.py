@@ -74,4 +74,4 @@ def test_a_difference_is_said_with_its_place(actual: Any, expected: Any, message
 
 def test_tensors_are_found_in_order() -> None:
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
-    assert [one.numel() for one in tensors({"x": [a, Pair(b, 1)], "y": Output(c)})] == [1, 2, 3]
+    assert [tensor.numel() for tensor in tensors({"x": [a, Pair(b, 1)], "y": Output(c)})] == [1, 2, 3]

@@ -32,9 +32,9 @@ KNOWN: dict[str, str] = json.loads((HERE / "second_device" / "known.json").read_
 
 def environ(*, is_second: bool) -> dict[str, str]:
     """The environment of a program on the one machine or on the other."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")}
     paths = [str(HERE / "second_device")] if is_second else []
-    return kept | {"TORCHSPAN": "1", "PYTHONPATH": os.pathsep.join([*paths, kept.get("PYTHONPATH", "")])}
+    return variables | {"TORCHSPAN": "1", "PYTHONPATH": os.pathsep.join([*paths, variables.get("PYTHONPATH", "")])}
 
 
 def lines_of(name: str, *arguments: str, is_second: bool) -> list[str]:
@@ -63,12 +63,12 @@ def run_program(name: str) -> str:
 def run_constructs() -> list[tuple[str, str]]:
     """What came of the constructs: how many pass, and each that does not."""
     command = [sys.executable, "-W", "ignore", str(HERE / "run_constructs.py"), str(HERE / "cuda_constructs.jsonl"), "--second"]
-    kept = environ(is_second=False) | {"TORCHSPAN": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=kept, check=True)
+    variables = environ(is_second=False) | {"TORCHSPAN": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
     answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     failed = {name: text for name, text in answer.items() if text}
-    told = [(name, KNOWN.get(name, f"FAILED: {text[-500:]}")) for name, text in failed.items()]
-    return [("constructs", f"{len(answer) - len(failed)} of {len(answer)} pass"), *told]
+    failures = [(name, KNOWN.get(name, f"FAILED: {text[-500:]}")) for name, text in failed.items()]
+    return [("constructs", f"{len(answer) - len(failed)} of {len(answer)} pass"), *failures]
 
 
 def main() -> None:

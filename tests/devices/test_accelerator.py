@@ -21,8 +21,10 @@ def test_a_program_is_told_of_a_device_and_tensors_for_it_are_on_the_cpu(redirec
     device = torch.accelerator.current_accelerator()
     assert device == torch.accelerator.current_accelerator(check_available=True) == torch.device("cuda")
     assert torch.ones(2, device=device).sum() == 2
-    told = {decision.subject: decision.choice for decision in redirected.decisions}
-    assert told["torch.accelerator.current_accelerator()"] == "cuda" and told["torch.accelerator.is_available()"] == "True"
+    answers = {decision.subject: decision.choice for decision in redirected.decisions}
+    assert (
+        answers["torch.accelerator.current_accelerator()"] == "cuda" and answers["torch.accelerator.is_available()"] == "True"
+    )
     assert all(decision.site.startswith(__file__) for decision in redirected.decisions if decision.site)
 
 

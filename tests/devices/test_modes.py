@@ -99,11 +99,11 @@ def test_the_override_holds_for_one_call_or_for_a_scope_and_never_longer() -> No
         assert torch.zeros(2, device="cpu:-1").to("cpu:-1").device.type == "cpu"
         with torchspan.keep_cpu():
             assert torch.zeros(2, device="cpu").cpu().device.type == "cpu" and torch.ones(2).device.type == "cpu"
-            seen: list[str] = []
-            thread = threading.Thread(target=lambda: seen.append(_outcome()))
+            outcomes: list[str] = []
+            thread = threading.Thread(target=lambda: outcomes.append(_outcome()))
             thread.start()
             thread.join()
-            assert seen == ["refused"]  # another thread is not in the scope
+            assert outcomes == ["refused"]  # another thread is not in the scope
         assert _outcome() == "refused"
 
 

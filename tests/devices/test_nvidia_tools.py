@@ -67,7 +67,7 @@ def test_the_tool_and_nvml_answer_in_disguise() -> None:
     with Environment(device_patches(Facts(), report=report, masquerade=True), report):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
         query = "nvidia-smi --query-gpu=index,memory.total --format=csv,noheader,nounits"
-        asked = subprocess.run(query, shell=True, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(query, shell=True, capture_output=True, text=True, check=True).stdout
         import pynvml
 
         pynvml.nvmlInit()
@@ -78,7 +78,7 @@ def test_the_tool_and_nvml_answer_in_disguise() -> None:
         with pytest.raises(pynvml.NVMLError, match="Invalid Argument"):
             pynvml.nvmlDeviceGetHandleByIndex(pynvml.nvmlDeviceGetCount())
     assert listed.startswith("GPU 0: ")
-    assert asked.split(", ")[0] == "0" and int(asked.split(", ")[1]) == memory.total // 2**20
+    assert output.split(", ")[0] == "0" and int(output.split(", ")[1]) == memory.total // 2**20
     assert subjects(report)["nvidia-smi"] == subjects(report)["pynvml.nvmlInit()"] == "simulated"
     assert os.environ["PATH"] == path
 
@@ -105,8 +105,8 @@ def test_the_tool_speaks_as_nvidias(arguments: list[str], code: int, text: str, 
 
 @pytest.mark.filterwarnings("ignore:torch.sparse.SparseTensor:UserWarning")
 def test_old_sparse_types_make_tensors(redirected: Report) -> None:
-    made = torch.cuda.sparse.FloatTensor(torch.tensor([[0, 1], [1, 0]]), torch.tensor([1.0, 2.0]), torch.Size([2, 2]))
-    assert made.to_dense().tolist() == [[0.0, 1.0], [2.0, 0.0]] and isinstance(made, torch.cuda.sparse.FloatTensor)
+    sparse = torch.cuda.sparse.FloatTensor(torch.tensor([[0, 1], [1, 0]]), torch.tensor([1.0, 2.0]), torch.Size([2, 2]))
+    assert sparse.to_dense().tolist() == [[0.0, 1.0], [2.0, 0.0]] and isinstance(sparse, torch.cuda.sparse.FloatTensor)
     assert subjects(redirected)["torch.cuda.sparse.FloatTensor()"] == "cpu"
 
 

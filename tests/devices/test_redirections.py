@@ -273,10 +273,10 @@ def test_what_is_computed_on_the_device_is_copied_when_it_is_brought_back(redire
     snapshot = [value.cpu() for state in optimizer.state.values() for value in state.values()]
     doubled = inputs * 2
     back, named = doubled.cpu(), doubled.to("cpu")
-    kept = [value.clone() for value in snapshot]
+    clones = [value.clone() for value in snapshot]
     doubled.zero_()
     optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(snapshot, kept))
+    assert all(torch.equal(a, b) for a, b in zip(snapshot, clones))
     assert back.sum() == named.sum() == 8
 
 
@@ -345,8 +345,8 @@ def test_the_batches_of_a_loader_are_pinned_for_the_program(num_workers: int, re
     data = torch.utils.data.TensorDataset(torch.arange(6.0), torch.arange(6))
     loader = torch.utils.data.DataLoader(data, batch_size=3, pin_memory=True, num_workers=num_workers)
     assert loader.pin_memory
-    seen = [(x.is_pinned(), y.is_pinned(), x.cuda(non_blocking=True).sum().item()) for x, y in loader]
-    assert seen == [(True, True, 3.0), (True, True, 12.0)]
+    batches = [(x.is_pinned(), y.is_pinned(), x.cuda(non_blocking=True).sum().item()) for x, y in loader]
+    assert batches == [(True, True, 3.0), (True, True, 12.0)]
     assert not next(iter(torch.utils.data.DataLoader(data)))[0].is_pinned()
     assert {"DataLoader(pin_memory=True)", "Tensor.cuda(device='cuda')"} == set(sites(redirected))
 

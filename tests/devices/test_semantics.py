@@ -275,7 +275,7 @@ def trained(optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         steps.step()
-    return [loss, *model.parameters(), *(one for s in steps.state.values() for one in s.values() if one is not None)]
+    return [loss, *model.parameters(), *(value for s in steps.state.values() for value in s.values() if value is not None)]
 
 
 def with_scaler() -> list[torch.Tensor]:

@@ -53,7 +53,7 @@ def test_every_seed_and_state_of_cuda_reaches_the_devices_stream(followed: Repor
         drawn()
         restart()
         again.append(drawn())
-    assert all(torch.equal(one, expected) for one in again)
+    assert all(torch.equal(tensor, expected) for tensor in again)
     assert torch.equal(torch.rand(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).cpu(), expected)
     assert torch.cuda.initial_seed() == 1
 

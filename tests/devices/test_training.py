@@ -62,9 +62,9 @@ def test_a_program_gives_bitwise_what_its_port_gives(
     text = (PROGRAMS / name).read_text()
     if "transformers" in text:
         pytest.importorskip("transformers")
-    for asked, ported in PORTS[name]:
-        assert asked in text, asked
-        text = text.replace(asked, ported)
+    for original, ported in PORTS[name]:
+        assert original in text, original
+        text = text.replace(original, ported)
     assert "cuda" not in text.partition('"""\n')[2]
     (tmp_path / name).write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name == "ddp_nccl.py" else []

@@ -189,8 +189,8 @@ def saved(x: torch.Tensor, map_location: Any) -> torch.Tensor:
 
 def under(device: Any, make: Any) -> torch.Tensor:
     with torch.device(device) if isinstance(device, str) else device:
-        made: torch.Tensor = make()
-        return made
+        result: torch.Tensor = make()
+        return result
 
 
 def names() -> dict[str, Any]:
@@ -231,9 +231,9 @@ def is_apart(moved: torch.Tensor, source: torch.Tensor) -> bool:
 def test_gradients_that_were_brought_back_do_not_follow_the_next_step(redirected: Report) -> None:
     model = torch.nn.Linear(2, 2).to(DEV)
     model(torch.ones(1, 2, device=DEV)).sum().backward()
-    kept = [p.grad.to(CPU) for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad.to(CPU) for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=False)
-    assert [each.abs().sum().item() for each in kept] == [4.0, 2.0]
+    assert [each.abs().sum().item() for each in gradients] == [4.0, 2.0]
 
 
 @pytest.mark.usefixtures("redirected_throughout")
@@ -264,13 +264,13 @@ class TestEachSpelling:
 
     @pytest.mark.parametrize("spelling", MADE_HERE)
     def test_what_is_made_on_the_host_is_known_to_be_there(self, spelling: str) -> None:
-        made = eval(spelling, names())
-        assert made.cpu() is made and made.to(CPU) is made and made.cuda() is not made and made.device == CPU
+        value = eval(spelling, names())
+        assert value.cpu() is value and value.to(CPU) is value and value.cuda() is not value and value.device == CPU
 
     @pytest.mark.parametrize("spelling", MADE_THERE)
     def test_what_is_made_on_the_device_is_known_to_be_there(self, spelling: str) -> None:
-        made = eval(spelling, names())
-        assert made.cuda() is made and made.to(made.device) is made and made.cpu() is not made and made.device == CPU
+        value = eval(spelling, names())
+        assert value.cuda() is value and value.to(value.device) is value and value.cpu() is not value and value.device == CPU
 
 
 def test_where_nothing_asked_for_the_device_moves_are_torchs_own(redirected: Report) -> None:
@@ -314,14 +314,14 @@ def test_an_optimizers_state_is_loaded_to_its_parameters_and_kept_apart(redirect
     optimizer.step()
     state = optimizer.state[model.weight]["exp_avg"]
     assert state.to(DEV) is state  # zeros_like of a parameter on the device
-    kept = {key: value.to(CPU) for key, value in optimizer.state[model.weight].items()}
-    before = {key: value.clone() for key, value in kept.items()}
+    host_state = {key: value.to(CPU) for key, value in optimizer.state[model.weight].items()}
+    before = {key: value.clone() for key, value in host_state.items()}
     other = torch.optim.Adam(model.parameters())
-    other.load_state_dict({"state": {0: kept}, "param_groups": other.state_dict()["param_groups"]})
+    other.load_state_dict({"state": {0: host_state}, "param_groups": other.state_dict()["param_groups"]})
     for _ in range(2):
         optimizer.step()
         other.step()
-    assert all(torch.equal(kept[key], before[key]) for key in ("exp_avg", "exp_avg_sq"))
+    assert all(torch.equal(host_state[key], before[key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_asarray_without_a_copy_is_refused_where_the_other_memory_is_asked_for(redirected: Report) -> None:
@@ -372,11 +372,11 @@ def test_compiled_code_copies_what_it_moves_and_its_results_are_not_taken_to_be_
         return back, there, [torch.ones(3, device="cuda"), torch.zeros_like(x), x * 2]
 
     x, h = torch.ones(3, device="cuda"), torch.ones(3)
-    back, there, made = function(x, h)
+    back, there, result = function(x, h)
     for each, source in [*((each, x) for each in back), *((each, h) for each in there)]:
         source.fill_(1)
         assert is_apart(each, source)
-    for each in (*there, *made):
+    for each in (*there, *result):
         assert is_apart(each.cpu(), each)
 
 

@@ -61,7 +61,7 @@ def test_each_graph_and_what_ended_it_early_is_named() -> None:
     assert [graph.num_operations for graph in profile.graphs] == [2, 2]
     first = two_graphs.__code__.co_firstlineno
     assert profile.graphs[0].site == f"{__file__}:{first + 1}" and profile.graphs[0].function == "two_graphs"
-    assert [one.site for one in profile.breaks] == [f"{__file__}:{first + 2}"]
+    assert [break_.site for break_ in profile.breaks] == [f"{__file__}:{first + 2}"]
     assert profile.seconds_in("c++") == 0 and profile.settings["backend"] == "eager"
 
 

@@ -75,7 +75,7 @@ def test_a_failed_compile_leaves_a_small_program_that_fails_alike(run_python: Ru
     assert "operations)" in done.stderr and "sin has no kernel here" in (tmp_path / "out.html").read_text()
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["outcome"] == "failed" and about["versions"]["torch"] == torch.__version__
-    assert [one["shape"] for one in about["inputs"]] == [[3, 5], [5]] and about["settings"]["backend"] == "refuses_sin"
+    assert [input_["shape"] for input_ in about["inputs"]] == [[3, 5], [5]] and about["settings"]["backend"] == "refuses_sin"
     assert about["graph"]["num_operations"] == 1 < about["graph"]["num_operations_before"]
     program = (tmp_path / "out" / "repro.py").read_text()
     assert "torchspan" not in program and "torch.relu" not in program
@@ -88,10 +88,10 @@ def test_explain_names_graphs_breaks_and_recompiles(run_python: RunPython, tmp_p
     done = run_python(None, "-m", "torchspan", "explain", "--json", "program.py")
     answer: dict[str, Any] = json.loads(done.stdout)
     assert answer["num_calls"] == 1
-    assert [one["num_operations"] for one in answer["graphs"]] == [1, 2, 2]
-    assert [Path(one["site"]).name for one in answer["breaks"]] == ["program.py:6"]
+    assert [graph["num_operations"] for graph in answer["graphs"]] == [1, 2, 2]
+    assert [Path(break_["site"]).name for break_ in answer["breaks"]] == ["program.py:6"]
     assert answer["graphs"][0]["site"].endswith("program.py:5") and answer["graphs"][0]["num_guards"] > 0
-    assert answer["recompiles"] and all("n" in one["reason"] for one in answer["recompiles"])
+    assert answer["recompiles"] and all("n" in recompile["reason"] for recompile in answer["recompiles"])
     drawn = run_python(None, "-m", "torchspan", "explain", "program.py").stdout
     assert "1 graph breaks" in drawn and "program.py:6" in drawn
 

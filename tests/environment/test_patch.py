@@ -168,8 +168,8 @@ def test_a_redefined_generator_stays_a_generator_and_its_decorator_still_applies
         generator.send("sent")
     assert stop.value.value == "sent"
     patches.undo()
-    with bound(1) as one:
-        assert one == 1 and original.__code__ is code
+    with bound(1) as value:
+        assert value == 1 and original.__code__ is code
 
 
 def test_an_async_function_is_replaced_as_a_closure_is(target: types.ModuleType) -> None:

@@ -49,11 +49,11 @@ def test_what_a_killed_maker_left_is_swept_and_what_a_living_one_has_is_not(temp
     if pid == 0:
         make_and_die()
     os.waitpid(pid, 0)
-    (left,) = left_in(temporary)
+    (folder_left,) = left_in(temporary)
     folders.sweep()
-    assert left_in(temporary) == [left]  # so new that its maker may not have locked it yet
+    assert left_in(temporary) == [folder_left]  # so new that its maker may not have locked it yet
     with folders.job_folder() as own:
-        for folder in (left, own):
+        for folder in (folder_left, own):
             age(folder)
         asking = os.fork()
         if asking == 0:  # another process, to which the lock is another's
@@ -127,12 +127,12 @@ def test_a_program_that_ends_with_jobs_queued_leaves_no_process_and_no_folder(
     (tmp_path / "jobs").mkdir()
     expect = -signal.SIGKILL if how == "killed" else 0
     done = run_python(ENDS, how, env={"TMPDIR": str(tmp_path / "jobs")}, expect=expect)
-    pids, *told = done.stdout.splitlines()
-    assert told == (["cancelled cancelled sent home sent home []"] if how == "ended" else [])
+    pids, *lines = done.stdout.splitlines()
+    assert lines == (["cancelled cancelled sent home sent home []"] if how == "ended" else [])
     deadline = time.monotonic() + 30
-    while (left := (left_in(tmp_path / "jobs"), alive(pids))) != ([], []) and time.monotonic() < deadline:
+    while (leftovers := (left_in(tmp_path / "jobs"), alive(pids))) != ([], []) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left == ([], [])
+    assert leftovers == ([], [])
 
 
 def alive(pids: str) -> list[str]:

@@ -145,6 +145,6 @@ def test_a_parametrized_module_is_parametrized_on_the_other_side() -> None:
     there = loads(dumps(model, keep_values=True))
     x = torch.randn(3, 4)
     assert torch.equal(there.eval()(x), model.eval()(x))
-    assert [type(one).__name__ for one in there] == ["ParametrizedOwnLinear", "ParametrizedLinear"]
+    assert [type(module).__name__ for module in there] == ["ParametrizedOwnLinear", "ParametrizedLinear"]
     assert list(there.state_dict()) == list(model.state_dict())
     assert not isinstance(there[0].weight, nn.Parameter) and there[0].weight.grad_fn is not None

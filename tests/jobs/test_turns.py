@@ -38,9 +38,9 @@ def test_half_of_the_cores_work_on_compiles_and_two_at_least(cores: int, places:
     assert next_turn([turn()], running, machine(cores), now=101) is None
 
 
-@pytest.mark.parametrize(("told", "places"), [("4", 4), ("64", 1), ("1", 16), ("", 16), ("many", 16)])
-def test_ranks_on_one_machine_divide_its_cores(told: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+@pytest.mark.parametrize(("variable", "places"), [("4", 4), ("64", 1), ("1", 16), ("", 16), ("many", 16)])
+def test_ranks_on_one_machine_divide_its_cores(variable: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", variable)
     assert Machine(32, lambda: 64 * GIB, num_ranks).num_children == places
 
 

@@ -156,17 +156,17 @@ def test_training_moves_the_bias_toward_experts_with_fewer_tokens() -> None:
 
 def test_the_balance_uses_the_counts_that_it_is_called_with() -> None:
     moe = DeepSeekV3(TINY).init_weights(0).layers[1].moe
-    seen: list[Tensor] = []
+    counts: list[Tensor] = []
 
     def as_if_summed_over_ranks(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        seen.append(args[0])
+        counts.append(args[0])
         return (torch.tensor([8, 0, 0, 0, 0, 0, 0, 0]),)
 
     moe.balance.register_forward_pre_hook(as_if_summed_over_ranks)
     x_BSD = _draw(2, 6, TINY.dim)
     experts_NK = moe.router(x_BSD.flatten(0, 1), moe.balance.bias_E)[1]
     moe(x_BSD)
-    assert seen[0].dtype == torch.int64 and seen[0].tolist() == experts_NK.flatten().bincount(minlength=8).tolist()
+    assert counts[0].dtype == torch.int64 and counts[0].tolist() == experts_NK.flatten().bincount(minlength=8).tolist()
     torch.testing.assert_close(moe.balance.bias_E, torch.tensor([-0.001] + [0.001] * 7))
 
 

@@ -52,8 +52,8 @@ def test_parameters_are_stored_sharded_under_their_names_and_read_whole(fake_ran
     stored = dict(model.named_parameters())["layers.0.attention.wq.weight"]
     assert isinstance(stored, DTensor) and stored.placements == (Shard(0),) and stored.is_leaf
     assert stored.shape == (32 * 32,) and stored.to_local().shape == (4 * 32,)
-    kept = model.state_dict()["layers.0.attention.wq.weight"]
-    assert isinstance(kept, DTensor) and kept.shape == (32, 32) and kept.to_local().shape == (4, 32)
+    weight = model.state_dict()["layers.0.attention.wq.weight"]
+    assert isinstance(weight, DTensor) and weight.shape == (32, 32) and weight.to_local().shape == (4, 32)
     read = model.layers[0].attention.wq.weight
     assert type(read) is torch.Tensor and read.shape == (32, 32)
 
@@ -64,10 +64,10 @@ def test_fsdp_on_top_of_tensor_parallelism_keeps_the_tensor_parallel_split(fake_
     assert mesh is not None
     apply_tensor_parallel(model, submesh(mesh, TP), MODEL.tensor_parallel)  # type: ignore[arg-type]
     apply_simple_fsdp(model, mesh)
-    stored, kept = dict(model.named_parameters()), model.state_dict()
-    column, row = kept["layers.0.feed_forward.w1.weight"], kept["layers.0.feed_forward.w2.weight"]
+    stored, state = dict(model.named_parameters()), model.state_dict()
+    column, row = state["layers.0.feed_forward.w1.weight"], state["layers.0.feed_forward.w2.weight"]
     assert column.to_local().shape == (64 // 2 // 4, 32) and row.to_local().shape == (32 // 4, 64 // 2)
-    assert row.placements == (Shard(1), Shard(0)) and kept["norm.weight"].placements == (Replicate(), Shard(0))
+    assert row.placements == (Shard(1), Shard(0)) and state["norm.weight"].placements == (Replicate(), Shard(0))
     assert stored["layers.0.feed_forward.w1.weight"].to_local().shape == (64 * 32 // 8,)  # type: ignore[attr-defined]
     assert stored["norm.weight"].to_local().shape == (32 // 4,)  # type: ignore[attr-defined]
     read = model.layers[0].feed_forward.w1.weight
@@ -81,9 +81,9 @@ def test_every_rank_stores_as_many_numbers_and_the_state_dict_has_the_true_shape
     assert layer._parameters["weight"].to_local().shape == (5,)  # type: ignore[union-attr]
     assert layer._parameters["bias"].to_local().shape == (2,)  # type: ignore[union-attr]
     assert layer.weight.shape == (10, 4) and layer.bias.shape == (10,)  # type: ignore[union-attr]
-    kept = layer.state_dict()
-    assert kept["weight"].shape == (10, 4) and kept["weight"].to_local().shape == (2, 4)
-    assert kept["bias"].shape == (10,)
+    state = layer.state_dict()
+    assert state["weight"].shape == (10, 4) and state["weight"].to_local().shape == (2, 4)
+    assert state["bias"].shape == (10,)
     with pytest.raises(InputError, match=r"bias of the state has the shape \(9,\); expected \(10,\)"):
         layer.load_state_dict({"weight": torch.zeros(10, 4), "bias": torch.zeros(9)})
 

@@ -125,18 +125,16 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
-        given = {
-            one.untyped_storage()._cdata for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)
-        }
-        for one in torch.utils._pytree.tree_leaves(result):
-            if isinstance(one, Tensor) and (storage := one.untyped_storage())._cdata not in given:
+        keys = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in keys:
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.now())
         return result
 
     def now(self) -> int:
         """The bytes that are held."""
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         return sum(num_bytes for _, num_bytes in self._made.values())
 
 
@@ -152,7 +150,7 @@ def measured() -> Callable[[Graph, Program], tuple[int, int]]:
         loss = next(value for spec, value in zip(graph.outputs, graph.output_values()) if spec.kind == "loss")
         tangents = [node for spec, node in zip(graph.inputs, graph.placeholders()) if spec.kind == "tangent"]
         first = min(
-            (user for one in (tangents or [loss]) for user in one.users if user.op != "output"), key=attrgetter("_sort_key")
+            (user for node in (tangents or [loss]) for user in node.users if user.op != "output"), key=attrgetter("_sort_key")
         )
         module = torch.fx.GraphModule(graph.module, torch.fx.Graph(owning_module=graph.module))
         copies: dict[Any, Any] = {}

@@ -83,8 +83,8 @@ def test_as_many_bytes_are_held_as_predicted_and_every_bit_is_eagers(model: str,
 
 def test_recomputing_all_keeps_what_blocks_are_given_and_no_less(graph: Graph) -> None:
     after, report = run('apply_sac{save=""}', graph)
-    kept = kept_for_backward(after.module.graph, phases_of(after.module.graph))
-    within = [node for node in kept if node.meta["custom"]["module"].startswith("model.layers.")]
+    nodes_kept = kept_for_backward(after.module.graph, phases_of(after.module.graph))
+    within = [node for node in nodes_kept if node.meta["custom"]["module"].startswith("model.layers.")]
     # the sum that ends each of the two blocks
     assert [node.meta["custom"]["module"] for node in within] == ["model.layers.0", "model.layers.1"]
     (decision,) = report.decisions
@@ -99,7 +99,7 @@ def test_what_is_recomputed_stands_right_before_its_first_reader_and_is_computed
     place = {node: index for index, node in enumerate(nodes)}
     for node in again:
         first = min(map(place.__getitem__, node.users))
-        assert all(one in again for one in nodes[place[node] + 1 : first]), node.name
+        assert all(node_again in again for node_again in nodes[place[node] + 1 : first]), node.name
     assert after.count_targets()["aten.silu.default"] == 2 * graph.count_targets()["aten.silu.default"]
 
 
@@ -124,15 +124,15 @@ def test_modules_and_every_say_where_it_works(graph: Graph) -> None:
 
 
 def test_a_larger_budget_recomputes_less_and_keeps_within_it(graph: Graph) -> None:
-    kept, costs = [], []
+    bytes_kept, costs = [], []
     for budget in ("0", "0.4", "0.6", "0.8", "1"):
         after, report = run(f"apply_sac{{budget={budget}}}", graph)
-        kept.append(report.figures["sac_kept_after_bytes"])
+        bytes_kept.append(report.figures["sac_kept_after_bytes"])
         costs.append(len(after.module.graph.nodes) - len(graph.module.graph.nodes))
         if float(budget):
-            assert kept[-1] <= float(budget) * report.figures["sac_kept_before_bytes"]
-    assert kept == sorted(kept) and costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
-    assert kept[-1] > 0.95 * report.figures["sac_kept_before_bytes"]
+            assert bytes_kept[-1] <= float(budget) * report.figures["sac_kept_before_bytes"]
+    assert bytes_kept == sorted(bytes_kept) and costs == sorted(costs, reverse=True) and costs[-1] == 0 < costs[0]
+    assert bytes_kept[-1] > 0.95 * report.figures["sac_kept_before_bytes"]
 
 
 def test_a_budget_may_be_bytes_and_one_that_cannot_be_kept_is_told(graph: Graph) -> None:
@@ -162,8 +162,8 @@ def test_a_part_that_would_keep_more_than_it_computes_is_left_as_it_is(graph: Gr
 
 
 def test_the_choice_is_the_same_each_time(graph: Graph) -> None:
-    one, other = (run("apply_sac{budget=0.5}", graph)[0].module.code for _ in range(2))
-    assert one == other
+    first, second = (run("apply_sac{budget=0.5}", graph)[0].module.code for _ in range(2))
+    assert first == second
 
 
 class Block(nn.Module):

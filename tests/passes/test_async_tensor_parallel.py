@@ -58,12 +58,12 @@ def test_a_chunk_is_multiplied_before_the_next_is_waited_for_and_what_is_too_sma
     gate_and_up = ["gather", "gather", *["wait gather", *["mm"] * 2] * 2]
     expected = [*queries_keys_values, *output, *gate_and_up, *output]
     assert order[order.index("gather") :][: len(expected)] == expected
-    for options, left in (
+    for options, reason in (
         ({"chunks": 3}, "18 left whole: the sequence of a rank, 4, is no multiple of 3 chunks"),
         ({"min_rows": 9}, "18 left whole: 8 rows a chunk; min_rows is 9"),
     ):
         after, decided = run(before, **options)
-        assert decided == [left] and after.num_collectives() == before.num_collectives()
+        assert decided == [reason] and after.num_collectives() == before.num_collectives()
 
 
 def order_of(graph: Graph) -> list[str]:
@@ -143,7 +143,7 @@ def test_chunks_give_the_numbers_of_the_whole(alone: None, chunks: int) -> None:
 def test_where_symmetric_memory_is_torchs_fused_operators_are_called(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    monkeypatch.setattr(async_tensor_parallel, "_why_not_fused", lambda found: None)
+    monkeypatch.setattr(async_tensor_parallel, "_why_not_fused", lambda matches: None)
     library = torch.library.Library("symm_mem", "IMPL")  # they run on GPUs; torch has what they compute for any device, too
     library.impl("fused_all_gather_matmul", symmetric_memory._fused_all_gather_matmul_fallback, "CPU")
     library.impl("fused_matmul_reduce_scatter", symmetric_memory._fused_matmul_reduce_scatter_fallback, "CPU")

@@ -90,8 +90,8 @@ def test_experts_move_apart_as_they_are_on_a_mesh_of_their_own(experts: Any) -> 
     after = Pipeline((AutobucketingReordering(),)).run(before, context)
     (decision,) = context.report.decisions
     assert decision.reason.startswith("2 gathers of parameters in the forward, 0 in the backward, 2 scatters of gradients")
-    counts, left = before.num_collectives(), after.num_collectives()
-    assert all(counts[kind] == left[kind] for kind in ("all_to_all_rows", "all_to_all_single"))
+    counts, counts_after = before.num_collectives(), after.num_collectives()
+    assert all(counts[kind] == counts_after[kind] for kind in ("all_to_all_rows", "all_to_all_single"))
 
 
 def test_it_finds_nothing_to_do_in_one_process_and_refuses_a_negative_size(graph: Graph) -> None:

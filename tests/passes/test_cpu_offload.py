@@ -102,10 +102,10 @@ def test_what_was_moved_has_the_bits_that_it_had(graph: Graph, program: Program,
     after, _ = run("cpu_offload{min_mb=0}", graph)
     assert len(called(after, "copy_to_host")) > 20
     gradients = []
-    for one in (graph, after):
-        BoundGraph(one, program.target)(*program.args)  # type: ignore[arg-type]
+    for version in (graph, after):
+        BoundGraph(version, program.target)(*program.args)  # type: ignore[arg-type]
         gradients.append([parameter.grad for parameter in program.target.parameters()])  # type: ignore[union-attr]
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(torch.equal(actual, other) for actual, other in zip(*gradients, strict=True))
 
 
 def test_copies_keep_the_layout_of_what_they_copy() -> None:

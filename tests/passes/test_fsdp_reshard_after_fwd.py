@@ -72,8 +72,8 @@ def test_it_gathers_again_what_the_policy_of_the_program_does(sharded: Any) -> N
 
 def test_the_last_block_can_be_kept_and_modules_can_be_chosen(sharded: Any) -> None:
     graph = sharded(8, 1)
-    kept = Pipeline((FsdpReshardAfterFwd(keep_last=True),)).run(graph)
-    assert {name.split(".")[2] for name in _twice(kept)} == {"0"} and len(_twice(kept)) == 9
+    resharded = Pipeline((FsdpReshardAfterFwd(keep_last=True),)).run(graph)
+    assert {name.split(".")[2] for name in _twice(resharded)} == {"0"} and len(_twice(resharded)) == 9
     chosen = Pipeline((FsdpReshardAfterFwd(modules="*.attention|*.norm"),)).run(graph)
     expected = {name for name in _gathered(graph) if ".attention." in name or name == "model.norm.weight"}
     assert _twice(chosen) == expected and 0 < kept_bytes(chosen) < kept_bytes(graph)
@@ -81,10 +81,10 @@ def test_the_last_block_can_be_kept_and_modules_can_be_chosen(sharded: Any) -> N
 
 def test_it_is_done_once_and_finds_nothing_to_do_in_one_process(sharded: Any, graph: Graph) -> None:
     once = Pipeline((FsdpReshardAfterFwd(),)).run(sharded(8, 1))
-    for one in (once, graph):
+    for version in (once, graph):
         context = PassContext()
-        after = Pipeline((FsdpReshardAfterFwd(),)).run(one, context)
-        assert after.count_targets() == one.count_targets()
+        after = Pipeline((FsdpReshardAfterFwd(),)).run(version, context)
+        assert after.count_targets() == version.count_targets()
         assert [decision.choice for decision in context.report.decisions] == ["nothing changed"]
 
 

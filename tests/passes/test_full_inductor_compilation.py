@@ -55,7 +55,7 @@ def test_what_is_left_takes_and_gives_what_the_graph_did(program: Program, graph
     state = [*program.state().values()]
     with torch.no_grad():
         pairs = zip(graph.module(*state, *tokens), after.module(*state, *tokens), strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
+        assert all(torch.equal(actual, other) for actual, other in pairs)
     shapes = [node.meta["val"].shape for node in graph.output_values()]
     assert [node.meta["val"].shape for node in after.output_values()] == shapes
 

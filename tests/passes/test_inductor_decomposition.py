@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 PIPELINE = Pipeline.parse("inductor_decomposition")
 
 
-def _within(found: Any, expected: Any, tolerance: float = 1e-5) -> bool:
+def _within(results: Any, expected: Any, tolerance: float = 1e-5) -> bool:
     return all(
-        (actual - other).abs().max() <= tolerance * other.abs().max() for actual, other in zip(found, expected, strict=True)
+        (actual - other).abs().max() <= tolerance * other.abs().max() for actual, other in zip(results, expected, strict=True)
     )
 
 
@@ -90,7 +90,7 @@ def test_sizes_that_depend_on_data_stay_symbols() -> None:
     graph = capture_train_step(Program(module, (torch.ones(8, 4), torch.tensor([3]))))
     after = PIPELINE.run(graph)
     assert after.count_targets()["aten.gelu.default"] == 0 < graph.count_targets()["aten.gelu.default"]
-    state = [one.detach() for one in module.parameters()]
+    state = [parameter.detach() for parameter in module.parameters()]
     for count in (2, 5):
         arguments = (torch.randn(8, 4), torch.tensor([count]))
         assert _within(after.module(*state, *arguments), graph.module(*state, *arguments))

@@ -106,10 +106,10 @@ def test_every_bit_of_a_step_is_eagers_whatever_the_experts_get(alone: None, cap
     assert decided[0].startswith("2 of 2 journeys of rows, forward and backward, in two halves by expert")
     step = BoundGraph(graph, program)
     for seed in (0, 1, 2):
-        for one in (eager, program):
-            one.zero_grad()
+        for model in (eager, program):
+            model.zero_grad()
             if seed == 2:  # no token chooses an expert of the first half
-                one.get_buffer("moe.balance.bias_E")[:4] = -1e6
+                model.get_buffer("moe.balance.bias_E")[:4] = -1e6
         loss = eager(batch(seed))
         loss.backward()
         assert torch.equal(step(batch(seed)), loss)
@@ -155,7 +155,7 @@ def test_what_cannot_be_split_stays_whole_beside_the_shared_experts(
     one_of_two: None, sizes: dict[str, Any], options: dict[str, bool], reason: str
 ) -> None:
     after, decided = run(capture_train_step(Program(Layer(2, **sizes), (batch(0),))), **options)
-    assert all("of 2 journeys of rows whole" in one for one in decided) and re.search(reason, decided[0])
+    assert all("of 2 journeys of rows whole" in reason for reason in decided) and re.search(reason, decided[0])
     assert order_of(after)[:9] == [*SHARED * 2, *SEND, *SHARED * 2, *ROUTED * 3, *SEND]
 
 

@@ -224,9 +224,9 @@ def test_the_claims_of_both_passes_can_fail(sharded: Any) -> None:
 def test_nodes_that_wait_for_each_other_are_told() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
-    one = graph.call_function(torch.neg, (x,))
-    other = graph.call_function(torch.neg, (one,))
-    graph.output(other)
-    one.args = (other,)
+    first = graph.call_function(torch.neg, (x,))
+    second = graph.call_function(torch.neg, (first,))
+    graph.output(second)
+    first.args = (second,)
     with pytest.raises(PassError, match="3 nodes wait for each other: neg, neg_1, output"):
         reorder(graph, {})

@@ -70,29 +70,29 @@ GROUPS = {"tp": [0, 1], "dp": [0, 2, 4, 6]}
 def small() -> Iterator[Graph]:
     """Two parameters of a block gathered over four ranks, and their product, on rank 0 of eight that send nothing."""
     distributed.start_fake_groups(0, GROUPS)
-    made = Recording("", error="", torch="", strict=False, kind="forward", notes=(), rank=0, groups=GROUPS, report=())
-    size = made.symbol("u0", least=0, most=64)
-    made.meta(custom={"module": "layers.0.wq"}, partitioner_tag="is_forward")
+    recording = Recording("", error="", torch="", strict=False, kind="forward", notes=(), rank=0, groups=GROUPS, report=())
+    size = recording.symbol("u0", least=0, most=64)
+    recording.meta(custom={"module": "layers.0.wq"}, partitioner_tag="is_forward")
     inputs = [
-        made.placeholder(name, name, gives=gives, kind=kind, stands_for=f"layers.0.{name}")
+        recording.placeholder(name, name, gives=gives, kind=kind, stands_for=f"layers.0.{name}")
         for name, gives, kind in (("wq", "f32[4, 3]", "parameter"), ("wk", "f32[4, 3]", "parameter"), ("n", "i64[]", "input"))
     ]
     gathers = [
-        made.call(f"gather_{i}", f"{C10D}.all_gather_into_tensor.default", inputs[i], 4, "dp", gives="f32[16, 3]")
+        recording.call(f"gather_{i}", f"{C10D}.all_gather_into_tensor.default", inputs[i], 4, "dp", gives="f32[16, 3]")
         for i in (0, 1)
     ]
-    waits = [made.call(f"wait_{i}", f"{C10D}.wait_tensor.default", gathers[i], gives="f32[16, 3]") for i in (0, 1)]
-    made.meta()
-    turned = made.call("turned", "aten.t.default", waits[1], gives="f32[3, 16] stride (1, 3)", seq_nr=4)
-    product = made.call("product", "aten.mm.default", waits[0], turned, gives="f32[16, 16]")
-    summed = made.call("summed", f"{C10D}.all_reduce.default", product, "sum", "tp", gives="f32[16, 16]")
-    result = made.call("result", f"{C10D}.wait_tensor.default", summed, gives="f32[16, 16]")
-    number = made.call("number", "aten.item.default", inputs[2], gives="size u0", finds_out=True)
-    twice = made.call("twice", "_operator:mul", number, 2, gives="size 2*u0")
-    ones = made.call("ones", "aten.full.default", [twice], float("inf"), dtype=torch.float32, gives="f32[2*u0]")
-    made.returns([("output", "0", result), ("output", "1", ones)])
+    waits = [recording.call(f"wait_{i}", f"{C10D}.wait_tensor.default", gathers[i], gives="f32[16, 3]") for i in (0, 1)]
+    recording.meta()
+    turned = recording.call("turned", "aten.t.default", waits[1], gives="f32[3, 16] stride (1, 3)", seq_nr=4)
+    product = recording.call("product", "aten.mm.default", waits[0], turned, gives="f32[16, 16]")
+    summed = recording.call("summed", f"{C10D}.all_reduce.default", product, "sum", "tp", gives="f32[16, 16]")
+    result = recording.call("result", f"{C10D}.wait_tensor.default", summed, gives="f32[16, 16]")
+    number = recording.call("number", "aten.item.default", inputs[2], gives="size u0", finds_out=True)
+    twice = recording.call("twice", "_operator:mul", number, 2, gives="size 2*u0")
+    ones = recording.call("ones", "aten.full.default", [twice], float("inf"), dtype=torch.float32, gives="f32[2*u0]")
+    recording.returns([("output", "0", result), ("output", "1", ones)])
     assert size is not None
-    yield made.graph
+    yield recording.graph
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -102,23 +102,24 @@ def failed(other_package: Path, small: Graph) -> tuple[PassError, Path]:
     """What the pass raised, and the file that it left."""
     import unwaited_pass
 
-    with pytest.raises(PassError) as told:
+    with pytest.raises(PassError) as caught:
         Pipeline((unwaited_pass.Unwaited(at=1),)).run(small, instruments=[FailureFile(other_package)])
-    return told.value, other_package / "torchspan-pass-failure-unwaited.py"
+    return caught.value, other_package / "torchspan-pass-failure-unwaited.py"
 
 
 def test_a_fresh_process_without_model_or_ranks_fails_alike(failed: tuple[PassError, Path], run_python: Any) -> None:
     error, path = failed
-    told, _, where = str(error).partition("; run it again on the graph before it: ")
+    message, _, where = str(error).partition("; run it again on the graph before it: ")
     assert where == f"torchspan passes --replay {path}"
-    assert [one.name for one in path.parent.glob("torchspan-pass-failure-*")] == [path.name]
+    assert [file.name for file in path.parent.glob("torchspan-pass-failure-*")] == [path.name]
     again = run_python(
         None, "-m", "torchspan", "passes", "--replay", str(path), env={"PYTHONPATH": _with_source(path.parent)}, expect=1
     )
     assert "pass unwaited{at=1} on a graph of" in again.stdout
-    assert told in " ".join(again.stderr.split())
+    assert message in " ".join(again.stderr.split())
     assert (
-        "turned reads the collective gather_1 (_c10d_functional.all_gather_into_tensor.default) before any wait_tensor" in told
+        "turned reads the collective gather_1 (_c10d_functional.all_gather_into_tensor.default) before any wait_tensor"
+        in message
     )
 
 

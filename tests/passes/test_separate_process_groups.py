@@ -30,9 +30,9 @@ def test_parameters_and_gradients_get_groups_of_the_same_ranks_and_nothing_else_
     context = PassContext()
     after = Pipeline((SeparateProcessGroups(),)).run(before, context)
     old, new = _talks(before), _talks(after)
-    made = {name: kinds for name, kinds in new.items() if name not in old}
+    added = {name: kinds for name, kinds in new.items() if name not in old}
     # dp_shard is ranks 0, 2, 4, 6; ep_shard 0 and 4; tp 0 and 1, which sums up the gradients of norms
-    assert made == {
+    assert added == {
         "torchspan.parameters[0:7:2]": {"all_gather_into_tensor"},
         "torchspan.parameters[0:5:4]": {"all_gather_into_tensor"},
         "torchspan.gradients[0:7:2]": {"reduce_scatter_tensor"},
@@ -40,8 +40,8 @@ def test_parameters_and_gradients_get_groups_of_the_same_ranks_and_nothing_else_
         "torchspan.gradients[0:2:1]": {"all_reduce"},
     }
     assert distributed.group_ranks("torchspan.parameters[0:5:4]") == [0, 4]
-    left = {name: kinds for name, kinds in new.items() if name in old}
-    assert set().union(*left.values()) >= {"all_to_all_rows", "all_to_all_single", "all_gather_into_tensor"}
+    remaining = {name: kinds for name, kinds in new.items() if name in old}
+    assert set().union(*remaining.values()) >= {"all_to_all_rows", "all_to_all_single", "all_gather_into_tensor"}
     (decision,) = context.report.decisions
     assert decision.choice.startswith("47 gathers of parameters, ") and "torchspan.gradients[0:5:4]" in decision.reason
 

@@ -88,15 +88,15 @@ def test_experts_of_a_block_move_together_in_their_own_group(experts: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("num_copies", "num_merged", "said"), [(2, 41, ""), (4, 0, "; 47 sums over more than two copies stay")]
+    ("num_copies", "num_merged", "suffix"), [(2, 41, ""), (4, 0, "; 47 sums over more than two copies stay")]
 )
 def test_sums_over_two_copies_move_together_and_over_more_stay(
-    experts: Any, num_copies: int, num_merged: int, said: str
+    experts: Any, num_copies: int, num_merged: int, suffix: str
 ) -> None:
     before, context = experts(dp_replicate=num_copies, dp_shard=8 // num_copies), PassContext()
     after = TransformerBlockBucketing().run(before, context)
     assert before.num_collectives()["all_reduce"] - after.num_collectives()["all_reduce"] == num_merged
-    assert context.report.decisions[0].reason.startswith(f"parameters of one block move together{said}")
+    assert context.report.decisions[0].reason.startswith(f"parameters of one block move together{suffix}")
 
 
 def test_it_is_done_once_and_finds_nothing_to_do_in_one_process(sharded: Any, graph: Graph) -> None:

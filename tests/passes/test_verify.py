@@ -45,9 +45,9 @@ class Written:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.create_node("call_function", target, args, kwargs, name=short(target))
-        given, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+        args_given, named = map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode:
-            node.meta["val"] = target(*given, **named)
+            node.meta["val"] = target(*args_given, **named)
         return node
 
     def returns(self, *results: Node) -> Graph:

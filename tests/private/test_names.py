@@ -36,8 +36,8 @@ def mistakes(names: tuple[PrivateName, ...], release: str) -> list[str]:
         except (ImportError, AttributeError):
             is_there = False
         if is_there != name.is_in(release):
-            said = f"listed since {name.since or 'ever'}, until {name.until or 'now'}"
-            results.append(f"torch {release} has {'' if is_there else 'no '}{name.place}, {said}")
+            listed = f"listed since {name.since or 'ever'}, until {name.until or 'now'}"
+            results.append(f"torch {release} has {'' if is_there else 'no '}{name.place}, {listed}")
     return results
 
 

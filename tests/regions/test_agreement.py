@@ -45,13 +45,13 @@ def ranks() -> list[Rank]:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as found:
-        yield found
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
 
 
-def call_until(ranks: list[Rank], *found: "Future[str | None]") -> None:
+def call_until(ranks: list[Rank], *futures: "Future[str | None]") -> None:
     """Both ranks call in step until something was found."""
-    while not all(one.done() for one in found):
+    while not all(future.done() for future in futures):
         for rank in ranks:
             rank.call()
         time.sleep(0.001)
@@ -75,10 +75,10 @@ def test_ranks_that_are_ready_at_different_times_take_over_in_the_same_call(
 def test_calls_that_wait_for_the_compile_may_be_the_first_that_are_compiled(
     ranks: list[Rank], pool: ThreadPoolExecutor
 ) -> None:
-    found = [pool.submit(rank.reach, SUM) for rank in ranks]
+    futures = [pool.submit(rank.reach, SUM) for rank in ranks]
     while not all(rank.agreement._proposed for rank in ranks):
         time.sleep(0.01)
-    call_until(ranks, *found)
+    call_until(ranks, *futures)
     assert [rank.took_over for rank in ranks] == [0, 0]
 
 
@@ -88,8 +88,8 @@ def test_a_rank_that_has_passed_the_proposed_time_has_all_try_again(ranks: list[
         for rank in ranks:
             rank.call()
     store.set("at/0", "3")  # of a rank that did not know how far the others are
-    found = [pool.submit(rank.reach, SUM) for rank in ranks]
-    call_until(ranks, *found)
+    futures = [pool.submit(rank.reach, SUM) for rank in ranks]
+    call_until(ranks, *futures)
     assert ranks[0].took_over == ranks[1].took_over is not None
     assert store.get("verdict/0") in (b"again", b"go")
 
@@ -101,26 +101,26 @@ def test_one_that_refuses_keeps_all_eager(ranks: list[Rank]) -> None:
 
 
 def test_other_collectives_keep_all_eager(ranks: list[Rank], pool: Pool) -> None:
-    found = [pool.submit(rank.reach, code) for rank, code in zip(ranks, (SUM, GATHER), strict=True)]
-    told = {one.result() for one in found}
-    assert len(told) == 1 and "issues other collectives than that of rank" in str(told)
+    futures = [pool.submit(rank.reach, code) for rank, code in zip(ranks, (SUM, GATHER), strict=True)]
+    reasons = {future.result() for future in futures}
+    assert len(reasons) == 1 and "issues other collectives than that of rank" in str(reasons)
 
 
 def test_a_rank_that_never_compiles_is_not_waited_for_for_ever(ranks: list[Rank]) -> None:
-    assert ranks[0].reach(SUM, timeout_s=0.2) == "rank 1 has not compiled it, and it was waited for long enough"
-    assert ranks[1].reach(SUM) == "rank 1 has not compiled it, and it was waited for long enough"
+    assert ranks[0].reach(SUM, timeout_s=0.2) == "rank 1 has not compiled it, and the time to wait is over"
+    assert ranks[1].reach(SUM) == "rank 1 has not compiled it, and the time to wait is over"
 
 
 def test_ranks_that_call_no_more_end(ranks: list[Rank], pool: Pool) -> None:
-    found = [pool.submit(rank.reach, SUM, 0.5) for rank in ranks]
-    assert {one.result() for one in found} == {
-        "the ranks do not call it any more, or not in step, and it was waited for long enough"
+    futures = [pool.submit(rank.reach, SUM, 0.5) for rank in ranks]
+    assert {future.result() for future in futures} == {
+        "the ranks do not call it any more, or not in step, and the time to wait is over"
     }
 
 
 def test_a_rank_that_could_not_load_its_code_has_the_others_go_back(ranks: list[Rank], pool: Pool) -> None:
-    found = [pool.submit(rank.reach, SUM) for rank in ranks]
-    call_until(ranks, *found)
+    futures = [pool.submit(rank.reach, SUM) for rank in ranks]
+    call_until(ranks, *futures)
     whys = [
         pool.submit(rank.agreement.confirm, why, lambda: False, 5.0)
         for rank, why in zip(ranks, (None, "a cache miss"), strict=True)

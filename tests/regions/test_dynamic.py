@@ -31,7 +31,7 @@ def test_the_second_size_is_compiled_for_all_sizes_and_training_agrees_with_eage
         x = torch.randn(rows, 5, 16)
         until(lambda count=count: len(compiled.report.attempts) == count, lambda x=x: compiled(x))
     until(lambda: compiled._torchspan_plan._root._generations.all()[-1].stage == "swapped", lambda: compiled(x))
-    [decision] = [one for one in compiled.report.decisions if one.choice == "dynamic"]
+    [decision] = [decision for decision in compiled.report.decisions if decision.choice == "dynamic"]
     assert decision.reason == "sizes differ between calls: tensor 0 of the inputs is 4×5×16 and 6×5×16"
     for rows in (2, 3, 9, 30):
         x = torch.randn(rows, 5, 16)
@@ -42,7 +42,7 @@ def test_the_second_size_is_compiled_for_all_sizes_and_training_agrees_with_eage
         expected.sum().backward()
         actual.sum().backward()
         pairs = zip(compiled.parameters(), eager.parameters(), strict=True)
-        assert all(difference(one.grad, other.grad) is None for one, other in pairs)
+        assert all(difference(parameter.grad, other.grad) is None for parameter, other in pairs)
     assert outcomes(compiled) == ["compiled", "compiled"]
     assert compiled._torchspan_plan._root._generations.all()[-1].code.num_calls >= 4
     assert not hasattr(x, "_dynamo_dynamic_indices")
@@ -78,7 +78,7 @@ def test_what_is_one_size_only_to_the_program_is_compiled_by_itself(until: Wait)
 
 
 def compiling(compiled: Any) -> bool:
-    return any(one.stage == "compiling" for one in compiled._torchspan_plan._root._generations.all())
+    return any(generation.stage == "compiling" for generation in compiled._torchspan_plan._root._generations.all())
 
 
 @pytest.mark.once
@@ -101,6 +101,6 @@ def test_more_signatures_than_the_limit_run_eagerly_with_one_decision() -> None:
         x = torch.randn(length)
         assert torch.equal(compiled(x), torch.sin(x))
     assert len(compiled.report.attempts) == 8
-    assert [one.reason for one in compiled.report.decisions].count(
+    assert [decision.reason for decision in compiled.report.decisions].count(
         "8 input signatures and states of the program were compiled; calls with others run eagerly (recompile_limit=8)"
     ) == 1

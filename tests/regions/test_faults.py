@@ -96,7 +96,7 @@ def leaves_an_orphan_unless_in(pid: int) -> Callable[..., Any]:
 
 def changed_by(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     def is_wrong(graph: Any, inputs: Any) -> Any:
-        return lambda *args: tuple(change(one) for one in graph.forward(*args))
+        return lambda *args: tuple(change(output) for output in graph.forward(*args))
 
     return is_wrong
 
@@ -306,9 +306,9 @@ FAULTS = (
         "it fails here only", "does not compile here: RuntimeError: lowering failed", "taking over", raises_in(os.getpid())
     ),
     fails_later("it fails when it runs", "compiled code raised RuntimeError: kernel fault", "running", raises_when_it_runs),
-    is_wrong("wrong numbers", lambda one: one * 1.01),
-    is_wrong("wrong shapes", lambda one: one[:1]),
-    is_wrong("NaN", lambda one: one * torch.nan),
+    is_wrong("wrong numbers", lambda output: output * 1.01),
+    is_wrong("wrong shapes", lambda output: output[:1]),
+    is_wrong("NaN", lambda output: output * torch.nan),
     cannot_be_sent("a lock", "cannot pickle '_thread.lock' object", lambda: Holds(threading.Lock)),
     cannot_be_sent("a socket", "cannot pickle 'socket' object", lambda: Holds(socket.socket)),
     cannot_be_sent("an open file", "", lambda: Holds(partial(open, os.devnull, "w"))),
@@ -326,7 +326,7 @@ FAULTS = (
     Fault(
         "a changing global",
         ("compiled", "compiled"),
-        "8 calls changed, in themselves, the state of the program",
+        "8 calls changed the state of the program that it was compiled for while they ran",
         program=ReadsAGlobal,
         decides="eager",
     ),
@@ -364,9 +364,9 @@ class Run:
 
     def step(self) -> None:
         x = next(self.inputs)
-        expected, found = result_of(self.reference, x), result_of(self.compiled, x)
-        is_same = expected == found if isinstance(expected, str) else torch.equal(expected, found)
-        assert is_same, (self.num_steps, expected, found)
+        expected, actual = result_of(self.reference, x), result_of(self.compiled, x)
+        is_same = expected == actual if isinstance(expected, str) else torch.equal(expected, actual)
+        assert is_same, (self.num_steps, expected, actual)
         self.num_steps += 1
 
     def go(self, limit_s: float) -> None:
@@ -380,10 +380,12 @@ class Run:
             self.step()
 
     def is_reported(self) -> bool:
-        outcomes = tuple(one.outcome for one in self.report.attempts)
+        outcomes = tuple(attempt.outcome for attempt in self.report.attempts)
         if outcomes != self.fault.outcomes:
             return outcomes != self.fault.outcomes[: len(outcomes)]  # wrong already
-        return self.fault.decides is None or any(one.choice == self.fault.decides for one in self.report.decisions[2:])
+        return self.fault.decides is None or any(
+            decision.choice == self.fault.decides for decision in self.report.decisions[2:]
+        )
 
     def told(self) -> Any:
         return self.report.attempts, self.report.decisions
@@ -391,13 +393,13 @@ class Run:
     def check(self) -> None:
         """The Report has the right outcomes and the right cause, and no attempt overran its budget."""
         fault, attempts = self.fault, self.report.attempts
-        assert tuple(one.outcome for one in attempts) == fault.outcomes, self.told()
-        reasons = [one.reason for one in self.report.decisions if one.choice == fault.decides]
-        told = reasons[-1:] if fault.decides else [str(attempts[-1].cause)]
-        assert fault.says in told[0] and fault.where in (attempts[-1].where or ""), self.told()
+        assert tuple(attempt.outcome for attempt in attempts) == fault.outcomes, self.told()
+        reasons = [decision.reason for decision in self.report.decisions if decision.choice == fault.decides]
+        texts = reasons[-1:] if fault.decides else [str(attempts[-1].cause)]
+        assert fault.says in texts[0] and fault.where in (attempts[-1].where or ""), self.told()
         limit = fault.budget.limit_bytes or 0
-        for one in attempts:
-            assert one.seconds <= fault.budget.seconds + OVERSHOOT_S and (one.peak_bytes or 0) <= 1.05 * limit, one
+        for attempt in attempts:
+            assert attempt.seconds <= fault.budget.seconds + OVERSHOOT_S and (attempt.peak_bytes or 0) <= 1.05 * limit, attempt
 
 
 @pytest.fixture(autouse=True)
@@ -428,9 +430,9 @@ def test_a_fault_costs_no_step_and_is_reported_with_its_cause(fault: Fault, noth
 def test_faults_of_several_threads_at_once_are_told_apart(names: tuple[str, ...], nothing_left: Callable[[], None]) -> None:
     runs = [Run(fault) for fault in FAULTS if fault.name in names]
     with ThreadPoolExecutor(4) as threads:
-        done = [threads.submit(run.go, limit_s=100) for run in runs]
-        for run, one in zip(runs, done, strict=True):
-            one.result()
+        futures = [threads.submit(run.go, limit_s=100) for run in runs]
+        for run, future in zip(runs, futures, strict=True):
+            future.result()
             run.check()
     assert len(runs) == 4
     nothing_left()

@@ -51,7 +51,7 @@ def wait_for_worker(step: Callable[[], object] = lambda: None) -> psutil.Process
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         step()
-        for warden in (one for one in psutil.Process().children(recursive=True) if one.ppid() in server_pids()):
+        for warden in (process for process in psutil.Process().children(recursive=True) if process.ppid() in server_pids()):
             for worker in warden.children():
                 return worker
         time.sleep(0.01)
@@ -81,9 +81,9 @@ def beneath_a_file(folder: Path) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no disk can be mounted here: {made.stderr.decode()}")
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"no disk can be mounted here: {mount.stderr.decode()}")
     try:
         yield
     finally:
@@ -235,9 +235,9 @@ def test_no_process_outlives_a_program_that_is_killed_and_a_deleted_script_compi
     outcomes, pids = done.stdout.splitlines()
     assert outcomes == "compiled" and len(pids.split()) >= 3
     deadline = time.monotonic() + 5
-    while (left := [pid for pid in map(int, pids.split()) if is_running(pid)]) and time.monotonic() < deadline:
+    while (running := [pid for pid in map(int, pids.split()) if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left == []
+    assert running == []
 
 
 def is_running(pid: int) -> bool:
@@ -297,7 +297,7 @@ def test_a_copy_that_is_made_in_the_middle_of_a_compile_has_a_compile_of_its_own
     wait_for_worker()
     copied = copy.deepcopy(compiled)
     assert copied.weight is not model.weight and report_of(copied).attempts == ()
-    for one in (compiled, copied):
-        assert first_attempt(one, x, until).outcome == "timeout"
-        assert len(report_of(one).attempts) == 1
+    for either in (compiled, copied):
+        assert first_attempt(either, x, until).outcome == "timeout"
+        assert len(report_of(either).attempts) == 1
     nothing_left()

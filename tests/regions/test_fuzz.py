@@ -26,12 +26,12 @@ def fuzz() -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_random_programs_give_what_eager_gives_in_each_step(fuzz: Any, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = [
-        one for one in map(fuzz.program, range(2 * NUM_PROGRAMS)) if one.backend != "inductor"
+        program for program in map(fuzz.program, range(2 * NUM_PROGRAMS)) if program.backend != "inductor"
     ]  # whose kernels take seconds
-    verdicts = [fuzz.judged(one) for one in drawn[:NUM_PROGRAMS]]
-    assert [one.seed for one in verdicts if one.difference] == [], capsys.readouterr().out
-    assert sum(one.num_swapped > 0 for one in verdicts) > NUM_PROGRAMS / 2
-    assert sum(one.num_compiled_steps for one in verdicts) > NUM_PROGRAMS
+    verdicts = [fuzz.judged(program) for program in drawn[:NUM_PROGRAMS]]
+    assert [verdict.seed for verdict in verdicts if verdict.difference] == [], capsys.readouterr().out
+    assert sum(verdict.num_swapped > 0 for verdict in verdicts) > NUM_PROGRAMS / 2
+    assert sum(verdict.num_compiled_steps for verdict in verdicts) > NUM_PROGRAMS
 
 
 def test_the_fuzzer_sees_a_wrong_number_a_missing_hook_and_another_error(fuzz: Any) -> None:
@@ -39,8 +39,8 @@ def test_the_fuzzer_sees_a_wrong_number_a_missing_hook_and_another_error(fuzz: A
 
     def gap(*steps: str) -> str:
         worlds = [fuzz.World(fuzz.Program(0, text, [step], "eager", {}, set()), None) for step in steps]
-        seen = [world.step(0) for world in worlds]
-        return str(fuzz.Comparison(is_ordered=True).of(*seen))
+        results = [world.step(0) for world in worlds]
+        return str(fuzz.Comparison(is_ordered=True).of(*results))
 
     assert gap("out = torch.ones(2)", "out = torch.ones(2)") == ""
     assert gap("out = torch.ones(2)", "out = torch.ones(2) + 1e-7") == ""

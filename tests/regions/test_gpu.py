@@ -27,8 +27,8 @@ H200 = Gpu("cuda", "NVIDIA H200", (9, 0), "3.4.0", frozenset({"sm_80", "sm_90a"}
     ],
 )
 def test_what_stands_in_the_way_is_said(gpu: Gpu, settings: Settings, reason: str | None) -> None:
-    found = refusal(gpu, settings)
-    assert found is None if reason is None else reason in str(found)
+    actual = refusal(gpu, settings)
+    assert actual is None if reason is None else reason in str(actual)
 
 
 def test_a_refused_compile_is_skipped_and_the_program_goes_on() -> None:

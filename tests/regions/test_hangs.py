@@ -52,25 +52,25 @@ def failed(program: Callable[..., Any], inputs: tuple[torch.Tensor, ...], **argu
 
 
 def test_a_hang_leaves_a_program_that_hangs_alike_and_shows_where(run_python: RunPython, tmp_path: Path) -> None:
-    seen = failed(step, (torch.ones(3, 5), torch.ones(5)), backend=hangs_at_sin, budget=Budget(seconds=4))
-    made = write_repro(seen.payload, seen.settings, seen.ending, tmp_path / "out", budget=Budget(seconds=10))
+    finished = failed(step, (torch.ones(3, 5), torch.ones(5)), backend=hangs_at_sin, budget=Budget(seconds=4))
+    repro = write_repro(finished.payload, finished.settings, finished.ending, tmp_path / "out", budget=Budget(seconds=10))
     about = json.loads((tmp_path / "out" / "about.json").read_text())
-    assert (made.kind, about["outcome"], about["versions"]["torch"]) == ("graph", "timeout", torch.__version__)
+    assert (repro.kind, about["outcome"], about["versions"]["torch"]) == ("graph", "timeout", torch.__version__)
     assert "in hangs_at_sin" in about["stack"] and about["settings"]["backend"] == "hangs_at_sin"
-    assert [one["shape"] for one in about["inputs"]] == [[3, 5], [5]]
-    program = made.program.read_text()
+    assert [input_["shape"] for input_ in about["inputs"]] == [[3, 5], [5]]
+    program = repro.program.read_text()
     assert "torch.sin" in program and "def hangs_at_sin" in program and "torchspan" not in program
-    shown = run_python(None, str(made.program), "3", expect=1)
+    shown = run_python(None, str(repro.program), "3", expect=1)
     assert "Timeout (0:00:03)!" in shown.stderr and "in hangs_at_sin" in shown.stderr
 
 
 def test_a_program_that_fails_in_no_graph_is_pickled_and_fails_alike_in_a_fresh_process(
     run_python: RunPython, tmp_path: Path
 ) -> None:
-    seen = failed(breaks, (torch.ones(3), torch.ones(3)), backend="eager", fullgraph=True)
-    made = write_repro(seen.payload, seen.settings, seen.ending, tmp_path / "out", budget=Budget(seconds=30))
-    assert made.kind == "program" and (tmp_path / "out" / "program.pickle").exists()
-    shown = run_python(None, str(made.program), expect=1)
+    finished = failed(breaks, (torch.ones(3), torch.ones(3)), backend="eager", fullgraph=True)
+    repro = write_repro(finished.payload, finished.settings, finished.ending, tmp_path / "out", budget=Budget(seconds=30))
+    assert repro.kind == "program" and (tmp_path / "out" / "program.pickle").exists()
+    shown = run_python(None, str(repro.program), expect=1)
     assert "Unsupported" in shown.stderr and "in breaks" in shown.stderr
 
 

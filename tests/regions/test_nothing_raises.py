@@ -48,7 +48,7 @@ def test_a_gradient_penalty_goes_on_after_the_swap_and_later_calls_are_eager(unt
         run.zero_grad()
         (slope,) = torch.autograd.grad(run(x).sum(), x, create_graph=True)
         slope.norm().backward()
-        return [one.grad for one in run.parameters()]
+        return [parameter.grad for parameter in run.parameters()]
 
     def both() -> None:
         x = torch.randn(4, 8, requires_grad=True)
@@ -57,7 +57,7 @@ def test_a_gradient_penalty_goes_on_after_the_swap_and_later_calls_are_eager(unt
     until(lambda: is_swapped(compiled), both)
     for _ in range(3):
         both()
-    assert [(one.outcome, one.cause) for one in compiled.report.attempts] == [("compiled", None), ("failed", TWICE)]
+    assert [(attempt.outcome, attempt.cause) for attempt in compiled.report.attempts] == [("compiled", None), ("failed", TWICE)]
     assert compiled.report.decisions[-1].reason == TWICE
     assert type(compiled(torch.randn(4, 8, requires_grad=True)).grad_fn).__name__ == "AddmmBackward0"
 
@@ -110,7 +110,7 @@ def test_an_argument_that_cannot_be_read_is_an_attempt_and_an_eager_call(name: s
     assert compiled(argument) is argument and compiled(argument) is argument
     [attempt] = compiled.report.attempts
     assert (attempt.outcome, attempt.where) == ("failed", "reading the arguments")
-    [decision] = [one for one in compiled.report.decisions if one.reason.startswith("reading the arguments")]
+    [decision] = [decision for decision in compiled.report.decisions if decision.reason.startswith("reading the arguments")]
     assert decision.choice == "eager" and decision.count == 2
 
 
@@ -187,9 +187,9 @@ def test_another_module_of_the_class_of_a_compiled_one_is_not_compiled() -> None
 def test_hooks_of_the_root_get_the_module_that_is_listed_and_fire_once_a_call(backend: str, until: Wait) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(4, 8)
     compiled = whole(model, backend=backend)
-    seen: list[Any] = []
+    modules: list[Any] = []
     gradients: list[int] = []
-    compiled.register_forward_hook(lambda module, args, output: seen.append(module))
+    compiled.register_forward_hook(lambda module, args, output: modules.append(module))
     compiled[0].weight.register_hook(lambda gradient: gradients.append(1))
     calls = 0
 
@@ -201,9 +201,9 @@ def test_hooks_of_the_root_get_the_module_that_is_listed_and_fire_once_a_call(ba
     until(lambda: is_swapped(compiled), step)
     for _ in range(3):
         step()
-    assert len(seen) == len(gradients) == calls
-    assert all(one is dict(compiled.named_modules())[""] for one in seen)
-    assert "which would be called too often" in str([one.reason for one in compiled.report.decisions])
+    assert len(modules) == len(gradients) == calls
+    assert all(module is dict(compiled.named_modules())[""] for module in modules)
+    assert "which would be called too often" in str([decision.reason for decision in compiled.report.decisions])
 
 
 NOTED: list[int] = []
@@ -311,4 +311,4 @@ def test_without_an_interpreter_a_job_fails_and_odd_arguments_of_the_program_do_
     monkeypatch.setattr(sys, "argv", [Path("x")])
     compiled = whole(nn.Linear(8, 8))
     until(lambda: bool(compiled.report.attempts), lambda: compiled(torch.ones(4, 8)))
-    assert [one.outcome for one in compiled.report.attempts] == ["compiled"]
+    assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"]

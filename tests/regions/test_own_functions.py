@@ -61,7 +61,7 @@ def penalty(run: nn.Module, x: torch.Tensor) -> list[torch.Tensor | None]:
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(run(x).sum(), x, create_graph=True)
     slope.square().sum().backward()
-    return [x.grad, *(one.grad for one in run.parameters())]
+    return [x.grad, *(parameter.grad for parameter in run.parameters())]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracer does so

@@ -50,7 +50,7 @@ def test_on_a_terminal_one_line_moves_with_phase_seconds_and_memory() -> None:
         [sys.executable, "-c", SCRIPT], stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     )
     os.close(theirs)
-    seen = b""
+    output = b""
     while True:
         try:
             chunk = os.read(ours, 65536)
@@ -58,8 +58,8 @@ def test_on_a_terminal_one_line_moves_with_phase_seconds_and_memory() -> None:
             break
         if not chunk:
             break
-        seen += chunk
+        output += chunk
     os.close(ours)
-    assert child.wait() == 0, seen.decode()
-    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode()
+    assert child.wait() == 0, output.decode()
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", output).decode()
     assert re.search(r"compiling GELU \(whole\): inductor .* [0-9]+ of [0-9]+ s, [0-9.]+ MiB of 8.0 GiB", text), text[-2000:]

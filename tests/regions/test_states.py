@@ -27,7 +27,7 @@ def generations(compiled: Any) -> list[Generation]:
 
 
 def stages(compiled: Any) -> list[str]:
-    return [one.stage for one in generations(compiled)]
+    return [generation.stage for generation in generations(compiled)]
 
 
 def is_settled(compiled: Any, count: int) -> bool:
@@ -40,9 +40,9 @@ def outcomes(compiled: Any) -> list[str]:
 
 def runs_compiled(compiled: Any, call: Callable[[], Any]) -> Any:
     """What a call gives, which is to run a compiled graph."""
-    before = sum(one.code.num_calls for one in generations(compiled) if one.code is not None)
+    before = sum(generation.code.num_calls for generation in generations(compiled) if generation.code is not None)
     outputs = call()
-    assert sum(one.code.num_calls for one in generations(compiled) if one.code is not None) > before
+    assert sum(generation.code.num_calls for generation in generations(compiled) if generation.code is not None) > before
     return outputs
 
 
@@ -64,16 +64,16 @@ def test_one_call_that_cannot_be_sent_spoils_only_itself(until: Wait) -> None:
     until(lambda: is_settled(compiled, 1), lambda: compiled(x))
     assert torch.equal(runs_compiled(compiled, lambda: compiled(x)), (x * 2).relu())
     assert torch.equal(compiled(x, threading.Lock()), (x * 2).relu())
-    assert [(one.outcome, one.where) for one in compiled.report.attempts[:1]] == [("failed", "sending the program")]
+    assert [(attempt.outcome, attempt.where) for attempt in compiled.report.attempts[:1]] == [("failed", "sending the program")]
     assert outcomes(compiled) == ["failed", "compiled"]
-    assert any(one.reason.startswith("calls like this one only: ") for one in compiled.report.decisions)
+    assert any(decision.reason.startswith("calls like this one only: ") for decision in compiled.report.decisions)
 
 
 def test_one_call_under_vmap_and_one_that_raises_spoil_only_themselves(until: Wait) -> None:
     compiled, x = whole(Scaled()), torch.randn(4)
     assert torch.equal(torch.vmap(compiled)(x[None]), (x[None] * 2).relu())
     assert generations(compiled) == []
-    assert any(one.reason.startswith("inside a transform of torch.func") for one in compiled.report.decisions)
+    assert any(decision.reason.startswith("inside a transform of torch.func") for decision in compiled.report.decisions)
     with pytest.raises(TypeError):
         compiled(x, {"scale": "text"})
     until(lambda: is_settled(compiled, 1), lambda: compiled(x))
@@ -81,7 +81,7 @@ def test_one_call_under_vmap_and_one_that_raises_spoil_only_themselves(until: Wa
 
 
 def fails_for_three(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    if any(isinstance(one, torch.Tensor) and one.shape == (3,) for one in inputs):
+    if any(isinstance(input_, torch.Tensor) and input_.shape == (3,) for input_ in inputs):
         raise RuntimeError("no threes")
     return graph.forward
 
@@ -161,12 +161,12 @@ def test_a_number_that_changes_with_every_call_is_a_symbol(backend: str, until: 
         torch.testing.assert_close(actual, cooled(x, 0.5 + count / 7, 2 + count))
         return actual
 
-    until(lambda: any(one.stage == "swapped" and any(one.dims) for one in generations(compiled)), step)
+    until(lambda: any(generation.stage == "swapped" and any(generation.dims) for generation in generations(compiled)), step)
     for _ in range(12):
         runs_compiled(compiled, step)
     assert outcomes(compiled) in (["compiled"], ["compiled", "compiled"])
-    [told] = [one.reason for one in compiled.report.decisions if one.choice == "dynamic"]
-    assert told.startswith("numbers differ between calls: a number among the arguments is ")
+    [reason] = [decision.reason for decision in compiled.report.decisions if decision.choice == "dynamic"]
+    assert reason.startswith("numbers differ between calls: a number among the arguments is ")
 
 
 def test_a_number_that_the_program_branches_on_has_eagers_results(until: Wait) -> None:

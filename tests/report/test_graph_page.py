@@ -26,7 +26,7 @@ def made(*lines: tuple[str, Any, tuple[str, ...], str]) -> Graph:
     module = GraphModule(torch.nn.Module(), torch.fx.Graph())
     nodes: dict[str, Node] = {"x": module.graph.placeholder("x")}
     for name, target, reads, path in lines:
-        nodes[name] = module.graph.create_node("call_function", target, tuple(nodes[one] for one in reads), name=name)
+        nodes[name] = module.graph.create_node("call_function", target, tuple(nodes[source] for source in reads), name=name)
         nodes[name].meta["custom"] = {"module": path}
     module.graph.output([nodes[lines[-1][0]]])
     return Graph(module, (InputSpec("parameter", "layers.0.w</script><b>"),), (OutputSpec("output", "0"),))
@@ -76,12 +76,12 @@ def test_the_page_is_one_file_that_asks_for_no_other_and_escapes_what_the_progra
     assert json.loads(text)["nodes"][0][1] == "parameter layers.0.w</script><b>"
 
 
-def opened(page: Path, asked: str, folder: Path) -> str:
+def opened(page: Path, fragment: str, folder: Path) -> str:
     """The document after its script ran for an address that ends with `asked`; fails where the console says anything."""
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine: the page is not opened")
-    command = [browser, *OPTIONS.split(), f"--user-data-dir={folder}", f"{page.as_uri()}#{asked}"]
+    command = [browser, *OPTIONS.split(), f"--user-data-dir={folder}", f"{page.as_uri()}#{fragment}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
     return done.stdout

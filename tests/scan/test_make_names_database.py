@@ -15,7 +15,7 @@ from torchspan.scan._names import Names
 pytestmark = pytest.mark.once
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
-Made = Callable[..., Names]
+MakeDatabase = Callable[..., Names]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def link() -> ModuleType:
 
 
 @pytest.fixture
-def made(link: ModuleType) -> Made:
+def database_of(link: ModuleType) -> MakeDatabase:
     """The database of releases that are given as the text of their files by path."""
 
     def make(*releases: dict[str, str], operators: str = "", mentioned: tuple[bytes, ...] = ()) -> Names:
@@ -64,8 +64,8 @@ def made(link: ModuleType) -> Made:
         ("from torch.other import *", ["public", "also"]),
     ],
 )
-def test_a_module_has_the_names_that_its_text_makes(made: Made, text: str, names: list[str]) -> None:
-    database = made(
+def test_a_module_has_the_names_that_its_text_makes(database_of: MakeDatabase, text: str, names: list[str]) -> None:
+    database = database_of(
         {"torch/m.py": text, "torch/other.py": "__all__ = ['public']\n__all__ += ['also']\npublic = also = hidden = 1"}
     )
     assert all(database.look_up(f"torch.m.{name}").mask for name in names)
@@ -85,14 +85,14 @@ def test_a_module_has_the_names_that_its_text_makes(made: Made, text: str, names
         "def f(",
     ],
 )
-def test_a_module_whose_names_cannot_be_told_is_open(made: Made, text: str) -> None:
-    database = made({"torch/m.py": text}, {"torch/m.py": "late = 1"})
+def test_a_module_whose_names_cannot_be_told_is_open(database_of: MakeDatabase, text: str) -> None:
+    database = database_of({"torch/m.py": text}, {"torch/m.py": "late = 1"})
     assert not database.look_up("torch.m.absent").is_known
     assert database.look_up("torch.m.late").mask == 0b11
 
 
-def test_functions_keep_their_parameters_and_changes_of_them(made: Made) -> None:
-    database = made(
+def test_functions_keep_their_parameters_and_changes_of_them(database_of: MakeDatabase) -> None:
+    database = database_of(
         {"torch/m.py": "def f(a, /, b, *, c): ...\n@unheard_of\ndef g(a): ..."},
         {"torch/m.py": "def f(a, /, b, *, c, d): ...\n@unheard_of\ndef g(a, **k): ..."},
     )
@@ -101,13 +101,13 @@ def test_functions_keep_their_parameters_and_changes_of_them(made: Made) -> None
     assert database.accepting("torch.m.g", "z").mask == 0b10
 
 
-def test_what_a_function_takes_out_of_its_keywords_is_named(made: Made) -> None:
-    database = made({"torch/m.py": "def f(**k):\n  k.pop('a', 1), k.get('b'), k['c'], k[d], other.pop('e')\n"})
+def test_what_a_function_takes_out_of_its_keywords_is_named(database_of: MakeDatabase) -> None:
+    database = database_of({"torch/m.py": "def f(**k):\n  k.pop('a', 1), k.get('b'), k['c'], k[d], other.pop('e')\n"})
     assert [name for name in "abcde" if database.accepting("torch.m.f", name, by_name=True).mask] == ["a", "b", "c"]
 
 
-def test_classes_keep_members_bases_and_what_makes_them(made: Made) -> None:
-    database = made(
+def test_classes_keep_members_bases_and_what_makes_them(database_of: MakeDatabase) -> None:
+    database = database_of(
         {
             "torch/m.py": "from dataclasses import dataclass, field\nimport torch\n"
             "class Base:\n  def __init__(self, a): self.inside = a\n"
@@ -127,16 +127,16 @@ def test_classes_keep_members_bases_and_what_makes_them(made: Made) -> None:
     )
 
 
-def test_a_module_that_is_replaced_by_an_instance_has_the_names_of_its_class(made: Made) -> None:
-    database = made(
+def test_a_module_that_is_replaced_by_an_instance_has_the_names_of_its_class(database_of: MakeDatabase) -> None:
+    database = database_of(
         {"torch/m.py": "import sys, types\nclass M(types.ModuleType):\n  flag = 1\nsys.modules[__name__] = M()\na = 1"}
     )
     assert database.look_up("torch.m.flag").mask and database.look_up("torch.m.a").mask
     assert not database.look_up("torch.m.b").mask
 
 
-def test_a_redirected_module_is_the_other_one(made: Made) -> None:
-    database = made(
+def test_a_redirected_module_is_the_other_one(database_of: MakeDatabase) -> None:
+    database = database_of(
         {
             "torch/old/__init__.py": "import sys\nfrom importlib import import_module\n"
             "for name in ['x']:\n  sys.modules[f'torch.old.{name}'] = import_module(f'torch.new.{name}')\n",
@@ -146,23 +146,23 @@ def test_a_redirected_module_is_the_other_one(made: Made) -> None:
     assert database.look_up("torch.old.x.a").mask and database.look_up("torch.old.x", is_module=True).mask
 
 
-def test_a_name_that_a_stub_forgets_counts_where_the_code_mentions_it(made: Made) -> None:
+def test_a_name_that_a_stub_forgets_counts_where_the_code_mentions_it(database_of: MakeDatabase) -> None:
     stub = "torch/_C/__init__.pyi"
     late = {stub: "def early(): ...\ndef late(): ...\ndef unseen(): ..."}
-    database = made({stub: ""}, {stub: ""}, late, mentioned=(b"other\0", b"late\0", b"late\0early\0"))
+    database = database_of({stub: ""}, {stub: ""}, late, mentioned=(b"other\0", b"late\0", b"late\0early\0"))
     assert database.look_up("torch._C.late").mask == 0b110
     assert database.look_up("torch._C.unseen").mask == 0b111  # no code that is here mentions it: nobody knows since when
 
 
-def test_a_stub_may_be_younger_than_its_module_and_its_classes(made: Made) -> None:
+def test_a_stub_may_be_younger_than_its_module_and_its_classes(database_of: MakeDatabase) -> None:
     stub = {"torch/_C/_sub.pyi": "class C:\n  def early(self): ...\n  def late(self): ...\n", "torch/_C/__init__.pyi": ""}
-    database = made({"torch/_C/__init__.pyi": ""}, stub, mentioned=(b"_sub\0C\0early\0", b"_sub\0C\0early\0late\0"))
+    database = database_of({"torch/_C/__init__.pyi": ""}, stub, mentioned=(b"_sub\0C\0early\0", b"_sub\0C\0early\0late\0"))
     assert database.look_up("torch._C._sub", is_module=True).mask == 0b11
     assert database.look_up("torch._C._sub.C.early").mask == 0b11
 
 
-def test_operators_come_from_the_list_and_from_registrations(made: Made) -> None:
-    database = made(
+def test_operators_come_from_the_list_and_from_registrations(database_of: MakeDatabase) -> None:
+    database = database_of(
         {"torch/m.py": "import torch\n@torch.library.custom_op('space::mine', mutates_args=())\ndef f(): ..."},
         {},
         operators="- func: mm.out(Tensor a) -> Tensor\n",
@@ -179,9 +179,9 @@ CLASSES = (
 )
 
 
-def test_what_calls_and_attributes_give_is_followed_to_its_members(made: Made) -> None:
+def test_what_calls_and_attributes_give_is_followed_to_its_members(database_of: MakeDatabase) -> None:
     late = CLASSES.replace("size: int\n", "size: int\n  def late(self): ...\n")
-    database = made({"torch/m.py": CLASSES}, {"torch/m.py": late})
+    database = database_of({"torch/m.py": CLASSES}, {"torch/m.py": late})
     for path in (
         "m.init().late",
         "m.Tensor().mesh.late",
@@ -195,21 +195,21 @@ def test_what_calls_and_attributes_give_is_followed_to_its_members(made: Made) -
     assert database.look_up_member("torch.m.Mesh.size").mask == 0b11
 
 
-def test_a_kind_that_a_parameter_takes_later_is_kept(made: Made) -> None:
-    database = made({"torch/m.py": CLASSES}, {"torch/m.py": CLASSES.replace("Sequence[Tag]", "Tag | Sequence[Tag]")})
+def test_a_kind_that_a_parameter_takes_later_is_kept(database_of: MakeDatabase) -> None:
+    database = database_of({"torch/m.py": CLASSES}, {"torch/m.py": CLASSES.replace("Sequence[Tag]", "Tag | Sequence[Tag]")})
     masks = {kind: database.taking("torch.m.init", "a", kind) for kind in ("Tag", "list", "str")}
     assert masks == {"Tag": 0b10, "list": 0b11, "str": 0}
     assert database.accepting("torch.m.init", "a").mask == 0b11 and database.taking("torch.m.either", "a", "str") == 0b11
 
 
-def test_settings_are_told_from_other_values(made: Made) -> None:
+def test_settings_are_told_from_other_values(database_of: MakeDatabase) -> None:
     module = (
         "import sys, types\nclass ContextProp: ...\nclass One:\n  def __getattr__(self, name):\n"
         "    if name == 'mode':\n      return 1\n    else:\n      raise AttributeError(name)\n"
         "class M(types.ModuleType):\n  enabled = ContextProp(1, 2)\n  one = One()\n"
         "sys.modules[__name__] = M()\nflag = True\nother = f()\n"
     )
-    database = made({"torch/m.py": module})
+    database = database_of({"torch/m.py": module})
     assert [name for name in ("enabled", "flag", "other", "one") if database.is_setting(f"torch.m.{name}")] == [
         "enabled",
         "flag",
@@ -217,15 +217,15 @@ def test_settings_are_told_from_other_values(made: Made) -> None:
     assert database.look_up("torch.m.one.mode").mask and not database.look_up("torch.m.one.absent").mask
 
 
-def test_an_enum_whose_stub_is_complete_lacks_what_its_stub_lacks(made: Made) -> None:
+def test_an_enum_whose_stub_is_complete_lacks_what_its_stub_lacks(database_of: MakeDatabase) -> None:
     stub = "torch/_C/__init__.pyi"
     early, late = "class Tag(Enum):\n  core = 0\n", "class Tag(Enum):\n  core = 0\n  reduction = 1\n"
-    database = made({stub: early}, {stub: late}, mentioned=(b"reduction\0", b"reduction\0"))
+    database = database_of({stub: early}, {stub: late}, mentioned=(b"reduction\0", b"reduction\0"))
     assert database.look_up("torch._C.Tag.reduction").mask == 0b10
 
 
-def test_a_member_that_no_stub_has_is_in_the_releases_whose_code_mentions_it(made: Made) -> None:
+def test_a_member_that_no_stub_has_is_in_the_releases_whose_code_mentions_it(database_of: MakeDatabase) -> None:
     stub = {"torch/_C/__init__.pyi": "class TensorBase:\n  def is_there(self): ...\n"}
-    database = made(stub, stub, mentioned=(b"\0is_there\0", b"\0is_there\0const_data_ptr\0"))
+    database = database_of(stub, stub, mentioned=(b"\0is_there\0", b"\0is_there\0const_data_ptr\0"))
     assert database.look_up_member("torch._C.TensorBase.const_data_ptr").mask == 0b10
     assert database.look_up_member("torch._C.TensorBase.is_there").mask == 0b11

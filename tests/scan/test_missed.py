@@ -121,17 +121,17 @@ def test_run_and_scan_say_the_same_of_many_names(names: Names, here: int, tmp_pa
     ]
     drawn = [f"{place}.{name}" for place in places for name in names.names_in(place) if not name.startswith("__")]
     lacking = [name for name in drawn if not names.look_up(name).mask & here]
-    asked = [*lacking, *chance.sample([name for name in drawn if name not in lacking], 150)]
+    chosen = [*lacking, *chance.sample([name for name in drawn if name not in lacking], 150)]
     file, whole = tmp_path / "program.py", tmp_path / "whole.py"
-    programs = ["from {0} import {2}\n".format(*name.rpartition(".")) for name in asked]
+    programs = ["from {0} import {2}\n".format(*name.rpartition(".")) for name in chosen]
     whole.write_text("".join(programs))
     says = {finding.line: f"torchspan: {finding.name} {finding.says}" for finding in scan([whole], torch.__version__).findings}
     wrong = []
-    for line, (name, program) in enumerate(zip(asked, programs), 1):
+    for line, (name, program) in enumerate(zip(chosen, programs), 1):
         at_run, at_scan = told(program, file), says.get(line)
         if (at_run is None) != (at_scan is None) or not (at_run or "").startswith((at_scan or "").partition(" — ")[0]):
             wrong.append((name, at_run, at_scan))
-    assert len(asked) > 150 and wrong == []
+    assert len(chosen) > 150 and wrong == []
 
 
 PROGRAM = """

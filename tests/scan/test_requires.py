@@ -22,8 +22,8 @@ def written(tmp_path: Path, pyproject: str, program: str = USES) -> tuple[str, s
     (tmp_path / "src" / "program.py").write_text(program)
     file = tmp_path / "pyproject.toml"
     file.write_text(pyproject)
-    said = fix_requires(scan([tmp_path / "src"]), [tmp_path / "src"])
-    return file.read_text(), said
+    outcome = fix_requires(scan([tmp_path / "src"]), [tmp_path / "src"])
+    return file.read_text(), outcome
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def written(tmp_path: Path, pyproject: str, program: str = USES) -> tuple[str, s
 )
 def test_the_bound_is_what_is_needed_and_is_never_lowered(tmp_path: Path, before: str, after: str | None) -> None:
     head = '[build-system]\nrequires = ["hatchling"]\n\n[project]\nname = "torch-thing"\n'
-    text, said = written(tmp_path, f"{head}{before}\n")
+    text, outcome = written(tmp_path, f"{head}{before}\n")
     assert text == head + (after or before.replace('["torch"]', '["torch>=2.10"]')) + "\n"
-    assert ("left as it is" in said) == (before == after)
+    assert ("left as it is" in outcome) == (before == after)
 
 
 def test_a_project_that_needs_nothing_new_is_left_as_it_is(tmp_path: Path) -> None:
-    text, said = written(tmp_path, '[project]\ndependencies = ["torch"]\n', "import torch\ntorch.ones(1)\n")
-    assert '"torch"]' in text and said.endswith("in every torch from 2.6 on")
+    text, outcome = written(tmp_path, '[project]\ndependencies = ["torch"]\n', "import torch\ntorch.ones(1)\n")
+    assert '"torch"]' in text and outcome.endswith("in every torch from 2.6 on")
 
 
 def test_without_a_project_it_says_what_to_write(tmp_path: Path) -> None:

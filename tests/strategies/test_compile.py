@@ -78,7 +78,7 @@ def orphans(graph: Any, inputs: Any) -> Any:
 
 def is_wrong(graph: Any, inputs: Any) -> Any:
     def call(*args: Any) -> Any:
-        return tuple(one * 1.01 for one in graph.forward(*args))
+        return tuple(output * 1.01 for output in graph.forward(*args))
 
     return call
 
@@ -176,16 +176,16 @@ def test_verification_leaves_no_trace_in_buffers_gradients_attributes_or_random_
         return losses
 
     torch.manual_seed(1)
-    found = run(compiled, 2)
+    outputs = run(compiled, 2)
     until(lambda: bool(compiled.report.attempts))
-    found += run(compiled, 3)
+    outputs += run(compiled, 3)
     assert "swap_stall_s" in compiled.report.figures
     torch.manual_seed(1)
-    assert torch.equal(torch.stack(found), torch.stack(run(plain, 5)))
+    assert torch.equal(torch.stack(outputs), torch.stack(run(plain, 5)))
     for name, value in plain.state_dict().items():
         assert torch.equal(compiled.state_dict()[name], value), name
-    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
+    for actual, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(actual.grad, other.grad)
     assert compiled.num_calls == plain.num_calls == 5
 
 
@@ -320,8 +320,8 @@ def test_many_threads_may_call_while_it_is_swapped(until: Wait) -> None:
     def call() -> None:
         with torch.no_grad():
             while not stop.is_set():
-                found = difference(compiled(x), expected)
-                wrong.extend([found] if found else [])
+                problem = difference(compiled(x), expected)
+                wrong.extend([problem] if problem else [])
                 time.sleep(0.005)
 
     threads = [threading.Thread(target=call) for _ in range(4)]
@@ -453,7 +453,7 @@ def test_a_program_that_checkpoints_inside_is_compiled_as_a_whole(stack: Callabl
     expected = gradients(program)
     compiled = compile_bounded(program, strategy="whole", budget=SOON)
     until(lambda: bool(compiled.report.attempts), lambda: gradients(compiled))
-    assert [one.outcome for one in compiled.report.attempts] == ["compiled"], compiled.report.attempts
+    assert [attempt.outcome for attempt in compiled.report.attempts] == ["compiled"], compiled.report.attempts
     assert difference(gradients(compiled), expected) is None
 
 
@@ -500,11 +500,11 @@ def test_every_form_of_torch_compile_is_bounded_and_undone() -> None:
         inner = nn.Linear(2, 2)
         inner.compile(backend="aot_eager")
         disabled = torch.compile(lambda x: x + 4, disable=True)
-        reports = [report_of(one) for one in (bare, called, module, Model.forward)]
+        reports = [report_of(function) for function in (bare, called, module, Model.forward)]
         assert all(isinstance(report, Report) for report in reports)
         assert [report_of(inner._compiled_call_impl).decisions[0].subject] == ["Module._call_impl"]
         x = torch.zeros(2)
-        assert [one(x)[0].item() for one in (bare, called, Model(), disabled)] == [1, 2, 3, 4]
+        assert [function(x)[0].item() for function in (bare, called, Model(), disabled)] == [1, 2, 3, 4]
         assert torch.equal(module(x), module._orig_mod(x)) and torch.equal(inner(x), inner._call_impl(x))
         assert "compile" in {decision.topic for decision in environment.report.decisions}
     assert torch.compile is original

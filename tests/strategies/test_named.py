@@ -30,7 +30,7 @@ def _nothing_known() -> Iterator[None]:
 
 def doubles(graph: Any, inputs: Any) -> Any:
     """A backend whose results show where it was at work."""
-    return lambda *args: tuple(2 * one for one in graph.forward(*args))
+    return lambda *args: tuple(2 * output for output in graph.forward(*args))
 
 
 def as_it_is(graph: Any, inputs: Any) -> Any:

@@ -60,8 +60,8 @@ def test_inductor_trains_through_nested_regions(stack: Callable[..., nn.Module],
 
     until(lambda: "swap_stall_s" in compiled.report.figures, lambda: step(compiled))
     assert difference(step(compiled), step(reference)) is None
-    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
-        assert difference(one.grad, other.grad) is None
+    for actual, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert difference(actual.grad, other.grad) is None
     (attempt,) = compiled.report.attempts
     assert (attempt.strategy, attempt.outcome) == ("nested", "compiled")
 
@@ -73,20 +73,23 @@ def test_what_cannot_be_nested_goes_on_with_the_next_strategy_and_leaves_no_trac
     compiled = torchspan.compile(model, strategy=["nested", "whole"], backend=takes_flat_graphs)
     with torch.no_grad():
         until(lambda: len(compiled.report.attempts) == 2, lambda: compiled(x))
-    assert [(one.strategy, one.outcome) for one in compiled.report.attempts] == [("nested", "failed"), ("whole", "compiled")]
+    assert [(attempt.strategy, attempt.outcome) for attempt in compiled.report.attempts] == [
+        ("nested", "failed"),
+        ("whole", "compiled"),
+    ]
     assert not any("forward" in vars(part) for part in model.parts)
 
 
 def test_a_torch_without_nested_regions_says_so(stack: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.compiler, "nested_compile_region")
     decisions = torchspan.compile(stack(), strategy=["nested", "per_block"]).report.decisions
-    assert [one.choice for one in decisions] == ["nested → per_block → eager", "not nested", "per_block"]
+    assert [decision.choice for decision in decisions] == ["nested → per_block → eager", "not nested", "per_block"]
     assert f"torch {torch.__version__} has no torch.compiler.nested_compile_region" in decisions[1].reason
 
 
 def test_a_program_without_blocks_has_nothing_to_nest() -> None:
     for program in (nn.Linear(2, 2), abs):
-        choices = [one.choice for one in report_of(torchspan.compile(program, strategy="nested")).decisions]
+        choices = [decision.choice for decision in report_of(torchspan.compile(program, strategy="nested")).decisions]
         assert choices == ["nested → eager", "not nested", "eager"]
 
 

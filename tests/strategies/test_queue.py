@@ -19,10 +19,10 @@ from torchspan.jobs.budget import Budget
 from torchspan.jobs.machine import Machine
 from torchspan.jobs.supervisor import end_servers, server_pids
 from torchspan.jobs.turns import turns
-from torchspan.regions.lifecycle import end_compiles
+from torchspan.regions.compiling import end_compiles
 
 Wait = Callable[..., None]
-GONE = ("cancelled", "nobody has the compiled program any more")
+GONE = ("cancelled", "the compiled program was deleted")
 LONG = Budget(seconds=300, memory="1GiB")
 
 
@@ -45,7 +45,7 @@ def is_swapped(program: Any) -> bool:
 
 
 def outcomes(report: Report) -> list[tuple[str, str | None]]:
-    return [(one.outcome, one.cause) for one in report.attempts]
+    return [(attempt.outcome, attempt.cause) for attempt in report.attempts]
 
 
 def test_twenty_models_called_at_once_do_not_wait_for_two_that_hang(until: Wait, nothing_left: Callable[[], None]) -> None:
@@ -90,7 +90,7 @@ def test_a_model_with_compiled_code_is_not_kept_by_the_compile_of_another_size(
     pid = os.getpid()
 
     def hangs_at_three_rows(graph: Any, inputs: Any) -> Any:
-        if os.getpid() != pid and any(one.shape[0] == 3 for one in inputs if isinstance(one, torch.Tensor)):
+        if os.getpid() != pid and any(input_.shape[0] == 3 for input_ in inputs if isinstance(input_, torch.Tensor)):
             time.sleep(1000)
         return graph.forward
 

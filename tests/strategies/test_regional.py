@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def doubles(graph: Any, inputs: Any) -> Any:
     """A backend whose results show where it was at work."""
-    return lambda *args: tuple(2 * one for one in graph.forward(*args))
+    return lambda *args: tuple(2 * output for output in graph.forward(*args))
 
 
 def linear() -> nn.Linear:
@@ -39,12 +39,12 @@ def test_marked_modules_are_compiled_once_a_kind_and_the_rest_is_eager(until: Wa
     model = nn.Sequential(linear(), torchspan.region(linear()), nn.Tanh(), torchspan.region(linear())).eval()
     compiled, x = torchspan.compile(model, backend=doubles, verify="off"), torch.ones(1, 2)
     decisions = compiled.report.decisions
-    assert [one.choice for one in decisions] == ["regional → eager", "regional"]
-    assert [one.reason for one in decisions] == ["modules of it are marked as regions", "marked regions: Linear ×2"]
+    assert [decision.choice for decision in decisions] == ["regional → eager", "regional"]
+    assert [decision.reason for decision in decisions] == ["modules of it are marked as regions", "marked regions: Linear ×2"]
     with torch.no_grad():
         until(lambda: bool(compiled.report.attempts), lambda: compiled(x))
         torch.testing.assert_close(compiled(x), 2 * model[3](torch.tanh(2 * model[1](model[0](x)))))
-    assert [(one.strategy, one.region) for one in compiled.report.attempts] == [("regional", "Linear ×2")]
+    assert [(attempt.strategy, attempt.region) for attempt in compiled.report.attempts] == [("regional", "Linear ×2")]
 
 
 def test_a_mark_is_kept_by_copies_and_pickles_and_is_no_part_of_the_state() -> None:
@@ -60,7 +60,7 @@ def test_named_modules_are_regions_and_a_list_of_modules_stands_for_those_in_it(
     assert parts(model, "head", "layers.1") == [("layers.1", 1), ("head", 1)]
     assert parts(model, "*") == [("Linear ×2", 2), ("head", 1)]
     compiled = torchspan.compile(model, regions=["head"])
-    assert [one.choice for one in report_of(compiled).decisions] == ["regional → eager", "regional"]
+    assert [decision.choice for decision in report_of(compiled).decisions] == ["regional → eager", "regional"]
 
 
 def test_of_regions_inside_regions_the_outermost_counts_and_a_mark_on_the_model_does_not() -> None:
@@ -77,7 +77,7 @@ def test_a_module_that_is_used_twice_is_one_region() -> None:
 def test_without_regions_the_next_strategy_is_tried_and_the_report_says_how_to_mark() -> None:
     for program in (nn.Sequential(linear()), abs):
         compiled = torchspan.compile(program, strategy="regional")
-        assert [one.choice for one in report_of(compiled).decisions] == ["regional → eager", "not regional", "eager"]
+        assert [decision.choice for decision in report_of(compiled).decisions] == ["regional → eager", "not regional", "eager"]
     assert "no module is marked with torchspan.region" in cut("regional", linear()).reason
 
 

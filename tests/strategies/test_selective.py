@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def doubles(graph: Any, inputs: Any) -> Any:
     """A backend whose results show where it was at work."""
-    return lambda *args: tuple(2 * one for one in graph.forward(*args))
+    return lambda *args: tuple(2 * output for output in graph.forward(*args))
 
 
 def as_it_is(graph: Any, inputs: Any) -> Any:
@@ -92,8 +92,8 @@ def test_gradients_flow_through_a_profiled_step() -> None:
     model, x = Mixed(), torch.randn(8, 256)
     expected = torch.autograd.grad(model(x).sum(), list(model.products.parameters()))
     outputs, _ = Profiler(model).run((x,), {})
-    for one, other in zip(torch.autograd.grad(outputs.sum(), list(model.products.parameters())), expected, strict=True):
-        assert torch.equal(one, other)
+    for gradient, other in zip(torch.autograd.grad(outputs.sum(), list(model.products.parameters())), expected, strict=True):
+        assert torch.equal(gradient, other)
 
 
 def test_units_are_the_blocks_and_the_outermost_modules_without_any() -> None:
@@ -108,9 +108,9 @@ def test_what_is_small_in_the_step_or_in_a_call_is_left_eager() -> None:
         Cost("small", (small,), 1, 0.04, 0.04),
         Cost("often", (often,), 100_000, 0.46, 0.9 * MIN_CALL_S * 100_000),
     )
-    found = decide(StepProfile(1.0, costs))
-    assert [part.targets for part in found.parts] == [(large,)]
-    assert "large 50 %, 40 % fusible; often 46 %, " in found.reason and "small 4 %, 4 % fusible: left eager" in found.reason
+    result = decide(StepProfile(1.0, costs))
+    assert [part.targets for part in result.parts] == [(large,)]
+    assert "large 50 %, 40 % fusible; often 46 %, " in result.reason and "small 4 %, 4 % fusible: left eager" in result.reason
 
 
 def test_only_what_pays_is_compiled_and_the_figures_are_decisions(until: Wait) -> None:
@@ -129,17 +129,22 @@ def test_only_what_pays_is_compiled_and_the_figures_are_decisions(until: Wait) -
     ladder, profiled, chosen = compiled.report.decisions[:3]
     assert [ladder.choice, profiled.choice, chosen.choice] == ["selective → eager", "profile", "selective"]
     assert "ms in operations (forward)" in chosen.reason and "Product ×2" in chosen.reason
-    assert [(one.strategy, one.region) for one in compiled.report.attempts] == [("selective", "Pointwise ×2")]
+    assert [(attempt.strategy, attempt.region) for attempt in compiled.report.attempts] == [("selective", "Pointwise ×2")]
 
 
 def test_where_nothing_pays_everything_is_eager_and_the_report_says_why() -> None:
     compiled, x = torchspan.compile(nn.Sequential(nn.Linear(2, 2)), strategy="selective"), torch.ones(1, 2)
     for _ in range(3):
         compiled(x)
-    assert [one.choice for one in compiled.report.decisions] == ["selective → eager", "profile", "not selective", "eager"]
+    assert [decision.choice for decision in compiled.report.decisions] == [
+        "selective → eager",
+        "profile",
+        "not selective",
+        "eager",
+    ]
     assert compiled.report.attempts == ()
     function = torchspan.compile(abs, strategy="selective")
-    assert [one.choice for one in function.report.decisions][1:] == ["not selective", "eager"]
+    assert [decision.choice for decision in function.report.decisions][1:] == ["not selective", "eager"]
 
 
 def test_one_of_many_threads_profiles_and_the_others_go_on() -> None:
@@ -158,5 +163,5 @@ def test_one_of_many_threads_profiles_and_the_others_go_on() -> None:
     for thread in threads:
         thread.join()
     assert not any(wrong)
-    choices = [one.choice for one in compiled.report.decisions]
+    choices = [decision.choice for decision in compiled.report.decisions]
     assert choices.count("selective") + choices.count("not selective") == 1

@@ -16,7 +16,7 @@ from torchspan.core.report import Outcome
 from torchspan.jobs import transport
 from torchspan.jobs.budget import Allowance, Budget
 from torchspan.jobs.supervisor import Ending, Job, run_bounded
-from torchspan.regions import lifecycle
+from torchspan.regions import compiling
 from torchspan.strategies import _measured
 from torchspan.strategies._plan import Plan
 
@@ -46,7 +46,7 @@ class Blocks(nn.Module):
 
     def __init__(self, hangs: tuple[bool, ...]) -> None:
         super().__init__()
-        kinds = [Kind(5 + number, one) for number, one in enumerate(hangs)]
+        kinds = [Kind(5 + number, is_hanging) for number, is_hanging in enumerate(hangs)]
         self.parts = nn.ModuleList([*kinds, Kind(4 + len(hangs), hangs[-1])])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def compiled_or_timed_out(job: Job, budget: Budget, cancel: Any = None, *, share
 
 
 def test_three_of_six_compiles_hang_and_the_other_three_are_swapped(monkeypatch: pytest.MonkeyPatch, until: Wait) -> None:
-    monkeypatch.setattr(lifecycle, "run_bounded", compiled_or_timed_out)
+    monkeypatch.setattr(compiling, "run_bounded", compiled_or_timed_out)
     model, x = Blocks((True, False, True, False, True, False)), torch.ones(2, 4)
     with torch.no_grad():
         compiled = torchspan.partial_compile(model, budget=Budget(20), backend="eager")
@@ -101,8 +101,8 @@ def spend(program: Any, number: int, seconds: float, has_compiled: bool = False)
     return allowed
 
 
-def shares(*found: Allowance | Ending) -> list[float | str | None]:
-    return [round(one.share_s, 3) if isinstance(one, Allowance) else one.cause for one in found]
+def shares(*allowances: Allowance | Ending) -> list[float | str | None]:
+    return [round(allowance.share_s, 3) if isinstance(allowance, Allowance) else allowance.cause for allowance in allowances]
 
 
 @pytest.mark.once

@@ -18,9 +18,9 @@ from torchspan.strategies._ladder import by_size, ladder_for
 def test_every_strategy_cuts_modules_and_functions_and_says_why(name: str, stack: Callable[..., nn.Module]) -> None:
     assert REGISTRY.get(name).SUMMARY
     for program in (stack(), abs):
-        found = cut(name, program)
-        assert found.reason
-        for part in found.parts:
+        result = cut(name, program)
+        assert result.reason
+        for part in result.parts:
             assert part.name and part.targets
             assert part.is_block or part.targets == (program,)
 

@@ -131,14 +131,14 @@ def made(model: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[Any, di
 def losses(model: nn.Module, inputs: dict[str, Any], num_steps: int = 3) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(3)
-    found = []
+    values = []
     for _ in range(num_steps):
         loss = model.train()(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+        values.append(loss.item())
+    return values
 
 
 def outcomes(report: Report) -> list[tuple[str, str]]:

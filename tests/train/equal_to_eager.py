@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
         Path(out).write_text(json.dumps(answers))
 
 
-def answer(said: dict[str, str]) -> dict[str, Any]:
+def answer(settings: dict[str, str]) -> dict[str, Any]:
     """What was found for one question: for each capture what `compare` found, with what differs on any rank."""
-    question = {**QUESTION, **said}
+    question = {**QUESTION, **settings}
     dp_shard, tp, ep, dp_replicate = map(int, question["layout"].split(","))
     degrees = Degrees(dp_shard=dp_shard, tp=tp, ep=ep, dp_replicate=dp_replicate)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -90,12 +90,12 @@ def compare(config: TrainConfig, job: Job, capture: str, num_batches: int, passe
     step = BoundGraph(graph, program)
     counts = _watch_counts(eager)
     results: dict[str, Any] = {"losses": [], "differing": [], "counts": [], "collectives": dict(graph.num_collectives())}
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (eager, program)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (eager, program)]
     for index, batch in enumerate(batches):
-        for one in (eager, program):
-            one.zero_grad(set_to_none=True)
+        for model in (eager, program):
+            model.zero_grad(set_to_none=True)
             if index == 2:
-                _starve_an_expert(one)
+                _starve_an_expert(model)
         counts.clear()
         loss = eager(*batch)
         loss.backward()
@@ -121,7 +121,7 @@ def differing(eager: Loss, program: Loss, loss: Tensor, ours: Tensor) -> list[st
 
 def merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank 0's answers, with what differs on any rank."""
-    return {**ranks[0], "differing": [f"rank {r}: {name}" for r, one in enumerate(ranks) for name in one["differing"]]}
+    return {**ranks[0], "differing": [f"rank {r}: {name}" for r, answer in enumerate(ranks) for name in answer["differing"]]}
 
 
 def _batch(config: TrainConfig, job: Job, index: int) -> Batch:

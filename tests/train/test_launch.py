@@ -319,8 +319,8 @@ def test_an_interrupt_ends_ranks_that_refuse_to_and_what_they_started(
     assert code == 128 + signal.SIGTERM and seconds < 20
     assert capfd.readouterr().err == "torchspan: interrupted by SIGTERM; the ranks are ended\n"
     pids = [int(pid) for path in results for pid in path.read_text().split()]
-    left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-    assert len(pids) == 4 and not left
+    survivors = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert len(pids) == 4 and not survivors
 
 
 def test_under_torchrun_an_error_of_ours_is_a_line_that_names_the_rank(

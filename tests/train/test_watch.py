@@ -93,12 +93,12 @@ def test_ranks_whose_collectives_differ_are_named_with_the_pass_and_the_first_th
 ) -> None:
     job = Job(0, 2, Meshes(dense=object()))  # type: ignore[arg-type]
     graphs = [collective(4), collective(8)]
-    asked: list[Any] = []
+    calls: list[Any] = []
 
-    def gather(found: list[Any], mine: Any) -> None:
+    def gather(gathered: list[Any], mine: Any) -> None:
         """What rank 0 is given by both ranks, as each tells it."""
-        asked.append(mine)
-        found[:] = [mine, others[len(asked) - 1]]
+        calls.append(mine)
+        gathered[:] = [mine, others[len(calls) - 1]]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     others: list[Any] = [None, None]
@@ -106,30 +106,30 @@ def test_ranks_whose_collectives_differ_are_named_with_the_pass_and_the_first_th
         PassError: lambda: SameCollectives(job).after(Scales(), graphs[0], graphs[0]),
         CaptureError: lambda: check_same_collectives(graphs[0], job),
     }
-    for told, compare in ways.items():
-        asked.clear()
+    for error, compare in ways.items():
+        calls.clear()
         others[:] = told_by(graphs[1], job, monkeypatch)
         monkeypatch.setattr(dist, "all_gather_object", gather)
         with pytest.raises(
-            told, match=r"ranks \[1\] call other .*: collective 1 is all_reduce.* of torch.Size\(\[4\]\) torch.float"
+            error, match=r"ranks \[1\] call other .*: collective 1 is all_reduce.* of torch.Size\(\[4\]\) torch.float"
         ):
             compare()
     others[:] = told_by(graphs[0], job, monkeypatch)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    asked.clear()
+    calls.clear()
     SameCollectives(job).after(Scales(), graphs[0], graphs[0])  # equal ones are no error
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def told_by(graph: Graph, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a rank with `graph` tells the others, where it finds that they differ."""
-    told: list[Any] = []
+    messages: list[Any] = []
 
-    def gather(found: list[Any], mine: Any) -> None:
-        told.append(mine)
-        found[:] = [mine, "another"] if len(told) == 1 else [mine, []]
+    def gather(gathered: list[Any], mine: Any) -> None:
+        messages.append(mine)
+        gathered[:] = [mine, "another"] if len(messages) == 1 else [mine, []]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(CaptureError):
         check_same_collectives(graph, job)
-    return told
+    return messages

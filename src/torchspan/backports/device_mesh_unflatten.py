@@ -16,127 +16,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from torchspan.backports._axes import Axis, copies_of, is_disjoint, joined, rows_of, size_of, split
+from torchspan.backports._axes import copies_of, is_disjoint, joined, size_of, split
 from torchspan.backports._base import Backport, Change
+from torchspan.backports._derived_meshes import (
+    axes_of,
+    derive,
+    flattened_of,
+    is_derived,
+    new_groups,
+    overrides_of,
+    ranks_of,
+    root_mesh,
+)
 from torchspan.private import fx
-
-Override = tuple[Any, Any]  # a backend's name and its options, each None for the default
 
 _PLACE = "torch.distributed.device_mesh"
 _FSDP_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
-
-
-# meshes
-
-
-def _is_derived(mesh: Any) -> bool:
-    """Whether a mesh is one of ours."""
-    return "_root_mesh" in getattr(mesh, "__dict__", {})
-
-
-def _get_root_mesh(self: Any) -> Any:
-    """The mesh that this one was cut from in the first place; a mesh that was cut from none is its own."""
-    from torch.distributed.device_mesh import _mesh_resources
-
-    return _mesh_resources.get_root_mesh(self)
-
-
-def _axes(mesh: Any) -> list[Axis]:
-    """The axes of a mesh over the ranks of its root."""
-    from torch.distributed.device_mesh import _mesh_resources
-
-    if _is_derived(mesh):
-        return list(mesh._axes)
-    parent = _get_root_mesh(mesh)
-    if parent == mesh:
-        return rows_of(mesh.mesh.shape)
-    named = dict(zip(parent.mesh_dim_names, _axes(parent)))
-    flattened = _mesh_resources.flatten_name_to_root_dims.get(parent, {})
-    for name, dims in flattened.items():
-        named[name] = joined(_axes(parent)[dim] for dim in dims)
-    return [named[name] for name in mesh.mesh_dim_names]
-
-
-def _ranks(root: Any) -> torch.Tensor:
-    return root.mesh.contiguous().flatten()
-
-
-def _flattened(root: Any) -> Mapping[str, Any]:
-    """The meshes that were made by flattening one of ours, by name; a root mesh holds them."""
-    return vars(root).get("_flatten_mapping", {})
-
-
-def _derive(root: Any, axes: Sequence[Axis], names: Sequence[str], groups: list[str] | None) -> Any:
-    """A mesh of these axes over the ranks of `root`, the one that has this rank, with these process groups."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    with fx.with_real_tensors():
-        copies, rank = copies_of(axes, _ranks(root)), root.get_rank()
-        own_copies = [copy for copy in copies if len(copies) == 1 or rank in copy]
-        if not own_copies:
-            raise RuntimeError(f"rank {rank} has no mesh of the dims {tuple(names)}: it is not in {root}")
-        mesh: Any = DeviceMesh(root.device_type, own_copies[0], mesh_dim_names=tuple(names), _init_backend=False)
-    mesh._root_mesh, mesh._axes = root, tuple(axes)
-    if groups is not None:
-        mesh._dim_group_names = groups
-    return mesh
-
-
-def _new_groups(root: Any, axes: Sequence[Axis], names: Sequence[str], overrides: Sequence[Override]) -> list[str]:
-    """The names of new process groups, one for each axis; none for a rank that is not in the mesh."""
-    with fx.with_real_tensors():
-        ranks = [copies_of([axis], _ranks(root)).tolist() for axis in axes]
-    groups = [_new_group(*arguments) for arguments in zip(ranks, names, overrides)]
-    return [group for group in groups if group is not None]
-
-
-def _new_group(ranks: list[list[int]], name: str, override: Override) -> str | None:
-    """The name of this rank's group among those of the given `ranks`, all of which are made."""
-    from torch import distributed
-
-    world, (backend, options) = distributed.distributed_c10d._get_default_group(), override
-    if len(ranks[0]) == distributed.get_world_size() and override == (None, None):
-        if not torch.cuda.is_available() or distributed.get_backend(world) != "gloo":
-            return world.group_name
-        everyone = list(range(len(ranks[0])))
-        return distributed.new_group(everyone, backend="cpu:gloo,cuda:nccl", group_desc="mesh_default").group_name
-    named: dict[str, Any] = {"pg_options": options, "group_desc": f"mesh_{name}"}
-    if options is not None:
-        named["timeout"] = options._timeout
-    if _can_split(world, backend):
-        part = distributed.split_group(parent_pg=world, split_ranks=ranks, **named)
-        return None if part is None else part.group_name
-    groups = [distributed.new_group(group, backend=backend, **named) for group in ranks]
-    own_names = [group.group_name for group, members in zip(groups, ranks) if distributed.get_rank() in members]
-    return own_names[0] if own_names else None
-
-
-def _can_split(world: Any, backend: str | None) -> bool:
-    """Whether the world's communicator is there to split, so that no group is made from nothing."""
-    if getattr(world, "bound_device_id", None) is None or not torch.cuda.is_available():
-        return False
-    return backend is None or world._get_backend(torch.device("cuda")).name() == backend
-
-
-def _overrides(requests: Mapping[int | str, Any] | None, names: Sequence[str]) -> list[Override]:
-    """For each name the backend and the options that were asked for, by name or by position."""
-    left, overrides = dict(requests or {}), []
-    for position, name in enumerate(names):
-        if name in left and position in left:
-            raise RuntimeError(f"backend_override has both the dim index {position} and its name {name!r}; give one")
-        value = left.pop(name, None) or left.pop(position, None)
-        if isinstance(value, tuple):
-            overrides.append(value)
-        else:
-            overrides.append((value, None) if value is None or isinstance(value, str) else (None, value))
-    if left:
-        raise RuntimeError(
-            f"backend_override has keys that are no dims: {list(left)}; expected integers below {len(names)} "
-            f"or one of {tuple(names)}"
-        )
-    return overrides
 
 
 def _overriding(init: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +48,7 @@ def _overriding(init: Callable[..., Any]) -> Callable[..., Any]:
         BACKPORT.record_use("init_device_mesh(backend_override=…)")
         names = options.get("mesh_dim_names") or [f"dim {index}" for index in range(len(mesh_shape))]
         group_options, before = _mesh_resources.mesh_dim_group_options, dict(_mesh_resources.mesh_dim_group_options)
-        overrides = enumerate(_overrides(backend_override, names))
+        overrides = enumerate(overrides_of(backend_override, names))
         group_options.update({dim: override for dim, override in overrides if override != (None, None)})
         try:
             return init(device_type, mesh_shape, **options)
@@ -192,8 +87,8 @@ def _unflatten(
         raise RuntimeError(
             f"mesh_dim_names must have same length as mesh_sizes in _unflatten! Got {mesh_dim_names} and {mesh_sizes}"
         )
-    overrides = _overrides(backend_override, mesh_dim_names)
-    axes, names, root = _axes(self), list(_names(self)), _get_root_mesh(self)
+    overrides = overrides_of(backend_override, mesh_dim_names)
+    axes, names, root = axes_of(self), list(_names(self)), root_mesh(self)
     if math.prod(mesh_sizes) != size_of(axes[position]):
         raise ValueError(
             f"The product of mesh_sizes={tuple(mesh_sizes)} is {math.prod(mesh_sizes)}, but the original dimension at "
@@ -203,11 +98,11 @@ def _unflatten(
     new = split(axes[position], mesh_sizes)
     groups = getattr(self, "_dim_group_names", None)
     if groups is not None:
-        new_groups, groups = _new_groups(root, new, mesh_dim_names, overrides), list(groups)
-        groups[position : position + 1] = new_groups
+        added, groups = new_groups(root, new, mesh_dim_names, overrides), list(groups)
+        groups[position : position + 1] = added
     axes[position : position + 1] = new
     names[position : position + 1] = mesh_dim_names
-    return _derive(root, axes, names, groups)
+    return derive(root, axes, names, groups)
 
 
 def _position(mesh: Any, dim: int | str) -> int:
@@ -231,15 +126,15 @@ def _concatenate(device_mesh_list: Sequence[Any]) -> Any:
 
     Raises RuntimeError if they are not of one root mesh, or if a dim's ranks are among another's.
     """
-    root = _get_root_mesh(device_mesh_list[0])
-    if any(_ranks(_get_root_mesh(mesh)).tolist() != _ranks(root).tolist() for mesh in device_mesh_list):
+    root = root_mesh(device_mesh_list[0])
+    if any(ranks_of(root_mesh(mesh)).tolist() != ranks_of(root).tolist() for mesh in device_mesh_list):
         raise RuntimeError("Cannot concatenate DeviceMeshes derived from different device meshs")
-    axes = [axis for mesh in device_mesh_list for axis in _axes(mesh)]
+    axes = [axis for mesh in device_mesh_list for axis in axes_of(mesh)]
     if not is_disjoint(joined(axes)):
         raise RuntimeError(f"Cannot concatenate overlapping meshes: {list(device_mesh_list)}")
     BACKPORT.record_use("DeviceMesh._concatenate")
     names = [name for mesh in device_mesh_list for name in _names(mesh)]
-    return _derive(root, axes, names, [group for mesh in device_mesh_list for group in mesh._dim_group_names])
+    return derive(root, axes, names, [group for mesh in device_mesh_list for group in mesh._dim_group_names])
 
 
 def _slicing(getitem: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -249,12 +144,12 @@ def _slicing(getitem: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def slice_mesh(self: Any, mesh_dim_names: str | tuple[str, ...]) -> Any:
         names = (mesh_dim_names,) if isinstance(mesh_dim_names, str) else mesh_dim_names
         reachable = getattr(_reachable, "mesh", None)
-        if reachable is not None and reachable.mesh_dim_names == names and _get_root_mesh(reachable) is self:
+        if reachable is not None and reachable.mesh_dim_names == names and root_mesh(reachable) is self:
             return reachable
-        is_child = _is_derived(self) or _get_root_mesh(self) != self
+        is_child = is_derived(self) or root_mesh(self) != self
         if not self.mesh_dim_names or names == self.mesh_dim_names:
             return getitem(self, mesh_dim_names)
-        if is_child or any(name in _flattened(self) for name in names):
+        if is_child or any(name in flattened_of(self) for name in names):
             return _sliced(self, names)
         return getitem(self, mesh_dim_names)
 
@@ -262,9 +157,9 @@ def _slicing(getitem: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _sliced(mesh: Any, names: tuple[str, ...]) -> Any:
-    named = dict(zip(_names(mesh), zip(_axes(mesh), getattr(mesh, "_dim_group_names", None) or itertools.repeat(None))))
-    root = _get_root_mesh(mesh)
-    flattened = _flattened(root) if mesh == root else {}
+    named = dict(zip(_names(mesh), zip(axes_of(mesh), getattr(mesh, "_dim_group_names", None) or itertools.repeat(None))))
+    root = root_mesh(mesh)
+    flattened = flattened_of(root) if mesh == root else {}
     if unknown := [name for name in names if name not in named and name not in flattened]:
         raise KeyError(
             f"Invalid mesh_dim_names {names} specified: it has no {unknown}. Valid mesh_dim_names are {[*named, *flattened]}."
@@ -284,7 +179,7 @@ def _sliced(mesh: Any, names: tuple[str, ...]) -> Any:
     if not is_disjoint(joined(axes)):
         raise RuntimeError(f"Slicing overlapping dim_names {names} is not allowed.")
     groups = [named[name][1] for name in names]
-    return _derive(root, axes, names, [] if None in groups else groups)
+    return derive(root, axes, names, [] if None in groups else groups)
 
 
 def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,7 +190,7 @@ def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
         name = mesh_dim_name or "_".join(self.mesh_dim_names or ())
         if (name,) == self.mesh_dim_names:
             return self
-        if not self.mesh_dim_names or not (_is_derived(self) or backend_override is not None):
+        if not self.mesh_dim_names or not (is_derived(self) or backend_override is not None):
             return flatten(self, mesh_dim_name)
         return _flatten(self, name, {} if backend_override is None else {0: backend_override})
 
@@ -303,7 +198,7 @@ def _flattening(flatten: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flatten(mesh: Any, name: str, backend_override: Mapping[int | str, Any]) -> Any:
-    root, axis = _get_root_mesh(mesh), joined(_axes(mesh))
+    root, axis = root_mesh(mesh), joined(axes_of(mesh))
     if name in _names(root):
         raise ValueError(
             f"{name} already exists for submesh of the {root}, whose mesh_dim_names are {root.mesh_dim_names}. "
@@ -311,8 +206,8 @@ def _flatten(mesh: Any, name: str, backend_override: Mapping[int | str, Any]) ->
         )
     known = vars(root).setdefault("_flatten_mapping", {})
     if name not in known:
-        groups = _new_groups(root, [axis], [name], _overrides(backend_override, [name]))
-        known[name] = _derive(root, [axis], [name], groups)
+        groups = new_groups(root, [axis], [name], overrides_of(backend_override, [name]))
+        known[name] = derive(root, [axis], [name], groups)
     if known[name]._axes != (axis,):
         raise ValueError(
             f"Flatten mesh with mesh_dim_name {name} has been created before, Please specify another valid mesh_dim_name."
@@ -325,7 +220,7 @@ def _getting_group(get_group: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_group)
     def get(self: Any, mesh_dim: int | str | None = None) -> Any:
-        flattened = _flattened(_get_root_mesh(self)).get(mesh_dim) if isinstance(mesh_dim, str) else None
+        flattened = flattened_of(root_mesh(self)).get(mesh_dim) if isinstance(mesh_dim, str) else None
         return get_group(self, mesh_dim) if flattened is None else flattened.get_group()
 
     return get
@@ -336,7 +231,7 @@ def _root_of(get_root_mesh: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
 
     @functools.wraps(get_root_mesh)
     def get(self: Any, device_mesh: Any) -> Any:
-        return device_mesh._root_mesh if _is_derived(device_mesh) else get_root_mesh(self, device_mesh)
+        return device_mesh._root_mesh if is_derived(device_mesh) else get_root_mesh(self, device_mesh)
 
     return get
 
@@ -362,7 +257,7 @@ def _get_all_submeshes(self: Any, mesh_dim_name: str) -> list[Any]:
 
     dim = _get_mesh_dim_by_name(self, mesh_dim_name)
     with fx.with_real_tensors():
-        copies = copies_of([_axes(self)[dim]], _ranks(_get_root_mesh(self)))
+        copies = copies_of([axes_of(self)[dim]], ranks_of(root_mesh(self)))
         meshes = [DeviceMesh(self.device_type, copy, mesh_dim_names=(mesh_dim_name,), _init_backend=False) for copy in copies]
     for mesh in meshes:
         mesh._dim_group_names = [self._dim_group_names[dim]] if mesh.get_coordinate() is not None else []
@@ -383,7 +278,7 @@ def _with_joined_mesh(init_sharded_param: Callable[..., None]) -> Callable[..., 
         from torch.distributed.tensor import DTensor
 
         meshes = [self.mesh_info.mesh, param.device_mesh] if isinstance(param, DTensor) else []
-        if not any(map(_is_derived, meshes)) or _get_root_mesh(meshes[0]) != _get_root_mesh(meshes[1]):
+        if not any(map(is_derived, meshes)) or root_mesh(meshes[0]) != root_mesh(meshes[1]):
             return init_sharded_param(self, param, *args, **kwargs)
         _reachable.mesh = _concatenate(meshes)
         try:
@@ -398,7 +293,7 @@ def _shard_mesh(shard_mesh_from_root: property) -> property:
     """The mesh over which FSDP shards: of ours, the root may not know it."""
 
     def get(self: Any) -> Any:
-        is_ours = _is_derived(self.mesh_info.mesh)
+        is_ours = is_derived(self.mesh_info.mesh)
         return self.shard_mesh if is_ours else shard_mesh_from_root.fget(self)  # type: ignore[misc]
 
     return property(get, doc=shard_mesh_from_root.__doc__)
@@ -406,7 +301,7 @@ def _shard_mesh(shard_mesh_from_root: property) -> property:
 
 def _anywhere(validate: Callable[[Any], None]) -> Callable[[Any], None]:
     """parallelize_module's check of a mesh: where in its root a mesh of ours lies says nothing."""
-    return functools.wraps(validate)(lambda device_mesh: None if _is_derived(device_mesh) else validate(device_mesh))
+    return functools.wraps(validate)(lambda device_mesh: None if is_derived(device_mesh) else validate(device_mesh))
 
 
 def _lacks(module: ModuleType | None) -> bool:
@@ -436,7 +331,7 @@ BACKPORT = Backport(
     also=(
         _new("_unflatten", _unflatten),
         _new("_concatenate", staticmethod(_concatenate)),
-        _new("_get_root_mesh", _get_root_mesh),
+        _new("_get_root_mesh", root_mesh),
         _new("_get_root_mesh_dim", _get_root_mesh_dim),
         _new("_get_mesh_dim_by_name", _get_mesh_dim_by_name),
         _new("_get_all_submeshes", _get_all_submeshes),

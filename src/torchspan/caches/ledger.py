@@ -91,12 +91,12 @@ class _Watch:
 
     def files(self) -> dict[str, str]:
         """The entries that were used or made, with their digests."""
-        found = {}
+        digests = {}
         for name in sorted(self._used):
             path = self._folder + name
             if not name.startswith((_FOLDER + os.sep, "locks" + os.sep)) and os.path.isfile(path):
-                found[name] = digest(path)
-        return found
+                digests[name] = digest(path)
+        return digests
 
 
 _watches: list[_Watch] = []
@@ -139,11 +139,11 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 def check(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Remove those of `files` that are not what was written, and give their names; entries that were made anew may differ."""
-    found = {name: _digest_if_there(folder / name) for name in files}
-    differ = [name for name, wanted in files.items() if found[name] != wanted]
-    known = _noted(folder) if differ else {}
-    damaged = [name for name in differ if found[name] not in known.get(name, ())]
+    """Remove damaged ones of `files`, and give their names; an entry that was written again since may have another digest."""
+    actual = {name: _digest_if_there(folder / name) for name in files}
+    differ = [name for name, expected in files.items() if actual[name] != expected]
+    noted = _noted(folder) if differ else {}
+    damaged = [name for name in differ if actual[name] not in noted.get(name, ())]
     for name in damaged:
         (folder / name).unlink(missing_ok=True)
     return damaged
@@ -198,11 +198,11 @@ def _read(ledger: Path) -> dict[str, str]:
 
 def _noted(folder: Path) -> dict[str, set[str]]:
     """Every digest that an entry was noted with."""
-    known: dict[str, set[str]] = {}
+    digests: dict[str, set[str]] = {}
     for ledger in _ledgers(folder):
         for name, value in _read(ledger).items():
-            known.setdefault(name, set()).add(value)
-    return known
+            digests.setdefault(name, set()).add(value)
+    return digests
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
@@ -223,17 +223,16 @@ def evict(folder: Path, limit: int) -> str | None:
     num_removed = 0
     while total > limit and len(ledgers) > 1:  # the newest is of this compile
         ledger, files = ledgers.pop(0)
-        kept = {name for _, others in ledgers for name in others}
-        for name in files.keys() - kept:
+        still_used = {name for _, entries in ledgers for name in entries}
+        for name in files.keys() - still_used:
             (folder / name).unlink(missing_ok=True)
             total -= sizes[name]
             num_removed += 1
         ledger.unlink(missing_ok=True)
     if not num_removed:
         return None
-    return (
-        f"the cache held {format_bytes(before)} of {format_bytes(limit)}: {num_removed} entries that were used longest ago went"
-    )
+    size = f"the cache held {format_bytes(before)} of {format_bytes(limit)}"
+    return f"{size}; the entries used longest ago were removed: {num_removed}"
 
 
 def _size(path: Path) -> int:

@@ -55,7 +55,7 @@ def keep(folder: Path, name: str, digest: str, record: bytes) -> None:
 
 
 def remove(folder: Path, name: str, digest: str) -> None:
-    """Have no record of it any more: what it says turned out not to serve."""
+    """Remove the record: its code cannot be used."""
     _path(folder, name, digest).unlink(missing_ok=True)
 
 

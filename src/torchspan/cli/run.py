@@ -81,7 +81,7 @@ def run_program(program: Sequence[str], is_module: bool, activation: Activation,
 
     fall_back_on_mps()  # before torch is imported, which the following does
     from torchspan.api import autoload, deactivate
-    from torchspan.regions.lifecycle import end_compiles
+    from torchspan.regions.compiling import end_compiles
     from torchspan.regions.watch import finish_compiles
     from torchspan.report import Recording, report_path, write_page
 

@@ -154,7 +154,27 @@ def is_below(value: torch.Tensor | None, limit: float) -> bool:
 
 def _rms(value: torch.Tensor) -> float:
     real = as_real(value.detach())
-    return math.sqrt(sum(float(piece.double().square().sum()) for (piece,) in _pieces(real)) / max(real.numel(), 1))
+    return math.sqrt(sum(_sum_of_squares(piece) for (piece,) in _pieces(real)) / max(real.numel(), 1))
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    """Of a vector of real numbers: in single precision, which is five times as fast, unless that is too small or too large."""
+    if values.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        single = values.float()
+        total = float(torch.dot(single, single))
+        if 1e-20 < total < math.inf:
+            return total
+    return float(values.double().square().sum())
+
+
+def _finite_rms(value: torch.Tensor) -> float:
+    """The root mean square of a tensor, with zeros for what is not finite."""
+    real = as_real(value)
+    total = 0.0
+    for (piece,) in _pieces(real):
+        squares = _sum_of_squares(piece)
+        total += squares if math.isfinite(squares) else _sum_of_squares(piece.where(piece.isfinite(), 0))
+    return math.sqrt(total / value.numel())
 
 
 def _pieces(*values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -184,9 +204,11 @@ def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tol
     if expected.layout is not torch.strided:
         actual, expected = actual.to_dense(), expected.to_dense()
     wide = torch.complex128 if expected.dtype.is_complex else torch.float64
-    rms = math.sqrt(sum(float(_size(piece.to(wide)).square().sum()) for (piece,) in _pieces(expected)) / expected.numel())
+    rms = _finite_rms(expected)
     num_wrong, worst, at_most = 0, 0.0, 0.0
     for actual_piece, expected_piece in _pieces(actual, expected):
+        if _is_within(actual_piece, expected_piece, (allowed.relative * rms + allowed.absolute) / 2):
+            continue
         gap, limit = _gap_and_limit(actual_piece.to(wide), expected_piece.to(wide), rms, allowed)
         wrong = ~(gap <= limit)
         if wrong.any():
@@ -194,6 +216,11 @@ def _value_difference(actual: torch.Tensor, expected: torch.Tensor, allowed: Tol
             worst, at_most = _larger(worst, float(gap[wrong].max())), max(at_most, float(limit[wrong].max()))
     if num_wrong:
         yield f"{name}: {num_wrong} of {expected.numel()} elements differ, by up to {worst:.4g} (tolerance {at_most:.3g})"
+
+
+def _is_within(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
+    """Whether no element differs by more, seen in the tensors' own precision, which is faster; False where that cannot say."""
+    return expected.dtype in TOLERANCES and bool(torch.linalg.vector_norm(actual - expected, math.inf) <= limit)
 
 
 def _larger(first: float, second: float) -> float:

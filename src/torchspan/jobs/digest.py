@@ -21,7 +21,7 @@ _MARK_ENDS = {operation.name for operation in pickletools.opcodes if pickletools
 
 
 def digest(content: bytes, *more: str) -> str:
-    """That of what :func:`.transport.dumps` gave, and of `more` text.
+    """The digest of what :func:`.transport.dumps` gave, together with `more` text.
 
     >>> digest(transport.dumps({"a", "b"})) == digest(transport.dumps({"b", "a"})) != digest(transport.dumps({"a"}))
     True
@@ -35,7 +35,7 @@ def digest(content: bytes, *more: str) -> str:
 
 
 def _tokens(pickled: bytes) -> Iterator[tuple[str, Any]]:
-    """Each operation of a pickle with its argument; text stands for itself also where it is fetched again."""
+    """Each operation of a pickle with its argument; text that is fetched from the pickle's memory counts as the text."""
     memory: list[Any] = []
     latest: Any = None
     names: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The folders of jobs: each goes when its job is done, with its maker, or when the next program looks for what was left."""
+"""The folders of jobs: each is removed when its job is done, when its process ends, or by a later program's sweep."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def job_folder() -> Iterator[Path]:
 def sweep() -> None:
     """Remove the folders of processes that were killed: those whose lock nobody holds."""
     try:
-        found = list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
-    except OSError:  # there is no folder for temporary files: whoever needs one will say so
+        folders = list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+    except OSError:  # there is no folder for temporary files: making one raises a clear error
         return
-    for folder in found:
+    for folder in folders:
         if folder not in _mine and _is_settled(folder):
             _remove_if_left(folder)
 
@@ -84,7 +84,7 @@ def _remove_all() -> None:
 
 
 def _forget() -> None:
-    """In a fork of the process: the folders are the other one's."""
+    """In a fork: the folders belong to the process that forked."""
     for lock in _mine.values():
         if lock is not None:
             os.close(lock)

@@ -32,7 +32,7 @@ class Groups:
 
 
 def groups_here() -> Groups | None:
-    """Those of this process; None where it is no rank of several."""
+    """The groups of this process; None where it is not one of several ranks."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
     world = distributed.world()
@@ -69,5 +69,5 @@ def group_of(name: str) -> Any:
     """
     group = distributed.find_group(name)
     if group is None:
-        raise LookupError(f"no process group {name!r} is here")
+        raise LookupError(f"this process has no process group {name!r}")
     return group

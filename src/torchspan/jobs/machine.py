@@ -37,8 +37,8 @@ def this_machine() -> Machine:
 
 def num_ranks() -> int:
     """How many ranks of a distributed job run on this machine, as their launcher says; 1 without one."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdigit() else 1
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(value)) if value.isdigit() else 1
 
 
 def num_cores(cgroup: Path = CGROUP) -> int:

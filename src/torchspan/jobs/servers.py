@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspan.environment.scope import active_environment
-from torchspan.jobs import server
+from torchspan.jobs import processes, server
 from torchspan.jobs.folders import sweep
 from torchspan.jobs.turns import turns
 
@@ -49,7 +49,7 @@ class Connection:
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
-    wanted: Mapping[str, str]
+    import_environ: Mapping[str, str]  # what it read when it imported torch
     why_ended: str | None = None  # where it was ended on purpose
     num_users: int = 0  # jobs that wait for it to be ready, or that it has
     ready: threading.Event = field(default_factory=threading.Event)  # it is, or it ended
@@ -62,7 +62,7 @@ class Connection:
         return self.process.poll() is None
 
     def submit(self, folder: Path, deadline: float, limit_bytes: int | None) -> threading.Event:
-        """Have it run the job in `folder`; what this gives is set when that has ended, however."""
+        """Have it run the job in `folder`; gives an event that is set when the job has ended, in whatever way."""
         done = threading.Event()
         with self.lock:
             self.waiting[str(folder)] = done
@@ -83,14 +83,14 @@ class Connection:
         if warden is None:
             self.end(None)
             return
-        server.kill_tree(warden)
+        processes.kill_tree(warden)
         with suppress(ProcessLookupError):
             os.kill(warden, signal.SIGKILL)
 
     def end(self, why: str | None) -> None:
         """Kill the server and everything below it."""
         self.why_ended = why
-        server.kill_tree(self.process.pid)
+        processes.kill_tree(self.process.pid)
         self.process.kill()
         self.process.wait()
         self.channel.close()
@@ -99,10 +99,10 @@ class Connection:
         try:
             self.channel.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
-            return  # it is gone: whoever waits is told by listen()
+            return  # it is gone: listen() releases those who wait
 
     def listen(self) -> None:
-        """Pass on what the server says, until it is gone; then nobody waits for it any longer."""
+        """Handle the server's messages until it is gone; then release those who wait for it."""
         buffer = b""
         try:
             while chunk := self.channel.recv(65536):
@@ -132,7 +132,7 @@ class Connection:
 
 
 class _Servers:
-    """Those of a process: at most one with torch imported and one without are given jobs."""
+    """The servers of a process: at most one with torch imported, and one without, get jobs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -143,36 +143,36 @@ class _Servers:
         os.register_at_fork(after_in_child=self._forget)
 
     def get(self, is_fresh: bool, module: str) -> Connection:
-        """The server of this kind, with one user more; a new one imports `module` besides torch.
+        """The server of this kind, which has one more user now; a new one imports `module` besides torch.
 
         Raises ServersEndedError when the program is about to end.
         """
-        wanted = {name: value for name, value in child_environ().items() if _matters_at_import(name)}
+        import_environ = {name: value for name, value in child_environ().items() if _matters_at_import(name)}
         with self._lock:
             if self._why_closed is not None:
                 raise ServersEndedError(self._why_closed)
-            known = self._by_kind.get(is_fresh)
-            if known is None or not known.is_alive or known.wanted != wanted:
-                self._retire(known)
-                known = self._by_kind[is_fresh] = _start_server(wanted, is_fresh, module)
-            known.num_users += 1
-            return known
+            connection = self._by_kind.get(is_fresh)
+            if connection is None or not connection.is_alive or connection.import_environ != import_environ:
+                self._retire(connection)
+                connection = self._by_kind[is_fresh] = _start_server(import_environ, is_fresh, module)
+            connection.num_users += 1
+            return connection
 
-    def _retire(self, known: Connection | None) -> None:
-        if known is not None:
-            self._replaced.append(known)
-        for one in tuple(self._replaced):
-            if not one.num_users:
-                self._replaced.remove(one)
-                one.end(None)
+    def _retire(self, replaced: Connection | None) -> None:
+        if replaced is not None:
+            self._replaced.append(replaced)
+        for connection in tuple(self._replaced):
+            if not connection.num_users:
+                self._replaced.remove(connection)
+                connection.end(None)
 
     def give_back(self, connection: Connection) -> None:
-        """There is one user less."""
+        """Note that it has one user less."""
         with self._lock:
             connection.num_users -= 1
 
     def end_if_alone(self, connection: Connection) -> None:
-        """End one that hangs, unless other jobs wait for it too, and for longer."""
+        """End a server that hangs, unless other jobs wait for it too."""
         with self._lock:
             if connection.num_users == 1:
                 connection.end(None)
@@ -180,10 +180,10 @@ class _Servers:
     def pids(self) -> list[int]:
         """The servers that are running."""
         with self._lock:
-            return [one.process.pid for one in (*self._by_kind.values(), *self._replaced) if one.is_alive]
+            return [connection.process.pid for connection in (*self._by_kind.values(), *self._replaced) if connection.is_alive]
 
     def end(self, why: str) -> tuple[Connection, ...]:
-        """End them with what they run, and send home what waits for its turn; later jobs may have new ones."""
+        """End the servers with what they run, and cancel jobs that wait for a turn; later jobs may start new servers."""
         turns.end()
         with self._lock:
             ended = (*self._by_kind.values(), *self._replaced)
@@ -194,15 +194,15 @@ class _Servers:
         return ended
 
     def close(self) -> None:
-        """The program ends: end them, start no more, and let the threads that wait for them tidy up."""
+        """At the end of the program: end the servers, start no more, and let the threads that wait for them finish."""
         self._why_closed = "the program ended first"
         ended = self.end(self._why_closed)
         deadline = time.monotonic() + UNWIND_S
-        while any(one.num_users for one in ended) and time.monotonic() < deadline:
+        while any(connection.num_users for connection in ended) and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _forget(self) -> None:
-        """In a fork of the user's process (a data loader's worker): the servers are not its own."""
+        """In a fork (a data loader's worker): the servers belong to the process that forked."""
         for connection in (*self._by_kind.values(), *self._replaced):
             connection.channel.close()
         self._by_kind, self._replaced = {}, []
@@ -213,7 +213,7 @@ def _matters_at_import(name: str) -> bool:
     return bool(_AT_IMPORT.match(name)) and name not in _AT_USE
 
 
-def _start_server(wanted: Mapping[str, str], is_fresh: bool, module: str) -> Connection:
+def _start_server(import_environ: Mapping[str, str], is_fresh: bool, module: str) -> Connection:
     sweep()
     ours, theirs = socket.socketpair()
     environ = child_environ()
@@ -231,7 +231,7 @@ def _start_server(wanted: Mapping[str, str], is_fresh: bool, module: str) -> Con
         raise
     finally:
         theirs.close()
-    connection = Connection(process, ours, dict(wanted))
+    connection = Connection(process, ours, dict(import_environ))
     try:
         threading.Thread(target=connection.listen, name="torchspan-compile-server", daemon=True).start()
     except RuntimeError:  # no thread to be had
@@ -256,7 +256,7 @@ servers = _Servers()
 
 
 def run_on_server(is_fresh: bool, module: str, use: Callable[[Connection], dict[str, Any] | None]) -> dict[str, Any] | None:
-    """What `use` gives of a server of this kind."""
+    """Call `use` with a server of this kind; gives its result."""
     connection = servers.get(is_fresh, module)
     try:
         return use(connection)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torchspan.core.report import Attempt, Outcome
 from torchspan.core.text import format_bytes
-from torchspan.jobs import server
+from torchspan.jobs import fork_server, server, warden
 from torchspan.jobs.budget import Budget
 from torchspan.jobs.folders import job_folder
 from torchspan.jobs.servers import Connection, ServersEndedError, child_environ, run_on_server, servers
@@ -94,7 +94,7 @@ def server_pids() -> list[int]:
 
 
 def end_servers() -> None:
-    """End the compile servers now, with whatever they run and with what waits for its turn."""
+    """End the compile servers now, with the jobs that they run and those that wait for a turn."""
     servers.end("the compile servers were ended")
 
 
@@ -104,7 +104,7 @@ def _write_job(folder: Path, job: Job) -> None:
         "function": job.function,
         "environ": child_environ(),
         "path": [os.path.abspath(entry) for entry in sys.path],
-        "argv": [str(one) for one in sys.argv],
+        "argv": [str(argument) for argument in sys.argv],
         "cwd": os.getcwd(),
     }
     if job.record:
@@ -113,7 +113,7 @@ def _write_job(folder: Path, job: Job) -> None:
 
 
 class _Run:
-    """One job on its way: its clock, and what is asked of the server."""
+    """One job while it runs: its clock, and its requests to the server."""
 
     def __init__(self, job: Job, budget: Budget, cancel: threading.Event, share_s: float | None) -> None:
         self._job = job
@@ -124,15 +124,15 @@ class _Run:
         self._deadline = self._started + budget.seconds
 
     def seconds(self) -> float:
-        """Those since it began."""
+        """The seconds since it began."""
         return time.monotonic() - self._started
 
     def limit(self) -> _Limit:
-        """What it may take, for the words of its Ending."""
+        """Its limits, for the text of its Ending."""
         return _Limit(self._share_s, self._budget)
 
     def ask(self, folder: Path, server: Connection) -> dict[str, Any] | None:
-        """Have `server` run it; the verdict of its warden, or ours where there is none."""
+        """Have `server` run it; gives the verdict of its warden, or one of ours where the warden gave none."""
         why_not = self._await_ready(folder, server)
         if why_not is not None:
             return why_not
@@ -149,13 +149,13 @@ class _Run:
         return {"outcome": "timeout", "where": None} if time.monotonic() > self._deadline else None
 
     def _await_ready(self, folder: Path, server: Connection) -> dict[str, Any] | None:
-        """Wait until it has imported torch; the verdict where that takes too long."""
+        """Wait until the server has imported torch; gives a verdict if that takes too long."""
         while not server.ready.wait(0.05):
             self._tick(folder, server)
             if self._cancel.is_set():
                 return _cancelled()
             if time.monotonic() > self._deadline:
-                servers.end_if_alone(server)  # it hangs, importing torch, and nobody has more patience
+                servers.end_if_alone(server)  # it hangs while it imports torch
                 return {"outcome": "timeout", "where": None, "in_server": True}
         return _cancelled(server.why_ended) if server.why_ended is not None else None
 
@@ -175,7 +175,7 @@ class _Run:
             return
         try:
             self._job.tick(folder)
-        except BaseException:  # nobody will wait for the job any longer
+        except BaseException:  # then no caller waits for the job any longer
             server.cancel(folder)
             raise
 
@@ -198,13 +198,13 @@ class _Limit:
 
 
 def _seen(verdict: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """What was seen of a worker, however it ended."""
-    known = verdict or {}
+    """What an Ending says about a worker, however it ended."""
+    fields = verdict or {}
     return {
         "stack": _text(folder / "stack.txt") or None,
-        "commands": tuple(known.get("commands", ())),
+        "commands": tuple(fields.get("commands", ())),
         "events": _text(folder / "events"),
-        "memory": tuple((when, used) for when, used in known.get("memory", ())),
+        "memory": tuple((when, used_bytes) for when, used_bytes in fields.get("memory", ())),
     }
 
 
@@ -213,7 +213,7 @@ def _text(path: Path) -> str:
 
 
 def _judge(verdict: dict[str, Any] | None, folder: Path, limit: _Limit, seconds: float) -> Ending:
-    """What a warden's verdict and a worker's result mean."""
+    """The Ending for a warden's verdict and a worker's result."""
     if verdict is None:
         return Ending("crashed", seconds, cause="the compile server ended before the job did", where="compile server")
     peak = verdict.get("peak_bytes") or None
@@ -274,5 +274,5 @@ def summarise_stack(dump: str) -> str | None:
     """
     thread = dump.rpartition("hread 0x")[2]
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
-    ours = os.path.abspath(server.__file__)
-    return "; ".join(f"{file}:{line} in {name}" for file, line, name in frames[:8] if file != ours) or None
+    ours = [os.path.abspath(str(module.__file__)) for module in (server, fork_server, warden)]
+    return "; ".join(f"{file}:{line} in {name}" for file, line, name in frames[:8] if file not in ours) or None

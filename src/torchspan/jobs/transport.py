@@ -128,19 +128,19 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _module_class(make: Callable[..., type], *arguments: Any) -> type:
-    """A class by value, also where a class above it takes none that does not say more than its name and bases."""
+    """Make a class that was sent by value, also where a base refuses subclasses that are made from name and bases alone."""
     try:
         return make(*arguments)
     except Exception:  # noqa: BLE001 - of an __init_subclass__ or a metaclass of the program's own
         _, name, bases, names, tracked, _ = arguments
-        made = type(name, (torch.nn.Module,), dict(names))
-        made.__bases__ = bases
-        known: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, made)
-        return known
+        cls = type(name, (torch.nn.Module,), dict(names))
+        cls.__bases__ = bases
+        registered: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, cls)
+        return registered
 
 
 def _is_parametrized(module: torch.nn.Module) -> bool:
-    """Whether torch has put a class of this module's own below its class, which says of itself that it cannot be pickled."""
+    """Whether torch has made a subclass for this module alone, to parametrize it; such a class refuses to be pickled."""
     return "__getstate__" in vars(type(module)) and parametrize.is_parametrized(module)
 
 
@@ -159,28 +159,28 @@ def _is_renamed(cls: type) -> bool:
 
 
 class _Globals:
-    """The globals of functions that travel by value: on the other side a module's own, as dynamo's guards look there."""
+    """The globals of functions that are sent by value: on the other side those of a module, where dynamo's guards look."""
 
     def __init__(self, names: dict[str, Any]) -> None:
-        self._named = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
+        self._identity = {key: names[key] for key in ("__name__", "__file__", "__package__") if key in names}
 
     def __reduce__(self) -> Any:
-        return _module_globals, (self._named,)
+        return _module_globals, (self._identity,)
 
 
-def _module_globals(named: dict[str, Any]) -> dict[str, Any]:
-    name = named.get("__name__") or "__main__"
+def _module_globals(identity: dict[str, Any]) -> dict[str, Any]:
+    name = identity.get("__name__") or "__main__"
     module = sys.modules.get(name) or _imported(name)
-    if module is None or vars(module).get("__file__") != named.get("__file__"):
+    if module is None or vars(module).get("__file__") != identity.get("__file__"):
         module = sys.modules[name] = types.ModuleType(name)
-        vars(module).update(named)
+        vars(module).update(identity)
         if name == "__main__":
             sys.modules["__mp_main__"] = module  # multiprocessing's name for it
     return vars(module)
 
 
 def _imported(name: str) -> types.ModuleType | None:
-    """The module of that name, where there is one to import: others of its functions may come by reference."""
+    """The module of that name, if it can be imported: others of its functions may be sent by reference."""
     if name == "__main__":
         return None
     try:
@@ -263,7 +263,7 @@ def dumps(
 
 
 def opened(content: bytes) -> Content:
-    """What :func:`dumps` gave, divided; none of the program's own classes is looked at."""
+    """The parts of what :func:`dumps` gave; none of the program's own classes is loaded."""
     return Content(*pickle.loads(content))
 
 

@@ -1,8 +1,8 @@
-"""Turns: which jobs may have a child process now. As many at once as the machine bears, short ones first.
+"""Turns: which jobs may have a child process now. As many at once as the machine can run, short ones first.
 
-A job's place in the queue is the time at which it came plus the seconds that it is thought to take: a short one goes before a
-long one that came a little earlier, and no job is overtaken for ever. One that runs for longer than was thought (one that
-hangs, most likely) keeps no other job waiting: it goes on, and its place is given away, as long as memory lasts.
+A job's place in the queue is the time at which it came plus the seconds that it is expected to take: a short one goes before a
+long one that came a little earlier, and no job is overtaken for ever. A job that runs longer than expected (it hangs, most
+likely) keeps no other job waiting: it goes on, and another job gets its place, as long as memory lasts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_CROWD = 3  # children at once for each place, slow ones included: they may b
 
 @dataclass(frozen=True)
 class Wish:
-    """A job that wants a turn: whose it is (an `owner` has one turn at a time), and what it is thought to take."""
+    """A job that wants a turn: its `owner` (who has one turn at a time), and the seconds and bytes that it may take."""
 
     owner: object
     seconds: float = 1.0
@@ -57,25 +57,25 @@ class Turn:
 
 
 def next_turn(waiting: Sequence[Turn], running: Sequence[Turn], machine: Machine, now: float) -> Turn | None:
-    """Whose turn it is; None while the machine bears no more.
+    """Whose turn it is; None while the machine can run no more.
 
     >>> short, long = Turn(Wish("a", seconds=1), came=2), Turn(Wish("b", seconds=60), came=0)
     >>> next_turn([long, short], [], Machine(2, lambda: 8 << 30), now=2) is short
     True
     """
-    owners = {id(one.wish.owner) for one in running}
-    may_go = [one for one in waiting if id(one.wish.owner) not in owners]
+    owners = {id(turn.wish.owner) for turn in running}
+    may_go = [turn for turn in waiting if id(turn.wish.owner) not in owners]
     if not may_go:
         return None
-    first = min(may_go, key=lambda one: one.came + one.wish.seconds)
+    first = min(may_go, key=lambda turn: turn.came + turn.wish.seconds)
     return first if not running or _bears(first.wish, running, machine, now) else None
 
 
 def _bears(wish: Wish, running: Sequence[Turn], machine: Machine, now: float) -> bool:
-    num_working = sum(not one.is_slow(now) for one in running)
+    num_working = sum(not turn.is_slow(now) for turn in running)
     if num_working >= machine.num_children or len(running) >= MAX_CROWD * machine.num_children:
         return False
-    promised = sum(one.wish.bytes for one in running if one.is_young(now))
+    promised = sum(turn.wish.bytes for turn in running if turn.is_young(now))
     return promised + wish.bytes <= machine.free_bytes()
 
 
@@ -99,7 +99,7 @@ class Turns:
         finally:
             with self._changed:
                 for turns in (self._waiting, self._running):
-                    turns[:] = [one for one in turns if one is not turn]
+                    turns[:] = [other for other in turns if other is not turn]
                 self._changed.notify_all()
 
     def _has_come(self, turn: Turn, is_cancelled: Callable[[], bool]) -> bool:
@@ -116,7 +116,7 @@ class Turns:
         return False
 
     def end(self) -> None:
-        """Send home all that wait."""
+        """Cancel all jobs that wait."""
         with self._changed:
             for turn in self._waiting:
                 turn.is_ended = True
@@ -132,7 +132,7 @@ turns = Turns(this_machine())
 
 
 def _renew() -> None:
-    """In a fork of the process: the threads that wait or run are the other one's."""
+    """In a fork: the threads that wait or run belong to the process that forked."""
     turns._changed, turns._waiting, turns._running = threading.Condition(), [], []
 
 

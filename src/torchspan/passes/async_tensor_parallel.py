@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +16,23 @@ import torch
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from torchspan.core.collectives import GATHER, SCATTER, Collective, is_call, reorder, value_of, wait_for
+from torchspan.core.collectives import GATHER, SCATTER, is_call, reorder, value_of
 from torchspan.core.errors import InputError, PassError
 from torchspan.core.graph import Graph
 from torchspan.core.registry import Registry
 from torchspan.passes._base import Pass, PassContext, Stage, editable, refuse_writes
-from torchspan.passes._writer import Writer, is_aten, is_pointwise, replace_whole, tensor_of
+from torchspan.passes._sequence_collectives import (
+    Gather,
+    Scatter,
+    erase,
+    gathers,
+    has_product,
+    is_flat_view,
+    is_product,
+    light_ancestors,
+    scatters,
+)
+from torchspan.passes._writer import Writer, is_pointwise, replace_whole, tensor_of
 from torchspan.private.distributed import fused_products
 
 _aten = torch.ops.aten
@@ -54,7 +65,7 @@ class AsyncTensorParallel(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         module = editable(graph)
-        matches: list[_Gather | _Scatter] = [*_gathers(module.graph), *_scatters(module.graph)]
+        matches: list[Gather | Scatter] = [*gathers(module.graph), *scatters(module.graph)]
         if not matches:
             reason = (
                 "no gather of the sequence feeds a product, and no product feeds a scatter: this graph has no such parallelism"
@@ -76,7 +87,7 @@ class AsyncTensorParallel(Pass):
         if _moved(before) != _moved(after):
             raise PassError(f"{self.name} changed how many numbers are moved: {_moved(before)} before, {_moved(after)} after")
 
-    def _chunk(self, graph: FxGraph, matches: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+    def _chunk(self, graph: FxGraph, matches: Sequence[Gather | Scatter], left: Counter[str]) -> Counter[str]:
         places = {node: float(index) for index, node in enumerate(graph.nodes)}
         chunks, done = _Chunks(graph, self.chunks, places), Counter[str]()
         for match in matches:
@@ -85,7 +96,7 @@ class AsyncTensorParallel(Pass):
                 left[f"the sequence of a rank, {match.sequence}, is no multiple of {self.chunks} chunks"] += 1
             elif num_rows < self.min_rows:
                 left[f"{num_rows} rows a chunk; min_rows is {self.min_rows}"] += 1
-            elif isinstance(match, _Gather):
+            elif isinstance(match, Gather):
                 chunks.gather(match)
                 done["gathers with the products that read them"] += 1
             else:
@@ -105,162 +116,6 @@ class AsyncTensorParallel(Pass):
             context.report.decide("pass", self.name, f"{count} left whole", cause)
 
 
-# what is looked for
-
-
-@dataclass(frozen=True)
-class _Gather(Collective):
-    """A gather of the sequence, each rank's `source` (B, s, D): the `gathered` (B, S, D), and the products (T, F) that read it.
-
-    `cat` puts the ranks' parts, which `split` takes apart, one after the other: it is what is gathered.
-    """
-
-    gathered: Node
-    products: tuple[Node, ...]
-
-    @property
-    def num_ranks(self) -> int:
-        """R."""
-        return int(self.node.args[1])  # type: ignore[arg-type]
-
-    @property
-    def sequence(self) -> int:
-        """s."""
-        return value_of(self.source).shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return value_of(self.gathered).shape[0] * value_of(self.gathered).shape[1]
-
-
-@dataclass(frozen=True)
-class _Scatter(Collective):
-    """A scatter of the sequence: `node`, its `wait` (B, s, D), and the `summed` (B, S, D), made of products."""
-
-    summed: Node
-
-    @property
-    def num_ranks(self) -> int:
-        """R."""
-        return int(self.node.args[2])  # type: ignore[arg-type]
-
-    @property
-    def sequence(self) -> int:
-        """s."""
-        return value_of(self.wait).shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return value_of(self.summed).shape[0] * value_of(self.summed).shape[1]
-
-
-def _gathers(graph: FxGraph) -> Iterator[_Gather]:
-    for node in graph.nodes:
-        wait = wait_for(node) if is_call(node, GATHER) else None
-        split = next(iter(wait.users)) if wait is not None and len(wait.users) == 1 else None
-        if wait is None or not is_aten(split, "split.Tensor") or not isinstance(split, Node) or len(split.args) != 2:
-            continue
-        gathered = _rejoined(split, int(node.args[1]), 1)
-        source = tensor_of(node.args[0])
-        if gathered is None or source is None or source.ndim != 3 or split.args[1] != source.shape[0]:
-            continue
-        flat = [user for user in gathered.users if _is_flat_view(user)]
-        products = [user for view in flat for user in view.users if _is_product(user) and user.args[0] is view]
-        products = [product for product in products if _light_ancestors(product.args[1], node) is not None]
-        if products:
-            yield _Gather(node, wait, gathered, tuple(products))
-
-
-def _scatters(graph: FxGraph) -> Iterator[_Scatter]:
-    for node in graph.nodes:
-        wait = wait_for(node) if is_call(node, SCATTER) else None
-        cat = node.args[0] if wait is not None else None
-        if wait is None or not is_aten(cat, "cat.default") or not isinstance(cat, Node) or node.args[1] != "sum":
-            continue
-        parts = cat.args[0]
-        split = parts[0].args[0] if isinstance(parts, (list, tuple)) and parts and isinstance(parts[0], Node) else None
-        if not is_aten(split, "split.Tensor") or not isinstance(split, Node) or split.args[2:] != (1,) or len(cat.users) != 1:
-            continue
-        summed, whole = split.args[0], tensor_of(split.args[0])
-        if (
-            not isinstance(summed, Node)
-            or whole is None
-            or whole.ndim != 3
-            or _rejoined(split, int(node.args[2]), 0) is not cat
-        ):
-            continue
-        if split.args[1] == value_of(wait).shape[1] and _has_product(summed, tuple(whole.shape)):
-            yield _Scatter(node, wait, summed)
-
-
-def _rejoined(split: Node, num_parts: int, dim: int) -> Node | None:
-    """The one node that joins all parts of `split`, in their order, along `dim`; each has no other user."""
-    parts = sorted(split.users, key=lambda part: int(part.args[1]) if part.target is operator.getitem else -1)  # type: ignore[arg-type]
-    if [part.args[1] if part.target is operator.getitem else None for part in parts] != list(range(num_parts)):
-        return None
-    joined = {user for part in parts for user in part.users}
-    cat = next(iter(joined)) if len(joined) == 1 else None
-    if cat is None or not is_aten(cat, "cat.default") or list(cat.args[0]) != parts or (*cat.args, 0)[1] != dim:  # type: ignore[arg-type]
-        return None
-    return cat
-
-
-def _erase(gather: _Gather) -> None:
-    """Erase a gather, of which what put it together is gone already."""
-    graph = gather.node.graph
-    split = next(iter(gather.wait.users))
-    for node in (*split.users, split, gather.wait, gather.node):
-        graph.erase_node(node)
-
-
-def _is_flat_view(node: Node) -> bool:
-    """Whether `node` views (B, S, F) as (T, F), or the other way."""
-    if not is_aten(node, "view.default") and not is_aten(node, "_unsafe_view.default"):
-        return False
-    before, after = tensor_of(node.args[0]), tensor_of(node)
-    if before is None or after is None or {before.ndim, after.ndim} != {2, 3}:
-        return False
-    wide, flat = (before, after) if before.ndim == 3 else (after, before)
-    return tuple(flat.shape) == (wide.shape[0] * wide.shape[1], wide.shape[2])
-
-
-def _is_product(node: Node) -> bool:
-    return is_aten(node, "mm.default")
-
-
-def _has_product(node: Node, shape: tuple[int, ...]) -> bool:
-    """Whether `node`, with a value for each token, is a product, or is made of one token by token; `shape` is (B, S, F)."""
-    value = tensor_of(node)
-    if value is None or tuple(value.shape) not in (shape, (shape[0] * shape[1], shape[2])):
-        return False
-    if _is_product(node):
-        return True
-    if _is_flat_view(node):
-        return _has_product(node.args[0], shape)  # type: ignore[arg-type]
-    if is_pointwise(node):
-        inputs = node.all_input_nodes
-        alike = all(tensor_of(source) is not None and value_of(source).shape == value.shape for source in inputs)
-        return alike and any(_has_product(source, shape) for source in inputs)
-    return False
-
-
-def _light_ancestors(node: Any, after: Node) -> list[Node] | None:
-    """What `node` is made of that stands after `after`, in order; None where there is a product among it, or `after` itself."""
-    if not isinstance(node, Node):
-        return None
-    waiting, ancestors = [node], set[Node]()
-    while waiting:
-        source = waiting.pop()
-        if source is after or (_is_product(source) and after < source):
-            return None
-        if source not in ancestors and after < source:
-            ancestors.add(source)
-            waiting += source.all_input_nodes
-    return sorted(ancestors)
-
-
 # chunks
 
 
@@ -271,14 +126,14 @@ class _Chunks:
         self._graph, self._num_chunks, self._places = graph, num_chunks, places
         self._parts: dict[Node, list[Node]] = {}
         self._shapes: dict[Node, tuple[int, int, int]] = {}
-        self._gathers: list[_Gather] = []
+        self._gathers: list[Gather] = []
 
-    def gather(self, gather: _Gather) -> None:
+    def gather(self, gather: Gather) -> None:
         """Write chunks of `gather`; weights are gathered before, as far as the products need them."""
         write = Writer(self._graph, gather.gathered).like(gather.node)
         shape = (gather.num_ranks, value_of(gather.gathered).shape[0], gather.sequence)
         width = self._width(shape)
-        weights = sorted({node for product in gather.products for node in _light_ancestors(product.args[1], gather.node) or []})
+        weights = sorted({node for product in gather.products for node in light_ancestors(product.args[1], gather.node) or []})
         late: set[Node] = set()
         for node in weights:
             if is_call(node, "wait_tensor") or any(parent in late for parent in node.all_input_nodes):
@@ -298,7 +153,7 @@ class _Chunks:
         self._place([*order, *write.taken()], self._places[gather.node])
         self._gathers.append(gather)
 
-    def scatter(self, scatter: _Scatter) -> None:
+    def scatter(self, scatter: Scatter) -> None:
         """Write chunks of `scatter`, and of what it is made of."""
         write = Writer(self._graph, scatter.wait)
         shape = (scatter.num_ranks, value_of(scatter.summed).shape[0], scatter.sequence)
@@ -326,7 +181,7 @@ class _Chunks:
             else:
                 self._graph.erase_node(node)
         for gather in self._gathers:
-            _erase(gather)
+            erase(gather)
 
     def _add(self, node: Node, part: Node, shape: tuple[int, int, int]) -> None:
         self._parts.setdefault(node, []).append(part)
@@ -341,13 +196,13 @@ class _Chunks:
         if len(known) > chunk and self._shapes[node] == shape:
             return known[chunk]
         value = value_of(node)
-        if _is_flat_view(node):
+        if is_flat_view(node):
             return self._chunk(node.args[0], chunk, shape, whole, write)  # type: ignore[arg-type]
         wide = (*whole[:2], value.shape[-1])
-        if _is_product(node):
+        if is_product(node):
             rows = self._chunk(node.args[0], chunk, shape, whole, write)  # type: ignore[arg-type]
             part = write.like(node)(node.target, rows, node.args[1])  # type: ignore[arg-type]
-        elif _has_product(node, wide) or self._is_of_chunks(node):
+        elif has_product(node, wide) or self._is_of_chunks(node):
             parts = {source: self._chunk(source, chunk, shape, whole, write) for source in node.all_input_nodes}
             part = write.again(node, parts)
         else:
@@ -358,7 +213,7 @@ class _Chunks:
     def _is_of_chunks(self, node: Node) -> bool:
         """Whether `node` is computed, token by token, of what is known by chunk."""
         value = value_of(node)
-        inputs = [source.args[0] if _is_flat_view(source) else source for source in node.all_input_nodes]
+        inputs = [source.args[0] if is_flat_view(source) else source for source in node.all_input_nodes]
         alike = all(tensor_of(source) is not None and value_of(source).shape == value.shape for source in node.all_input_nodes)
         return is_pointwise(node) and alike and any(source in self._parts for source in inputs)
 
@@ -387,7 +242,7 @@ class _Chunks:
 # fused
 
 
-def _why_not_fused(matches: Sequence[_Gather | _Scatter]) -> str | None:
+def _why_not_fused(matches: Sequence[Gather | Scatter]) -> str | None:
     """Why torch's fused operators cannot be used, or None."""
     # by the registry: both are plug-ins of one level, and neither knows the other's file
     facade: Any = Registry("torchspan.backports", "backport").get("symmetric_memory")
@@ -395,12 +250,12 @@ def _why_not_fused(matches: Sequence[_Gather | _Scatter]) -> str | None:
     return None if support.is_available else str(support.reason)
 
 
-def _fuse(graph: FxGraph, matches: Sequence[_Gather | _Scatter], left: Counter[str]) -> Counter[str]:
+def _fuse(graph: FxGraph, matches: Sequence[Gather | Scatter], left: Counter[str]) -> Counter[str]:
     """Write torch's fused operators."""
     gather_products, product_scatter = fused_products(sorted({str(match.node.args[-1]) for match in matches}))
     done: Counter[str] = Counter()
     for match in matches:
-        if isinstance(match, _Gather):
+        if isinstance(match, Gather):
             last = max(match.products)
             write = Writer(graph, last).like(match.node)
             both = write(gather_products, match.source, [p.args[1] for p in match.products], 1, match.node.args[-1])
@@ -410,11 +265,11 @@ def _fuse(graph: FxGraph, matches: Sequence[_Gather | _Scatter], left: Counter[s
                 flat = write.like(product)(operator.getitem, results, index)
                 replace_whole(product, write(_aten.reshape.default, flat, list(value_of(product).shape)))
             replace_whole(match.gathered, whole)
-            _erase(match)
+            erase(match)
             done["gathers with the products that read them"] += 1
         else:
-            summed = match.summed.args[0] if _is_flat_view(match.summed) else None
-            if not isinstance(summed, Node) or not _is_product(summed):
+            summed = match.summed.args[0] if is_flat_view(match.summed) else None
+            if not isinstance(summed, Node) or not is_product(summed):
                 left["a sum of several products is scattered; the fused operator takes one"] += 1
                 continue
             write = Writer(graph, match.wait).like(match.node)

@@ -37,7 +37,7 @@ _opened: Counter[str] = Counter()  # how many agreements of each name were begun
 
 
 class Agreement:
-    """What one generation of this `rank` agrees on with the others' in a `store`; `clocks` gives each group's, by its name."""
+    """This `rank`'s side of the agreement on one generation, through a `store`; `clocks` gives each group's clock, by name."""
 
     def __init__(self, store: Any, rank: int, clocks: Callable[[], Mapping[str, int]]) -> None:
         self._store = store
@@ -66,7 +66,7 @@ class Agreement:
     def reach(self, is_cancelled: Callable[[], bool], timeout_s: float, may_wait: Callable[[], None]) -> str | None:
         """Wait until the ranks have settled in which call they take over (None), or why they do not.
 
-        `may_wait` is told when a call that waits for the compile may go on.
+        `may_wait` is called once a call that waits for the compile may go on.
         """
         self._ranks = self.collectives.participants
         self._clock = max(self.collectives.ranks, key=lambda name: len(self.collectives.ranks[name]))
@@ -85,16 +85,16 @@ class Agreement:
             number += 1
 
     def _wait_for_code(self, is_cancelled: Callable[[], bool], deadline: float) -> str | None:
-        """Until every rank has told of its code; why they cannot take over together, or None."""
+        """Wait until every rank has announced its code; gives why they cannot take over together, or None."""
         missing = list(self._ranks)
         while missing:
             for rank in tuple(missing):
-                told = self._read(f"code/{rank}")
-                if told is None:
+                message = self._read(f"code/{rank}")
+                if message is None:
                     continue
-                if told.startswith(_END):
-                    return f"rank {rank} runs eagerly: {told.removeprefix(_END)}"
-                if told != f"code {self.collectives.kinds}":
+                if message.startswith(_END):
+                    return f"rank {rank} runs eagerly: {message.removeprefix(_END)}"
+                if message != f"code {self.collectives.kinds}":
                     return f"the code of rank {rank} issues other collectives than that of rank {self._rank}"
                 missing.remove(rank)
             why_not = self._pause(is_cancelled, deadline, f"rank {missing[0]} has not compiled it" if missing else "")
@@ -103,7 +103,7 @@ class Agreement:
         return None
 
     def _round(self, number: int, is_cancelled: Callable[[], bool], deadline: float, may_wait: Callable[[], None]) -> str:
-        """One proposal and what became of it."""
+        """Make one proposal and wait for its verdict."""
         if self._rank == self._ranks[0]:
             self._store.set(f"at/{number}", str(self._ahead(number)))
         is_in, is_complete = False, False
@@ -121,17 +121,17 @@ class Agreement:
         return verdict
 
     def _ended(self, number: int, why_not: str) -> str:
-        """Settle that the ranks do not take over, in this round or the first that nobody has settled; what was settled."""
+        """Settle that the ranks do not take over, in the first open round from `number` on; gives the verdict that holds."""
         while (verdict := self._settled(number, f"{_END}{why_not}")) == _AGAIN:
             number += 1
         return verdict
 
     def close(self) -> None:
-        """Let go of the store, which lives as long as somebody holds it: the next job would find the old one's."""
+        """Release the store: it lives as long as anything references it, and the next job would read this one's keys."""
         self._store = None
 
     def _ahead(self, number: int) -> int:
-        """A time that no rank's calls have reached, as far as this rank's go: further with each round."""
+        """A time on the clock that no rank should have reached, by this rank's own pace; further ahead in each round."""
         before = self._now()
         if before < 0:
             return 0  # a call waits for this
@@ -143,7 +143,7 @@ class Agreement:
     def _take_part(self, number: int, when: int) -> None:
         with self._lock:
             if self._seen.get(self._clock, -1) >= when:
-                return  # too late: nobody counts on this rank
+                return  # too late: the round goes on without this rank
             self._proposed = number, when
         self._store.set(f"in/{number}/{self._rank}", "")
 
@@ -151,33 +151,33 @@ class Agreement:
         return bool(self._store.check([f"in/{number}/{rank}" for rank in self._ranks]))
 
     def _pause(self, is_cancelled: Callable[[], bool], deadline: float, what: str) -> str | None:
-        """Wait a moment; why there is no use in waiting on, or None."""
+        """Wait a moment; gives why to stop waiting, or None."""
         if is_cancelled():
             return "its compile was cancelled, or the process group destroyed"
         if time.monotonic() > deadline:
-            return f"{what}, and it was waited for long enough"
+            return f"{what}, and the time to wait is over"
         time.sleep(min(MAX_POLL_S, POLL_S + (time.monotonic() - self._began) / 50))
         return None
 
     def confirm(self, why_not: str | None, is_cancelled: Callable[[], bool], timeout_s: float) -> str | None:
-        """Tell the others how the call went in which all took over; why this rank is to go back to eager, or None."""
+        """Tell the others how the call went in which all took over; gives why this rank must go back to eager, or None."""
         self._store.set(f"ran/{self._rank}", f"{_END}{why_not}" if why_not else _GO)
         self._began = time.monotonic()
         missing = list(self._ranks)
         while missing:
-            told = self._read(f"ran/{missing[0]}")
-            if told is not None and told.startswith(_END):
-                return f"rank {missing[0]} runs eagerly: {told.removeprefix(_END)}"
-            if told is not None:
+            message = self._read(f"ran/{missing[0]}")
+            if message is not None and message.startswith(_END):
+                return f"rank {missing[0]} runs eagerly: {message.removeprefix(_END)}"
+            if message is not None:
                 del missing[0]
             elif self._pause(is_cancelled, self._began + timeout_s, "") is not None:
-                return None  # it has ended, or has other calls: nothing speaks against this rank's code
+                return None  # that rank has ended, or has no such call: no reason to drop this rank's code
         return None
 
     # in calls
 
     def is_now(self) -> bool:
-        """At the beginning of a call, before it is known how it runs: whether it is the one in which all ranks take over."""
+        """Whether the call that now begins is the one in which all ranks take over; asked before the call runs."""
         clocks = self._clocks()
         with self._lock:
             self._seen = clocks
@@ -198,7 +198,7 @@ class Agreement:
             return self._seen.get(self._clock, -1)
 
     def _settled(self, number: int, verdict: str) -> str:
-        """What was settled of a round: `verdict`, if this rank is the first."""
+        """Settle a round with `verdict`, unless another rank was first; gives the verdict that holds."""
         return self._store.compare_set(f"verdict/{number}", "", verdict).decode()
 
     def _read(self, key: str) -> str | None:
@@ -206,7 +206,7 @@ class Agreement:
 
 
 def agreement_here(name: str) -> Agreement:
-    """That of a generation of this process, with the generation of each other rank that is of the same `name` and number."""
+    """A new agreement with the other ranks: the n-th of one `name` here is the n-th of that name on every rank."""
     number = _opened[name]
     _opened[name] += 1
     world = distributed.world()
@@ -215,10 +215,10 @@ def agreement_here(name: str) -> Agreement:
 
 
 def clocks_here() -> Mapping[str, int]:
-    """How many collectives each group of this process has issued, by its name; a backend may not count."""
+    """How many collectives each group of this process has issued, by name; without groups whose backend does not count."""
     world = distributed.world()
-    found = {}
+    clocks = {}
     for group, name in list(world.pg_names.items()):
         with suppress(RuntimeError):
-            found[str(name)] = group._get_sequence_number_for_group()
-    return found
+            clocks[str(name)] = group._get_sequence_number_for_group()
+    return clocks

@@ -1,7 +1,7 @@
 """The state of a process that a compile depends on besides its program: threads, precision, autocast, grad mode, settings.
 
-Each enters a cache key, so a child must have the caller's; and each is set only where it differs, because setting some of
-them (the precision of matrix products) to the value that they have changes the key.
+Each enters a cache key, so a child needs the caller's values. Each is set only where it differs: setting some of them (the
+precision of matrix products) changes the key even where the value stays the same.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Ambient:
     changed: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
-        """All of it but what torch or the environment set, in words that are the same in each process."""
+        """This state as text that is the same in every process, without what torch or the environment has set."""
         changed = [(name, key, self.configs[name][key]) for name, key in self.changed]
         return repr((dict(self.switches), self.is_grad, self.is_inference, self.autocast, changed))
 
 
 def capture() -> Ambient:
-    """The caller's state."""
+    """The state of the caller's process and thread."""
     configs = {name: _config_values(name) for name in CONFIGS if name in sys.modules}
     return Ambient(
         {name: read() for name, (read, _) in SWITCHES.items()},
@@ -89,6 +89,8 @@ def capture() -> Ambient:
 
 def autocast_state() -> tuple[tuple[str, torch.dtype, bool], ...]:
     """Which devices autocast now, and to what."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     cached = torch.is_autocast_cache_enabled()
     return tuple(
         (device, torch.get_autocast_dtype(device), cached) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
@@ -96,7 +98,7 @@ def autocast_state() -> tuple[tuple[str, torch.dtype, bool], ...]:
 
 
 def restore(ambient: Ambient) -> None:
-    """Bring this process into that state, but for what :func:`modes` is for."""
+    """Put this process into that state, except for what :func:`modes` sets for a block."""
     for name, value in ambient.switches.items():
         read, write = SWITCHES[name]
         if read() != value:
@@ -125,9 +127,9 @@ def _config_values(name: str) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(_is_plain(one) for one in value)
+        return all(_is_plain(item) for item in value)
     if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(one) for key, one in value.items())
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     return isinstance(value, _PLAIN)
 
 

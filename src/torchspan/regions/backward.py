@@ -1,9 +1,9 @@
-"""The backward of compiled code, where compiled code has none: that of the graph run eagerly again is taken instead.
+"""Where compiled code has no usable backward, the graph runs again eagerly, and its gradients are eager's.
 
 AOTAutograd's backward can neither be differentiated (``create_graph=True``: a gradient penalty, a Hessian) nor batched by vmap
-(``is_grads_batched=True``), and its kernels may fail. All of it is noticed when autograd comes to it, long after the forward.
-Here the node of autograd that holds the backward is given another way in: where the compiled one does not serve, the graph is
-run again on the inputs of its forward, with the random state that it had, and the gradients are eager's own.
+(``is_grads_batched=True``), and its kernels may fail. Each of these shows only when autograd reaches the backward, long after
+the forward. So the entry point of the autograd node that holds the backward is replaced: where the compiled backward cannot be
+used, the graph runs again on the inputs of its forward, from the random state of the forward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_UNDONE_BYTES = 1 << 20  # of an argument that a call without gradients puts
 
 
 def saves_are_hooked() -> bool:
-    """Whether what autograd saves passes through hooks, as in activation checkpointing: arguments are not to be kept then."""
+    """Whether saved tensors pass through hooks, as in activation checkpointing: then arguments must not be kept here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -45,7 +45,7 @@ def is_in_backward() -> bool:
 
 @dataclass
 class _Forward:
-    """What running the graph again takes: its arguments, those that it has changed as they were, and what was in force."""
+    """What it takes to run the graph again: its arguments, the old values of those that it changed, random state, autocast."""
 
     args: tuple[Any, ...]
     random: tuple[Tensor, list[Tensor]] | None
@@ -55,11 +55,10 @@ class _Forward:
 
 
 class EagerBackward:
-    """Runs `compiled`, the code of `graph`, such that its backward is eager's where it has none of its own.
+    """Runs `compiled`, the code of `graph`; where its backward cannot be used, eager's takes its place.
 
-    Where it raises, what it drew and wrote before is undone, so that eager may do all of it.
-
-    `give_up` is told, once, why the compiled code is not to be used any longer.
+    If `compiled` raises in the forward, the random numbers that it drew and the arguments that it wrote into are restored, so
+    that eager can start over. `give_up` is called with the reason when the compiled code is not to be used any longer.
     """
 
     def __init__(self, graph: Callable[..., Any], compiled: Callable[..., Any], give_up: GiveUp) -> None:
@@ -86,49 +85,59 @@ class EagerBackward:
         if not has_backward:
             return outputs
         forward.versions = _versions(args)
-        made = [one for one in tensors(outputs) if one.grad_fn is not None]
-        nodes = {id(node): node for one in made if (node := _node_of(one, first)) is not None}
+        sources = [(output, _node_of(output, first)) for output in _outputs(outputs)]
+        nodes = {id(node): node for _, node in sources if node is not None}
         if len(nodes) == 1:
-            _Backward(self, forward, next(iter(nodes.values())), [(one, _node_of(one, first)) for one in _outputs(outputs)])
+            _Backward(self, forward, nodes.popitem()[1], sources)
         return outputs
 
     def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
+        if self._changed == () and not self._is_random:
+            return _Forward(args, None, {}, autocast_state())
         is_known = self._changed is not None
-        which = list(self._changed or ()) if is_known else [i for i, one in enumerate(args) if _may_be_written(one)]
+        indices = list(self._changed or ()) if is_known else [i for i, arg in enumerate(args) if _may_be_written(arg)]
         if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
-            which = [i for i in which if args[i].nbytes <= _MAX_UNDONE_BYTES]
+            indices = [i for i in indices if args[i].nbytes <= _MAX_UNDONE_BYTES]
         with torch.no_grad():
-            before = {i: args[i].detach().clone() for i in which}
+            before = {i: args[i].detach().clone() for i in indices}
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state())
 
     def _learn(self, forward: _Forward) -> None:
-        """What the graph draws and writes is the same in all its calls."""
+        """Note whether the graph draws random numbers, and which arguments it writes into: the same in all its calls."""
         assert forward.random is not None
         drawn = not all(map(torch.equal, _flat(forward.random), _flat(_random_state())))
         self._is_random = drawn
         with torch.no_grad():
-            self._changed = tuple(i for i, one in forward.before.items() if not torch.equal(one, forward.args[i]))
+            self._changed = tuple(i for i, value in forward.before.items() if not torch.equal(value, forward.args[i]))
         forward.before = {i: forward.before[i] for i in self._changed}
         forward.random = forward.random if drawn else None
 
-    def gradients(self, forward: _Forward, wanted: list[Tensor], given: Mapping[int, Tensor]) -> tuple[Tensor | None, ...]:
-        """Those of `wanted`, for the outputs of the graph by their number; they can be differentiated again."""
+    def gradients(
+        self, forward: _Forward, sources: list[Tensor], output_gradients: Mapping[int, Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `sources`, from those of the graph's outputs by number; they can be differentiated again."""
         is_kept = torch.is_grad_enabled()
-        args = [forward.before.get(i, one) for i, one in enumerate(forward.args)]
+        args = [forward.before.get(i, arg) for i, arg in enumerate(forward.args)]
         with torch.enable_grad(), aot.outside_vmap(), _as_it_was(forward):
             outputs = _outputs(self._graph(*args))
-        chosen = [i for i in given if outputs[i].requires_grad]
+        chosen = [i for i in output_gradients if outputs[i].requires_grad]
         return torch.autograd.grad(
-            [outputs[i] for i in chosen], wanted, [given[i] for i in chosen], create_graph=is_kept, allow_unused=True
+            [outputs[i] for i in chosen],
+            sources,
+            [output_gradients[i] for i in chosen],
+            create_graph=is_kept,
+            allow_unused=True,
         )
 
     def end(self, why: str) -> None:
-        """Say that compiled code does not serve here."""
+        """Report that the compiled code is not to be used any longer."""
         self._give_up(why)
 
 
 class _Backward:
-    """Stands before the backward of one call."""
+    """The new entry point of one call's backward."""
+
+    __slots__ = ("_direct", "_forward", "_node", "_owner", "_through_views")
 
     def __init__(self, owner: EagerBackward, forward: _Forward, node: Any, outputs: Sequence[tuple[Tensor, Any]]) -> None:
         self._owner = owner
@@ -154,63 +163,65 @@ class _Backward:
 
     def _run(self, name: str, *gradients: Any) -> Any:
         node = self._node()
-        given = list(gradients[0]) if name == "apply_boxed" else list(gradients)
+        output_gradients = list(gradients[0]) if name == "apply_boxed" else list(gradients)
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
-            why_not = self._why_not(given)
+            why_not = self._why_not(output_gradients)
             if why_not is not None:
-                instead = self._eagerly(node, given)
+                instead = self._eagerly(node, output_gradients)
                 if instead is not None:
                     self._owner.end(why_not)
                     return instead
-            return self._compiled(node, name, gradients, given)
+            if is_kept:
+                caching.note_kept_buffers(node)
+            return self._compiled(node, name, gradients, output_gradients)
         finally:
             self._through_views.clear()
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not is_kept:
                 self._forward = None  # as autograd frees what it saved
 
-    def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], given: list[Tensor | None]) -> Any:
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            caching.note_kept_buffers(node)
+    def _compiled(self, node: Any, name: str, gradients: tuple[Any, ...], output_gradients: list[Tensor | None]) -> Any:
         try:
             return getattr(type(node), name)(node, *gradients)
         except Exception as error:
-            instead = self._eagerly(node, given) if self._forward is not None else None
+            instead = self._eagerly(node, output_gradients) if self._forward is not None else None
             if instead is None:
                 raise
             self._owner.end(f"compiled code raised {type(error).__name__} in its backward: {error}")
             return instead
 
-    def _why_not(self, given: Sequence[Tensor | None]) -> str | None:
-        if any(one is not None and _is_batched(one) for one in given):
-            return BATCHED
+    def _why_not(self, output_gradients: Sequence[Tensor | None]) -> str | None:
+        for gradient in output_gradients:
+            if gradient is not None and _is_batched(gradient):
+                return BATCHED
         return TWICE if torch.is_grad_enabled() else None
 
-    def _eagerly(self, node: Any, given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-        """The gradients of eager; None if they cannot be had: a backward that was freed, inputs that were changed since."""
+    def _eagerly(self, node: Any, output_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+        """Eager's gradients; None where they cannot be computed: the backward was freed, or inputs have changed since."""
         forward = self._forward
         if forward is None or _versions(forward.args) != forward.versions:
             return None
-        sources = list({id(one): one for one in tensors(list(forward.args)) if one.requires_grad}.values())
+        sources = list({id(tensor): tensor for tensor in tensors(list(forward.args)) if tensor.requires_grad}.values())
         edges = [(fn, nr) for fn, nr in node.next_functions if fn is not None]
         places = [place for place, is_needed in enumerate(node.needs_input_grad) if is_needed]
-        owners = {torch.autograd.graph.get_gradient_edge(one)[:2]: one for one in sources}
+        owners = {torch.autograd.graph.get_gradient_edge(source)[:2]: source for source in sources}
         if len(edges) != len(places) or not owners.keys() >= set(edges):
             return None
-        by_number = {number: given[nr] for number, nr in self._direct.items()} | self._through_views
-        found = self._owner.gradients(
+        by_number = {number: output_gradients[nr] for number, nr in self._direct.items()} | self._through_views
+        gradients = self._owner.gradients(
             forward,
             [owners[edge] for edge in dict.fromkeys(edges)],
-            {n: one for n, one in by_number.items() if one is not None},
+            {n: gradient for n, gradient in by_number.items() if gradient is not None},
         )
-        left = dict(zip(dict.fromkeys(edges), found, strict=True))
+        by_edge = dict(zip(dict.fromkeys(edges), gradients, strict=True))
         result: list[Tensor | None] = [None] * len(node.needs_input_grad)
         for place, edge in zip(places, edges, strict=True):
-            result[place] = left.pop(edge, None)
+            result[place] = by_edge.pop(edge, None)
         return tuple(result)
 
 
 def _undo(forward: _Forward) -> None:
-    """Have what a forward drew and wrote before it raised not be drawn and written: eager does it from the beginning."""
+    """Restore the random state and the arguments of a forward that raised, so that eager can start over."""
     if forward.random is not None:
         _set_random_state(forward.random)
     with torch.no_grad():
@@ -241,12 +252,16 @@ def _node_of(output: Any, first: int) -> Any:
 
 
 def _may_be_written(value: Any) -> bool:
-    """Whether a graph may write into it where autograd does not see it, as into a buffer."""
+    """Whether a graph may write into `value` without autograd seeing it, as into a buffer."""
     return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
 
 
 def _versions(args: Sequence[Any]) -> int:
-    return sum(one._version for one in args if isinstance(one, Tensor) and not one.is_inference())
+    tensors_of_args = [arg for arg in args if isinstance(arg, Tensor)]
+    try:
+        return sum([tensor._version for tensor in tensors_of_args])
+    except RuntimeError:  # inference tensors have none
+        return sum(tensor._version for tensor in tensors_of_args if not tensor.is_inference())
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
@@ -260,7 +275,7 @@ def _flat(state: tuple[Tensor, list[Tensor]]) -> Iterator[Tensor]:
 
 @contextmanager
 def _as_it_was(forward: _Forward) -> Iterator[None]:
-    """The autocast and the random state of the forward; afterwards those of now again."""
+    """Put the forward's autocast and random state in force for a block; the current ones come back after it."""
     now = _random_state()
     with ExitStack() as stack:
         for device, dtype, is_cached in forward.autocast:

@@ -37,13 +37,13 @@ def counters() -> dict[str, int]:
 
 @contextmanager
 def keeping_buffers() -> Iterator[None]:
-    """Have AOTAutograd's backward take no saved tensor's memory for its own results: it may be asked for again."""
+    """Keep AOTAutograd's backward from reusing the memory of saved tensors: autograd may run it again."""
     with aot.config.patch(donated_buffer=False):
         yield
 
 
 def note_kept_buffers(node: Any) -> None:
-    """Tell the backward of code compiled under :func:`keeping_buffers` so: torch takes "not asked" for "some are taken"."""
+    """Mark a backward compiled under :func:`keeping_buffers` as reusing no memory: torch reads "unknown" as "some"."""
     metadata = type(node)._forward_cls.metadata
     if metadata.bw_donated_idxs is None:
         metadata.bw_donated_idxs = []
@@ -64,11 +64,11 @@ def caching() -> Iterator[None]:
 
 @contextmanager
 def _portable_keys() -> Iterator[None]:
-    """Have a memory format enter a cache key by its name, and a process group a key and an entry by its.
+    """Write memory formats and process groups by name into cache keys, and groups into cache entries too.
 
     Pickle names a format by the first module in ``sys.modules`` that has a global ``torch``, so that a key depends on what a
-    program imported before torch, and two processes disagree about the same graph. A group cannot be pickled at all, so that
-    torch (2.13) keeps no graph of DTensors.
+    program imported before torch, and two processes disagree about the same graph. A group cannot be pickled at all, so torch
+    (2.13) caches no graph of DTensors.
     """
     portable = dict.fromkeys((torch.memory_format, torch.layout), _reduce_by_name)
     with entries_replaced(copyreg.dispatch_table, portable), portable_groups():
@@ -79,7 +79,7 @@ def _portable_keys() -> Iterator[None]:
 def _checkpoint_is_cacheable() -> Iterator[None]:
     """Let a graph with activation checkpointing into AOTAutograd's cache, where torch (2.8) does not.
 
-    Its key holds the checkpointed graph as it stands; which values are kept (`context_fn`) is not in it, so that stays outside.
+    The cache key holds the checkpointed graph, but not which values a `context_fn` keeps: a graph with one is not cached.
     """
     autograd_cache, tag_activation_checkpoint = aot.autograd_cache, fx.tag_activation_checkpoint
     if tag_activation_checkpoint.cacheable():
@@ -108,23 +108,23 @@ def noting_refusals(reasons: list[str]) -> Iterator[None]:
     names = ("torch._inductor.codecache", "torch._functorch._aot_autograd.autograd_cache")
 
     def note(record: logging.LogRecord) -> bool:
-        said = record.getMessage()
-        if "unable to" in said or said.startswith("Bypassing"):
+        message = record.getMessage()
+        if "unable to" in message or message.startswith("Bypassing"):
             error = record.exc_info[1] if record.exc_info else None
-            reasons.append(f"{said}: {type(error).__name__}: {error}" if error else said)
+            reasons.append(f"{message}: {type(error).__name__}: {error}" if error else message)
         return record.levelno >= levels[record.name][1]
 
     loggers = [logging.getLogger(name) for name in names]
-    levels = {one.name: (one.level, one.getEffectiveLevel()) for one in loggers}
-    for one in loggers:
-        one.addFilter(note)
-        one.setLevel(min(logging.INFO, one.getEffectiveLevel()))
+    levels = {logger.name: (logger.level, logger.getEffectiveLevel()) for logger in loggers}
+    for logger in loggers:
+        logger.addFilter(note)
+        logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
     try:
         yield
     finally:
-        for one in loggers:
-            one.removeFilter(note)
-            one.setLevel(levels[one.name][0])
+        for logger in loggers:
+            logger.removeFilter(note)
+            logger.setLevel(levels[logger.name][0])
 
 
 def _reduce_by_name(value: Any) -> tuple[Callable[..., Any], tuple[str]]:
@@ -153,7 +153,7 @@ def only_loading() -> Iterator[None]:
 
     lookup = cache._lookup
 
-    def found(*args: Any, **kwargs: Any) -> Any:
+    def look_up(*args: Any, **kwargs: Any) -> Any:
         entry = lookup(*args, **kwargs)
         if entry is None and threading.get_ident() == mine:
             raise CacheMiss("the graph is not in the cache of the compile process")
@@ -170,7 +170,7 @@ def only_loading() -> Iterator[None]:
         stack.enter_context(replaced(compile_fx, "fx_codegen_and_compile", refuse(compile_fx.fx_codegen_and_compile)))
         stack.enter_context(replaced(codecache, "_precompile_header", no_header))
         stack.enter_context(replaced(builder, "build", refuse(builder.build)))
-        stack.enter_context(replaced(cache, "_lookup", staticmethod(found)))
+        stack.enter_context(replaced(cache, "_lookup", staticmethod(look_up)))
         before = counters()["bypassed"]
         yield
         if counters()["bypassed"] != before:

@@ -1,7 +1,7 @@
-"""Which collectives a run issues, in which order: those of compiled code have to be those of eager.
+"""Which collectives a run issues, in which order: compiled code has to issue the same ones as eager.
 
-Ranks whose calls issue the same collectives may run one compiled and another one eagerly, as happens where guards fail on one
-rank only; ranks whose calls do not would wait for each other for ever, or take one result for another.
+If it does, one rank may run a call compiled and another rank eagerly, as happens where guards fail on one rank only. If it did
+not, ranks would wait for each other for ever, or take one result for another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchspan.jobs.groups import groups_here
 
 _NAMESPACES = ("c10d", "_c10d_functional")
-# the same to those who wait: a tensor for all, or a list of them
+# names of the same collective, by which ranks pair up: with one tensor for all ranks, or a list of tensors
 _SAME = {
     "all_reduce": "allreduce",
     "all_reduce_coalesced": "allreduce_coalesced",
@@ -47,13 +47,13 @@ class Collectives:
 
     @property
     def kinds(self) -> str:
-        """What other ranks have to issue too, whatever their groups are called."""
+        """The collectives as text that is equal on all ranks that issue the same ones, whatever their groups are called."""
         numbers: dict[str, int] = {}
         return " ".join(f"{name}:{numbers.setdefault(group, len(numbers))}" for name, group in self.issued)
 
     @property
     def participants(self) -> tuple[int, ...]:
-        """The ranks that take part: of one group that holds all others, or else of the whole job."""
+        """The ranks that take part: those of the group that contains all others, or else of the whole job."""
         widest = max(self.ranks.values(), key=len)
         if all(set(ranks) <= set(widest) for ranks in self.ranks.values()):
             return tuple(sorted(widest))
@@ -61,7 +61,7 @@ class Collectives:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the collectives that pass: those of a program, of functional ones, and of compiled code."""
+    """Records the collectives that are dispatched: a program's own, functional ones, and those of compiled code."""
 
     supports_higher_order_operators = True
 
@@ -70,13 +70,13 @@ class _Recorder(TorchDispatchMode):
         self.issued: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if getattr(func, "namespace", "") in _NAMESPACES:
             name = func._schema.name.partition("::")[2].removesuffix("_")
-            group = _group_name([*args, *given.values()])
+            group = _group_name([*args, *keywords.values()])
             if name not in _NO_COLLECTIVES and group is not None:
                 self.issued.append((_SAME.get(name, name), group))
-        return func(*args, **given)
+        return func(*args, **keywords)
 
 
 def _group_name(values: Sequence[Any]) -> str | None:
@@ -101,7 +101,7 @@ def _unboxed(value: Any) -> Any:
 
 
 def collectives_of(run: Callable[[], Any]) -> Collectives:
-    """Those that `run` issues, but for what runs inside of an operator of higher order; on torch 2.8 none beside such a one."""
+    """The collectives that `run` issues, except inside higher-order operators; on torch 2.8 none if it has such an operator."""
     try:
         with _Recorder() as recorder:
             run()

@@ -21,9 +21,9 @@ def watching_compiler(
 ) -> Iterator[None]:
     """Call back with what dynamo, AOTAutograd and inductor do, from their own thread, while they do it.
 
-    `on_event` is told of each timed event of torch: name, nanoseconds since the epoch, ``B`` or ``E``, metadata; `on_graph` of
-    each graph before its backend gets it, with its compile id and how many guards there were; `on_break` of each graph break:
-    reason, the user's stack, compile id.
+    `on_event` is called for each timed event of torch: name, nanoseconds since the epoch, ``B`` or ``E``, metadata; `on_graph`
+    for each graph before its backend gets it: graph, compile id, number of guards; `on_break` for each graph break: reason, the
+    user's stack, compile id.
     """
     logger, output = dynamo.ChromiumEventLogger, dynamo.OutputGraph
     log_event, call_backend, end_graph = logger._log_timed_event, output.call_user_compiler, output.compile_subgraph

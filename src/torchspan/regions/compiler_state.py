@@ -1,4 +1,4 @@
-"""What this process knows of its compiler: what compile processes found out, and whether inductor is imported."""
+"""What this process knows about its compiler: which vector instructions work, and whether inductor is imported."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from torchspan.core.replaced import replaced
 from torchspan.private import inductor
 
-_isas: dict[str, bool] = {}  # what was found of this machine's vector instructions, by any compile process
+_isas: dict[str, bool] = {}  # which of this machine's vector instructions work, as compile processes have tried out
 
 
 def prepare_to_load(isas: Mapping[str, bool]) -> None:
-    """Ready this process for loading what a compile process made: what that found out, and the imports."""
+    """Prepare this process to load what a compile process made: take over `isas`, and import inductor."""
     _isas.update(isas)
     with _gentle_imports():
         inductor.import_compiler()
 
 
 def known_isas_here() -> dict[str, bool]:
-    """What compile processes found of this machine's vector instructions."""
+    """Which of this machine's vector instructions work, as far as compile processes have tried them out."""
     return _isas
 
 
 @contextmanager
 def _gentle_imports() -> Iterator[None]:
-    """Hand the GIL over more often while this thread imports: every operation of a step waits for it once."""
+    """Hand the GIL over more often while this thread imports: each operation of a step in another thread waits for it."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, 0.0005))
     try:

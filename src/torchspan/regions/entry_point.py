@@ -43,7 +43,7 @@ def _call_block(target: Any, *args: Any, **kwargs: Any) -> Any:
 def breaking_at_old_collectives() -> Iterator[None]:
     """Have dynamo leave the functions of ``torch.distributed.nn.functional`` to eager, and compile what is around them.
 
-    Newer torch (2.13) raises in each where it is traced, by which the whole function that calls it is left to eager.
+    Newer torch (2.13) raises when it traces one of them, and then leaves the whole function that calls it to eager.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # then none of them can be called
         yield

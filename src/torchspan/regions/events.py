@@ -1,4 +1,4 @@
-"""What a compile does while it is done: noted by the compile process line by line, so that a killed one leaves its events."""
+"""Records what a compile does, line by line while it runs, so that a compile process that is killed leaves its events."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def graph_facts(graph: torch.fx.GraphModule) -> dict[str, Any]:
     """How large `graph` is, and the line and function of the program that it begins in."""
     nodes = list(graph.graph.nodes)
     operations = [node for node in nodes if node.op.startswith("call_")]
-    found = next(filter(None, (_site_of(node.meta.get("stack_trace")) for node in operations)), (None, None))
-    return {"site": found[0], "function": found[1], "nodes": len(nodes), "operations": len(operations)}
+    origin = next(filter(None, (_site_of(node.meta.get("stack_trace")) for node in operations)), (None, None))
+    return {"site": origin[0], "function": origin[1], "nodes": len(nodes), "operations": len(operations)}
 
 
 def _site_of(stack_trace: str | None) -> tuple[str, str] | None:
@@ -80,6 +80,6 @@ def _site_of(stack_trace: str | None) -> tuple[str, str] | None:
     lines = [line.strip() for line in (stack_trace or "").splitlines() if line.strip().startswith('File "')]
     if not lines:
         return None
-    path, _, rest = lines[-1].removeprefix('File "').partition('", line ')
-    number, _, function = rest.partition(", in ")
+    path, _, location = lines[-1].removeprefix('File "').partition('", line ')
+    number, _, function = location.partition(", in ")
     return f"{path}:{number}", function

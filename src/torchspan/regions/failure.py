@@ -1,4 +1,4 @@
-"""How an error of ours, or of what was asked of the program, is told in a Report."""
+"""How a Report describes an error."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def text_of(cause: Exception) -> str:
     try:
         return str(cause)
     except Exception as again:  # noqa: BLE001 - an error of a user's own class
-        return f"(its text cannot be had: {type(again).__name__})"
+        return f"(its text cannot be read: {type(again).__name__})"

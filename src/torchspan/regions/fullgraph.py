@@ -25,14 +25,14 @@ def break_message(cause: str | None, name: str) -> str | None:
     Model was compiled with fullgraph=True and breaks at m.py:7, in forward: n = x.item() (Unsupported Tensor.item() call); ...
     >>> break_message("RuntimeError: lowering failed", "Model")
     """
-    kind, _, told = (cause or "").partition(": ")
-    is_uncaptured = kind == "RuntimeError" and "fullgraph=True" in told  # a program that has nothing to capture
+    kind, _, text = (cause or "").partition(": ")
+    is_uncaptured = kind == "RuntimeError" and "fullgraph=True" in text  # a program that has nothing to capture
     if kind not in _BREAKS and not is_uncaptured:
         return None
-    lines = list(_LINE.finditer(told.partition("from user code:")[2]))
-    lines = [one for one in lines if not one["file"].startswith(_OTHERS)] or lines
+    lines = list(_LINE.finditer(text.partition("from user code:")[2]))
+    lines = [line for line in lines if not line["file"].startswith(_OTHERS)] or lines
     at = f" at {_place(lines[-1])}" if lines else ""
-    reason = told.strip().partition("\n")[0] or kind
+    reason = text.strip().partition("\n")[0] or kind
     return (
         f"{name} was compiled with fullgraph=True and breaks{at} ({reason}); "
         "change that line, or use fullgraph=False, which compiles what is before and after it"

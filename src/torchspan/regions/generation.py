@@ -23,11 +23,11 @@ _MAX_KNOWN = 256  # signatures that are remembered to be served
 
 @dataclass(eq=False)
 class Generation:
-    """What serves calls like the one that it was made for: of its `signature`, or of a `family` if they differ in `dims` only.
+    """What serves calls like the one that it was opened for: of its `signature`, or of a `family`, where only `dims` differ.
 
-    `sizes` are those of that call. `proven` are the sizes of the call that its code was checked with. An `is_odd` one was
-    made for a call that cannot be compiled, which says nothing of others. Where its code issues collectives, the ranks of the
-    job take over by `agreement`.
+    `sizes` are those of that call; `proven` are the sizes of the call that its code was checked with. A generation `is_odd` if
+    it was opened for a call that cannot be compiled: that it fails says nothing about other calls. Where its code issues
+    collectives, the ranks of the job take over by `agreement`.
     """
 
     stage: Literal["compiling", "ready", "swapped", "eager"] = "compiling"
@@ -57,7 +57,7 @@ class Generation:
 
     @classmethod
     def of(cls, call: Call, *, family: Family | None = None, dims: Dims = (), wants_artifact: bool = False) -> Generation:
-        """One that is to be compiled for `call`."""
+        """A new generation, to be compiled for `call`."""
         return cls(
             signature=call.signature,
             key=call.family,
@@ -86,29 +86,34 @@ class Generation:
         return "artifact" if self.wants_artifact else "caches"
 
     @property
+    def is_of_earlier_run(self) -> bool:
+        """Whether its code is what an earlier run of the program compiled."""
+        return self.record is not None and self.record.is_loaded
+
+    @property
     def is_agreeing(self) -> bool:
         """Whether it waits for all ranks to agree on the call that takes it over."""
         return self.stage == "ready" and self.agreement is not None
 
     @property
     def has_own_guards(self) -> bool:
-        """Whether its code was traced in a call of the program's own: what a check traced has the guards of a copy."""
+        """Whether its code was traced in a real call: code that was traced in a check has guards on a copy of the program."""
         return isinstance(self.code, FromArtifact) or self.first_run.is_set()
 
     @property
     def was_dynamic(self) -> bool:
-        """Whether it was given up because dynamic shapes do not serve; each size may be compiled by itself."""
+        """Whether it was given up because dynamic shapes do not work here; each size may be compiled by itself."""
         return self.stage == "eager" and self.family is not None and self.family.is_static
 
     def covers(self, call: Call) -> bool:
-        """Whether it is for a call of these sizes and numbers; text and truth values may be others."""
+        """Whether it is for calls of these sizes and numbers; strings and booleans may differ."""
         if self.key != call.family:
             return False
         varies = _varying(self.sizes, call.sizes)
         return not any(varies) or (any(self.dims) and _covers(self.dims, varies) and _covers(general(call.sizes), self.dims))
 
     def is_exactly_for(self, call: Call) -> bool:
-        """Whether it is for this call, in every plain value."""
+        """Whether it is for this call, with every plain value the same."""
         if self.signature == call.signature:
             return True
         if not self.covers(call) or has_negative_zero(call.sizes) or has_negative_zero(self.sizes):
@@ -128,16 +133,16 @@ class Generation:
 
 @dataclass(eq=False)
 class Family:
-    """Calls that differ in the sizes of their tensors and in numbers only: those of the `first`, and what varied since."""
+    """Calls that differ only in numbers and in the sizes of their tensors; `first` are the sizes of the first such call."""
 
     first: Sizes
     generations: list[Generation] = field(default_factory=list)
     num_misfits: int = 0
 
     def widened(self, sizes: Sizes) -> Dims | None:
-        """The dimensions that vary, those of these sizes included; None where torch would make a case of its own of one."""
-        seen = [_varying(self.first, sizes), *(one.dims for one in self.generations)]
-        dims = tuple(frozenset().union(*of_one) for of_one in zip(*seen, strict=True))
+        """The dimensions that have varied, these `sizes` included; None where torch would specialize one (a size of 0 or 1)."""
+        varying = [_varying(self.first, sizes), *(generation.dims for generation in self.generations)]
+        dims = tuple(frozenset().union(*of_tensor) for of_tensor in zip(*varying, strict=True))
         return dims if any(dims) and _covers(general(sizes), dims) else None
 
     def give_up(self) -> None:
@@ -147,15 +152,15 @@ class Family:
 
     @property
     def is_static(self) -> bool:
-        """Whether dynamic shapes do not serve it."""
+        """Whether dynamic shapes were given up for these calls."""
         return self.num_misfits > MAX_MISFITS
 
 
 class Generations:
-    """Those of one region.
+    """The generations of one region.
 
-    A signature that one of them was seen to serve is `known`, and its calls go there without being looked at. A signature whose
-    calls were found in several states of the program is `contested`: the guards of each are asked before each call.
+    A signature that a generation has served is *known*: its calls go to that generation, and no guards are checked to find it.
+    A signature whose calls came in several states of the program is *contested*: guards are checked before each of its calls.
     """
 
     def __init__(self) -> None:
@@ -163,86 +168,86 @@ class Generations:
         self.families: dict[Hashable, Family] = {}
         self._known: OrderedDict[Hashable, Generation] = OrderedDict()
         self._contested: set[Hashable] = set()
-        self._latest: Generation | None = None  # the one that served the last call whose guards were asked
+        self._latest: Generation | None = None  # the one that served the last call for which guards were checked
 
     def find(self, call: Call) -> Generation | None:
-        """The one that serves such a call, as far as that is known without a look at guards."""
+        """The generation that is known to serve calls like this one, without checking guards; None if there is none."""
         return self._known.get(call.signature)
 
     def serving(self, call: Call) -> Generation | None:
-        """The one whose guards hold in this call; it comes first the next time."""
+        """The generation whose guards hold in this call; it is tried first the next time."""
         in_turn = self.opened if self._latest is None else [self._latest, *self.opened]
-        self._latest = next((one for one in in_turn if one.serves(call)), None)
+        self._latest = next((generation for generation in in_turn if generation.serves(call)), None)
         if self._latest is not None:
             self.remember(self._latest, call)
         return self._latest
 
     def remember(self, generation: Generation, call: Call) -> None:
-        """It serves calls like this one, unless they were found in several states."""
+        """Note that `generation` serves calls like this one, unless their signature is contested."""
         if call.signature not in self._contested:
             self._known[call.signature] = generation
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
 
     def meant(self, call: Call) -> Generation | None:
-        """One that is not swapped (yet) and that such a call waits for, takes over, or was given up with."""
-        open_ones = [one for one in self.opened if one.stage != "swapped" and not one.was_dynamic]
-        exact = [one for one in open_ones if one.is_exactly_for(call)]
-        alike = [one for one in open_ones if one not in exact and one.covers(call)]
-        for found, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
+        """The generation for this call among those that are not swapped: ready, or compiling, or given up."""
+        unswapped = [generation for generation in self.opened if generation.stage != "swapped" and not generation.was_dynamic]
+        exact = [generation for generation in unswapped if generation.is_exactly_for(call)]
+        alike = [generation for generation in unswapped if generation not in exact and generation.covers(call)]
+        for candidates, limit in ((exact, MAX_FAILED if call.signature in self._contested else 1), (alike, MAX_FAILED)):
             for stage in ("ready", "compiling"):
-                for one in found:
-                    if one.stage == stage:
-                        return one
-            failed = [one for one in found if one.stage == "eager"]
+                for generation in candidates:
+                    if generation.stage == stage:
+                        return generation
+            failed = [generation for generation in candidates if generation.stage == "eager"]
             if len(failed) >= limit:
                 return failed[0]
         return None
 
     def beaten(self, call: Call) -> list[Generation]:
-        """Those that are swapped and for this very call, although their guards do not hold in it."""
-        return [one for one in self.opened if one.stage == "swapped" and one.is_exactly_for(call)]
+        """The swapped generations for exactly this call; only called when none has guards that hold in it."""
+        return [generation for generation in self.opened if generation.stage == "swapped" and generation.is_exactly_for(call)]
 
     def open(self, generation: Generation) -> Generation:
-        """Add one."""
+        """Add a generation."""
         self.opened = [*self.opened, generation]
         return generation
 
     def contest(self, call: Call) -> bool:
-        """The guards of the one that served calls like this do not hold in it; whether they were asked before the call."""
+        """Note that the guards of the known generation failed in this call; gives whether it was contested before."""
         was_asked = call.signature in self._contested
         self._known.pop(call.signature, None)
         self._contested.add(call.signature)
         return was_asked
 
     def note_raised(self, call: Call) -> None:
-        """The program raises in this call: if what was begun for it fails, that says nothing of others."""
-        for one in self.opened:
-            if one.signature == call.signature and one.stage in ("compiling", "eager"):
-                one.is_odd = True
+        """Note that the program raises in this call: if its generation fails, that says nothing about other calls."""
+        for generation in self.opened:
+            if generation.signature == call.signature and generation.stage in ("compiling", "eager"):
+                generation.is_odd = True
 
     @property
     def num_counted(self) -> int:
-        """How many count against the limit: not those of odd calls."""
-        return sum(not one.is_odd for one in self.opened)
+        """How many count against the limit; odd ones do not."""
+        return sum(not generation.is_odd for generation in self.opened)
 
     @property
     def num_compiled(self) -> int:
-        """How many have code, or had."""
-        return sum(bool(one.proven) or one.stage in ("ready", "swapped") for one in self.opened)
+        """How many have code, or had it once."""
+        return sum(bool(generation.proven) or generation.stage in ("ready", "swapped") for generation in self.opened)
 
     def all(self) -> list[Generation]:
-        """Every one of them."""
+        """All generations."""
         return self.opened
 
 
 def _varying(first: Sizes, sizes: Sizes) -> Dims:
     """In which dimensions and numbers two calls differ."""
-    return tuple(one & other for one, other in zip(differing(first, sizes), numbers(sizes), strict=True))
+    return tuple(varying & numeric for varying, numeric in zip(differing(first, sizes), numbers(sizes), strict=True))
 
 
 def _covers(dims: Dims, others: Dims) -> bool:
-    return all(one >= other for one, other in zip(dims, others, strict=True))
+    return all(wide >= narrow for wide, narrow in zip(dims, others, strict=True))
 
 
 def describe(first: Sizes, sizes: Sizes) -> str:
@@ -252,9 +257,9 @@ def describe(first: Sizes, sizes: Sizes) -> str:
     'tensor 0 of the inputs is 2×3 and 4×3, a number among the arguments is 0.5 and 0.7'
     """
     pairs = enumerate(zip(first[:-1], sizes[:-1], strict=True))
-    told = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
+    differences = [f"tensor {i} of the inputs is {_times(a)} and {_times(b)}" for i, (a, b) in pairs if a != b]
     numbers_now = [(first[-1][place], sizes[-1][place]) for place in sorted(_varying(first, sizes)[-1])]
-    return ", ".join([*told, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
+    return ", ".join([*differences, *(f"a number among the arguments is {a!r} and {b!r}" for a, b in numbers_now)])
 
 
 def _times(size: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Why what a backend generates could not run on a GPU: known before a compile is begun, and said in the Report."""
+"""Why the code that a backend generates could not run on a GPU: found before a compile begins, for the Report."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def refusal(gpu: Gpu, settings: Settings) -> str | None:
     'inductor generates Triton kernels, which need compute capability 7.0; GTX 1080 has 6.1'
     """
     if settings.backend == "cudagraphs" and gpu.kind != "cuda":
-        found = f"the inputs are on {gpu.kind}; the backend inductor compiles for it"
-        return f"cudagraphs records the work of a CUDA device, and {found}"
+        actual = f"the inputs are on {gpu.kind}; the backend inductor compiles for it"
+        return f"cudagraphs records the work of a CUDA device, and {actual}"
     if not settings.is_inductor or gpu.kind != "cuda":
         return None
     if gpu.triton is None:
         return "inductor generates Triton kernels for a GPU, and Triton is not installed; install the package triton"
     if gpu.capability < _OLDEST:
-        found = f"{gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}"
-        return f"inductor generates Triton kernels, which need compute capability 7.0; {found}"
+        actual = f"{gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}"
+        return f"inductor generates Triton kernels, which need compute capability 7.0; {actual}"
     architecture = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
     if not gpu.architectures & {architecture, f"{architecture}a"}:
         return (
@@ -61,11 +61,11 @@ def refusal(gpu: Gpu, settings: Settings) -> str | None:
 
 def gpu_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gpu:
     """The device that a call's tensors are on; a CPU where there are none."""
-    device = next((one.device for one in tensors_of(args, kwargs) if one.device.type not in ("cpu", "meta")), None)
+    device = next((tensor.device for tensor in tensors_of(args, kwargs) if tensor.device.type not in ("cpu", "meta")), None)
     if device is None or device.type != "cuda":
         return Gpu("cpu" if device is None else device.type)
     own = [os.environ[name] for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH") if os.environ.get(name)]
     architectures = frozenset[str]().union(*map(known_architectures, [*own, *installed_ptxas()]))
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     triton = next(filter(None, map(installed_version, _TRITON)), None)
-    return Gpu("cuda", found.name, (found.major, found.minor), triton, architectures)
+    return Gpu("cuda", properties.name, (properties.major, properties.minor), triton, architectures)

@@ -120,7 +120,7 @@ def compile_graph(
 
 
 def _task(graph: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None) -> GraphTask:
-    inputs = tuple(describe_input(one) for one in example_inputs)
+    inputs = tuple(describe_input(value) for value in example_inputs)
     groups = tuple((name, group_size(name)) for name in list_groups(graph))
     return GraphTask(describe(graph), inputs, dict(options or {}), ambient.capture(), groups)
 
@@ -134,7 +134,7 @@ def _digest(task: GraphTask) -> str:
 
 
 def digest_of_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> str:
-    """A text that is equal where the compiled code of one graph serves another: on machines and Pythons of one kind.
+    """Text that is equal for two graphs if the compiled code of one serves the other: equal graphs, machines and Pythons.
 
     Raises:
         InputError: the graph cannot be compiled in a child.
@@ -143,7 +143,7 @@ def digest_of_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> str:
 
 
 def pack_graph(graph: GraphModule, example_inputs: Sequence[Any]) -> bytes | None:
-    """What another process loads the code of a graph from that was compiled here; None if that is not there (any more)."""
+    """The compiled code of a graph, packed for another process; None if it was not compiled here, or its entries are gone."""
     try:
         entries = _entries.get(_digest(_task(graph, example_inputs, None)))
         return None if entries is None else pack(entries, inductor.cache_folder())
@@ -203,16 +203,16 @@ def compile_in_child(payload: bytes) -> bytes:
     with ledger.watching(inductor.cache_folder()) as note:
         with caching.caching(), known_isas(isas):
             _compile(task)
-        kept = note()
-    counted = caching.counters()
-    if not counted["saved"] + counted["hits"]:
+        changes = note()
+    counts = caching.counters()
+    if not counts["saved"] + counts["hits"]:
         raise InputError("torch's caches did not take the graph, so it cannot be handed over")
-    return pickle.dumps(Entries(kept.files, isas))
+    return pickle.dumps(Entries(changes.files, isas))
 
 
 def _compile(task: GraphTask) -> Callable[..., Any]:
     module = build(task.graph)
-    inputs = [one.empty() if isinstance(one, InputSpec) else one for one in task.inputs]
+    inputs = [value.empty() if isinstance(value, InputSpec) else value for value in task.inputs]
     is_single = _returns_one(module)
     with torch.no_grad():
         compiled = inductor.compile_static(module, inputs, task.options)
@@ -273,7 +273,7 @@ def build(spec: GraphSpec) -> GraphModule:
 
     for op, name, target, args, kwargs in spec.nodes:
         built.append(graph.create_node(op, target, resolve(args), resolve(kwargs), name))
-    values = {name: build(one) if isinstance(one, GraphSpec) else one for name, one in spec.attributes.items()}
+    values = {name: build(value) if isinstance(value, GraphSpec) else value for name, value in spec.attributes.items()}
     return GraphModule(values, graph)
 
 

@@ -34,11 +34,11 @@ from torchspan.regions.signature import Dims
 
 
 class Guarded:
-    """A backend that stands before another: it raises nothing while it compiles, and counts its graphs and their calls.
+    """Wraps a backend: raises nothing while it compiles, and counts its graphs and their calls. Inductor may only load.
 
-    Inductor may only load behind it. What the first compiled graph of a call raises when it runs is marked, see
-    :func:`is_of_compiled_code`: the call may begin anew. After that the program has done things that it would do twice, so
-    that a graph which raises is run eagerly in its place; on several ranks it raises, as it may have issued collectives.
+    An error of the first compiled graph of a call is marked, see :func:`is_of_compiled_code`: the whole call can start over.
+    It cannot after a later graph, as the program would repeat its side effects: a later graph that raises is run eagerly by
+    itself. With several ranks its error is raised, because the graph may have issued collectives.
     """
 
     def __init__(self, backend: Callable[..., Any], give_up: Callable[..., None], call: _CallHere, *, is_loading: bool) -> None:
@@ -74,7 +74,7 @@ class Guarded:
             try:
                 return compiled(*args)
             except Exception as error:
-                if is_first or is_in_backward() or self._has_ranks:  # other ranks take a collective for one, not for two
+                if is_first or is_in_backward() or self._has_ranks:  # other ranks expect each collective once
                     _mark(error)
                     raise
                 cause = error
@@ -110,7 +110,7 @@ def _mark(error: Exception) -> None:
 
 
 def is_of_compiled_code(error: BaseException) -> bool:
-    """Whether compiled code raised it, and not what the program does around it."""
+    """Whether compiled code raised this error, and not the program around it."""
     return "torchspan_compiled" in error.__dict__
 
 
@@ -145,7 +145,7 @@ class FromArtifact:
 
     def serves(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether its guards hold in this call; nothing is run."""
-        return any(one.serves(original(target), args, kwargs) for one in self._entries)
+        return any(entry.serves(original(target), args, kwargs) for entry in self._entries)
 
 
 class FromCaches:
@@ -178,7 +178,7 @@ class FromCaches:
     def trace(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, and let dynamo trace what is new to it.
 
-        A hook that a module gets later is a change like any other: by default dynamo does not look, and would not call it.
+        Dynamo guards on hooks here. By default it does not, and code would ignore a hook that a module gets later.
         """
         with known_isas(self._isas), breaking_at_old_collectives(), dynamo.config.patch(skip_nnmodule_hook_guards=False):
             with marked(args, kwargs, self._dims), nesting(self._nested):
@@ -191,14 +191,14 @@ class FromCaches:
     @property
     def misses(self) -> list[str]:
         """Why graphs could not be loaded or compiled here."""
-        return [miss for one in self._guarded for miss in one.misses]
+        return [miss for guarded in self._guarded for miss in guarded.misses]
 
     @property
     def num_calls(self) -> int:
         """How many compiled graphs were called so far."""
-        return sum(one.calls for one in self._guarded)
+        return sum(guarded.calls for guarded in self._guarded)
 
     @property
     def is_counting(self) -> bool:
         """Whether `num_calls` grows with each call that runs compiled."""
-        return any(one.graphs for one in self._guarded)
+        return any(guarded.graphs for guarded in self._guarded)

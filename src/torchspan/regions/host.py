@@ -1,4 +1,4 @@
-"""What a region needs of the plan that it belongs to."""
+"""What a region needs from the plan that it belongs to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchspan.regions.settings import Settings
 
 
 class Host(Protocol):
-    """The program that a region is part of: how it is compiled, what may be spent, who is told."""
+    """The plan of the program that a region is part of: how to compile, what may be spent, what to report."""
 
     settings: Settings
     report: Report
@@ -40,7 +40,7 @@ class Host(Protocol):
         """Nothing of `part` could be compiled."""
 
     def has_moved_on(self, part: Part) -> bool:
-        """Whether the program is cut in another way now than when `part` was made."""
+        """Whether the program is now cut in another way than the one that made `part`."""
 
     def call_again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the program as it is cut now."""

@@ -1,4 +1,4 @@
-"""Has a block's calls be nested regions while a program is traced, by torch's own ``nested_compile_region``."""
+"""Makes the calls of a block nested regions while a program is traced, by torch's ``nested_compile_region``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def is_available() -> bool:
 
 @contextmanager
 def nesting(classes: Sequence[type[nn.Module]]) -> Iterator[None]:
-    """Have the forward of these classes be a nested region for what is traced inside; what runs eagerly notices nothing.
+    """Make the forward of these classes a nested region in what is traced inside; eager calls work as before.
 
-    It is the class that has it, and only meanwhile: of a forward that is set on each block by itself, torch 2.13 and 2.15 take
-    the first block's parameters for those of all (measured: other numbers than eager's).
+    The class is patched, not each block: with a forward of their own on each block, torch 2.13 and 2.15 use the first block's
+    parameters for all blocks (measured: results differ from eager's).
 
     >>> forward = nn.ReLU.forward
     >>> with nesting([nn.ReLU]):

@@ -1,8 +1,8 @@
-"""What a program changes outside of its own modules and arguments: undone after a run that nobody is to notice.
+"""Undoes what a program changes outside of its own modules and arguments, after a run that must leave no trace.
 
 A forward may append to a list that it closes over, count in a global, or set an attribute of an object that it knows. What the
-code of the program names is looked at before such a run and put back after it. What cannot be put back (hooks, which may do
-anything) is said by :func:`effects_of_hooks`, and such a program is not run for a check.
+code of the program names is copied before such a run and restored after it. What hooks do cannot be undone:
+:func:`effects_of_hooks` finds them, and a program that has some is not run for a check.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def has_global_hooks() -> bool:
 
 
 def effects_of_hooks(modules: Iterable[nn.Module]) -> str | None:
-    """Why running these modules once more would be noticed: a hook of the program's own; None if there is none.
+    """Why an extra run of these modules would be noticed: a hook of the program's own; None if there is none.
 
     >>> model = nn.Linear(1, 1)
     >>> handle = model.register_forward_hook(lambda *_: print("called"))
@@ -50,7 +50,7 @@ def effects_of_hooks(modules: Iterable[nn.Module]) -> str | None:
     for hooks in _ON_ALL_MODULES:
         for hook in hooks.values():
             return f"there is a hook on all modules ({_name(hook)}), which would be called too often"
-    for module in (inner for one in modules for inner in one.modules()):
+    for module in (inner for root in modules for inner in root.modules()):
         for hook in (hook for name in _HOOKS for hook in getattr(module, name, {}).values()):
             if not _is_torchs(hook):
                 return f"{type(module).__name__} has a hook ({_name(hook)}), which would be called too often"
@@ -62,32 +62,32 @@ def _name(hook: Any) -> str:
 
 
 def _is_torchs(hook: Any) -> bool:
-    """Whether it is one of those by which torch computes a weight, as its spectral norm does."""
+    """Whether it is a hook with which torch itself computes a weight, as its spectral norm does."""
     owner = getattr(hook, "__module__", None) or type(hook).__module__
     return str(owner).startswith("torch.nn.utils.")
 
 
 @contextmanager
 def undone(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
-    """What the code of `functions` names is as it was when the block ends.
+    """Restore what the code of `functions` names when the block ends.
 
-    >>> seen = []
-    >>> with undone([lambda: seen.append(1)]):
-    ...     seen.append(2)
-    >>> seen
+    >>> calls = []
+    >>> with undone([lambda: calls.append(1)]):
+    ...     calls.append(2)
+    >>> calls
     []
     """
-    kept = _Kept()
+    copies = _Kept()
     for function in functions:
-        kept.function(function, _DEPTH)
+        copies.function(function, _DEPTH)
     try:
         yield
     finally:
-        kept.put_back()
+        copies.put_back()
 
 
 class _Kept:
-    """Shallow copies of what may be changed, and how each goes back."""
+    """Shallow copies of what may change, and how to restore each."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -95,12 +95,12 @@ class _Kept:
         self._backs: list[Callable[[], None]] = []
 
     def put_back(self) -> None:
-        """Put everything back that has changed."""
+        """Restore everything that has changed."""
         for back in self._backs:
             back()
 
     def function(self, function: Any, depth: int) -> None:
-        """Keep what the code of a function names."""
+        """Copy what the code of a function names."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or not self._is_new(function):
             return
@@ -143,7 +143,7 @@ class _Kept:
             self._container(value.__dict__, depth - 1)
 
     def _module(self, module: nn.Module, depth: int) -> None:
-        """A module that the code names, and that nobody has copied."""
+        """Copy the state of a module that the code names."""
         for inner in module.modules():
             if self._is_new(inner):
                 self._container(inner.__dict__, min(depth, 1))
@@ -184,13 +184,13 @@ class _Kept:
         return True
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two containers hold the same objects; these are not asked whether they are equal."""
-    if len(one) != len(other):
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two containers hold the same objects, compared by identity: an ``__eq__`` may do anything."""
+    if len(first) != len(second):
         return False
-    if isinstance(one, dict):
-        return all(a is b and one[a] is other[b] for a, b in zip(one, other, strict=True))
-    return all(a is b for a, b in zip(one, other, strict=True))
+    if isinstance(first, dict):
+        return all(a is b and first[a] is second[b] for a, b in zip(first, second, strict=True))
+    return all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

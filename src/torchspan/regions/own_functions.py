@@ -1,8 +1,8 @@
-"""An autograd.Function of the program's own in a graph, such that its backward can be differentiated when the graph is run.
+"""Makes the backward of a program's own autograd.Function differentiable where a graph that holds it is run.
 
-Dynamo makes one operator of it (``autograd_function_apply``) with a graph for each direction. When torch runs that operator,
-its backward computes without gradients on what it had kept outside of autograd: a second derivative is lost without a word.
-Here what the forward saved is saved with autograd, and the backward runs in the grad mode in which it was called.
+Dynamo makes one operator of the function (``autograd_function_apply``) with a graph for each direction. When torch runs that
+operator, its backward computes without gradients, on tensors that were saved outside of autograd: a second derivative is
+silently lost. Here the forward saves its tensors with autograd, and the backward runs in the grad mode of its caller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OPERATOR = "autograd_function_apply"
 
 
 def differentiable(graph: GraphModule) -> GraphModule:
-    """`graph`, or a copy in which each such operator does as eager does."""
+    """`graph`, or a copy in which each such operator works as it does in eager."""
     inner = {name: child for name, child in graph.named_children() if isinstance(child, GraphModule)}
     changed = {name: copied for name, child in inner.items() if (copied := differentiable(child)) is not child}
     backwards = [str(node.args[1].target) for node in graph.graph.nodes if _is_operator(node)]
@@ -45,7 +45,7 @@ def _is_operator(node: Node) -> bool:
 
 
 def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: Any) -> Any:
-    """What torch's operator does, with these graphs of a function and with its settings."""
+    """The replacement of torch's operator, with the graphs of a function and the operator's settings."""
     has_context = "args_tensor_mask" in settings  # torch 2.8: the graphs take a context, and more than the function's arguments
     leading = (None,) if has_context else ()
     num_own = sum(settings["args_tensor_mask"]) if has_context else len(args)
@@ -58,13 +58,14 @@ def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: A
         def forward(ctx: Any, *own: Any) -> Any:
             outputs, saved = forward(*leading, *own, *args[num_own:])
             listed = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-            ctx.mark_non_differentiable(*(one for i, one in enumerate(listed) if i in without_gradients))
-            ctx.mark_dirty(*(one for i, one in enumerate(listed) if i in written))
+            ctx.mark_non_differentiable(*(output for i, output in enumerate(listed) if i in without_gradients))
+            ctx.mark_dirty(*(output for i, output in enumerate(listed) if i in written))
             ctx.is_saved = [
-                isinstance(one, torch.Tensor) and (with_autograd is None or i in with_autograd) for i, one in enumerate(saved)
+                isinstance(value, torch.Tensor) and (with_autograd is None or i in with_autograd)
+                for i, value in enumerate(saved)
             ]
-            ctx.save_for_backward(*(one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if is_saved))
-            ctx.others = [one for one, is_saved in zip(saved, ctx.is_saved, strict=True) if not is_saved]
+            ctx.save_for_backward(*(value for value, is_saved in zip(saved, ctx.is_saved, strict=True) if is_saved))
+            ctx.others = [value for value, is_saved in zip(saved, ctx.is_saved, strict=True) if not is_saved]
             return outputs
 
         @staticmethod
@@ -75,7 +76,7 @@ def apply(forward: GraphModule, backward: GraphModule, *args: Any, **settings: A
 
 
 def _merged(is_first: Sequence[bool], first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
-    """The elements of two sequences in the order in which they were one."""
+    """Two sequences merged into one; `is_first` says of each place which sequence it comes from."""
     both = iter(first), iter(second)
     return [next(both[0] if is_it else both[1]) for is_it in is_first]
 

@@ -24,5 +24,5 @@ class Part:
 
     @cached_property
     def is_called_inside(self) -> bool:
-        """Whether its targets are run by their ``_call_impl`` (hooks and forward), behind whatever stands before that."""
-        return self.is_block or all(type(one).__call__ is nn.Module.__call__ for one in self.targets)
+        """Whether its targets are run by their ``_call_impl`` (hooks and forward) and not by their ``__call__``."""
+        return self.is_block or all(type(target).__call__ is nn.Module.__call__ for target in self.targets)

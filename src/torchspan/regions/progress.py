@@ -16,11 +16,11 @@ from torchspan.core.text import format_bytes
 from torchspan.jobs.budget import Budget
 from torchspan.regions.phases import PhaseName, phase_of
 
-Tick = Callable[[Path], None]  # is given the job's folder, every now and then
+Tick = Callable[[Path], None]  # called with the job's folder now and then
 
 
 def is_wanted(progress: bool | None) -> bool:
-    """Whether to show it: as asked for; if nothing was, where standard error is a terminal."""
+    """Whether to show it: as `progress` says; with None, where standard error is a terminal."""
     return sys.stderr.isatty() if progress is None else progress
 
 
@@ -82,8 +82,8 @@ class _Follower:
         if events.exists():
             with events.open("rb") as file:
                 file.seek(self._offset)
-                *whole, rest = file.read().split(b"\n")
-                self._offset = file.tell() - len(rest)
+                *whole, incomplete = file.read().split(b"\n")
+                self._offset = file.tell() - len(incomplete)
             for line in whole:
                 self._follow(json.loads(line))
         return self._phase

@@ -23,19 +23,19 @@ WAITING_S = 120.0  # the same where calls wait for it, and another rank's call m
 
 
 class Life(Protocol):
-    """Who writes a generation's stage."""
+    """The owner of a generation's stage."""
 
     def decide(self, choice: str, reason: str) -> None:
-        """Have the Report say it."""
+        """Write a Decision into the Report."""
 
     def give_up(self, generation: Generation, ending: Ending) -> None:
-        """It is not compiled."""
+        """Give it up because its compile failed."""
 
     def reject(self, generation: Generation, cause: str, where: str) -> None:
-        """What was compiled is not right."""
+        """Give it up because its code is wrong."""
 
     def retire(self, generation: Generation, why: str) -> None:
-        """Calls run eagerly from now on, although what was compiled is right."""
+        """Run calls eagerly from now on, although the code is right."""
 
 
 class Ranks:
@@ -48,7 +48,7 @@ class Ranks:
         self._life = life
 
     def agreement(self, call: Call) -> Agreement | None:
-        """That with the other ranks; None where the job has no store to agree by, which is reported."""
+        """A new agreement with the other ranks; None, with a Decision, where the job has no store to agree by."""
         modes = (torch.is_grad_enabled(), getattr(call.target, "training", None))
         try:
             return agreement_here(f"{self._part.name} {self._strategy} {modes}")
@@ -57,13 +57,13 @@ class Ranks:
             return None
 
     def tell(self, generation: Generation, say: Callable[[Agreement], None]) -> None:
-        """Have the other ranks know of this one's code, or that it runs eagerly, so that none of them waits for it."""
+        """Tell the other ranks about this one's code, or that it runs eagerly, so that none of them waits for it."""
         if generation.agreement is None:
             return
         try:
             say(generation.agreement)
         except Exception as cause:  # noqa: BLE001 - the store is gone
-            self._life.decide("not told", f"the other ranks cannot be told: {described(cause)}")
+            self._life.decide("not told", f"the other ranks cannot be reached: {described(cause)}")
 
     def begin(self, generation: Generation, agreement: Agreement) -> None:
         """Settle with the other ranks, in a thread of its own, when all take over."""
@@ -93,7 +93,7 @@ class Ranks:
             generation.done.set()
 
     def is_agreed(self, generation: Generation, agreement: Agreement) -> bool:
-        """At the beginning of a call: whether it is the one in which all ranks take over."""
+        """Whether the call that now begins is the one in which all ranks take over."""
         try:
             return agreement.is_now()
         except Exception as cause:  # noqa: BLE001 - the store is gone, or a group does not count what it issues

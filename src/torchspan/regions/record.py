@@ -1,8 +1,9 @@
 """The record of one compile, by which the next start of the same program loads its code and compiles nothing.
 
 It is written when a call has taken the code over, and found by a digest of the program and of the state that it is compiled in.
-What it names is checked like code that was compiled just now: its files by their digests, its numbers against eager. Where a
-file of the program was changed, or the code does not serve for another reason, it is removed and the program is compiled.
+The code is checked as new code is: its files by their digests, its results against eager. If a file of the program has changed,
+or the code cannot be used for another reason, the record is removed and the program is compiled. The ways in which a generation
+ends, and whether its record is removed, are in the table of :mod:`.lifecycle`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PLACES = ("_CACHE_DIR", "_DUMP_DIR", "_DEBUG_DIR")
 
 
 class Record:
-    """That of one generation: `payload` is the pickled Task, `ambient` the state of the process.
+    """The record of one generation: `payload` is the pickled Task, `ambient` the state of the process.
 
     `patience` is the number of calls that run eagerly before one waits for what an earlier run compiled.
     """
@@ -47,26 +48,26 @@ class Record:
         self._ambient_text = ambient.text()
         self._patience = patience
         self._offered: tuple[str, bytes] | None = None
-        self._known = threading.Event()  # whether an earlier run's code serves, or nothing of one is there
+        self._known = threading.Event()  # set once it is known whether an earlier run's code can be used
         if not starts.may_have(self._folder, name):
             self._known.set()
 
     def wait(self) -> None:
-        """Have the call after the first few wait for what an earlier run compiled, where there may be some."""
+        """Count a call; after the first few, wait until it is known whether an earlier run's code can be used."""
         self._patience -= 1
         if self._patience < 0:
             self._known.wait(LOADING_S)
 
     def settle(self) -> None:
-        """No call needs to wait any more."""
+        """Let the calls that wait go on."""
         self._known.set()
 
     def forget(self) -> None:
-        """What was offered is not taken over."""
+        """Drop what was offered: no call takes it over."""
         self._offered = None
 
     def read(self, kind: str) -> Filled | None:
-        """What an earlier run compiled, whose files are all there; None if nothing is, and `why_not` if it does not serve."""
+        """What an earlier run compiled; None if there is nothing, or, with `why_not`, if it cannot be used."""
         self.is_loaded, self.why_not = False, None
         content = starts.read(self._folder, self._name, self._digest(kind))
         if content is None:
@@ -86,7 +87,7 @@ class Record:
         return filled
 
     def offer(self, kind: str, filled: Filled) -> None:
-        """Have `keep` write this."""
+        """Set what `keep` is to write."""
         if not self.is_loaded:
             self._offered = kind, pickle.dumps(replace(filled, kept=ledger.Kept(filled.kept.files)))
 
@@ -98,11 +99,11 @@ class Record:
             starts.keep(self._folder, self._name, self._digest(kind), content)
 
     def begin_again(self) -> None:
-        """What was read does not serve: keep what is compiled instead."""
+        """Have `keep` write what is compiled from now on: what was read cannot be used."""
         self.is_loaded = False
 
     def remove(self, kind: str) -> None:
-        """Have no record any more: it does not serve."""
+        """Remove the record: its code cannot be used."""
         starts.remove(self._folder, self._name, self._digest(kind))
 
     def _digest(self, kind: str) -> str:

@@ -1,8 +1,8 @@
-"""A region at run time: eager from the first call, compiled once a compile process has done the work and it is proven.
+"""A region at run time: eager from the first call, compiled once a compile process has made code and a check has passed.
 
-Each input signature and each state of the program has a Generation, whose life is that of :mod:`.lifecycle`; they live side by
-side, and a call is served by one whose guards hold in it. From the second size of an input, or the second value of a number,
-one serves all. A call runs in one generation from beginning to end, and its backward belongs to it.
+Each input signature and each state of the program has a Generation, see :mod:`.lifecycle`. Generations live side by side, and a
+call goes to one whose guards hold. From the second size of an input, or the second value of a number, one generation serves
+all sizes or values. A call and its backward run in one generation from beginning to end.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Region:
 
     def __init__(self, part: Part, strategy: str, host: Host) -> None:
         self.part = part
-        self.is_gathered = False  # it was said that calls whose inner results are gathered run eagerly
+        self.is_gathered = False  # whether the Report says that calls whose inner results are gathered run eagerly
         self._host = host
         self._pid = os.getpid()
         self._generations = Generations()
         self._life = Lifecycle(part, strategy, host, self._generations, self.eager)
-        self._only: Generation | None = None  # the one that there is, whose guards alone decide then
-        self._is_only = True  # no call was seen in which its guards do not hold
-        self._is_full = False  # whether it was said that there are more signatures and states than the limit
+        self._only: Generation | None = None  # the only one, if there is just one: then its guards alone decide
+        self._is_only = True  # its guards have held in every call so far
+        self._is_full = False  # whether the Report says that there are more signatures and states than the limit
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.Lock()
 
@@ -63,12 +63,12 @@ class Region:
         return self._life.has_failed
 
     def end(self, why: str) -> None:
-        """End the compiles that are under way: nobody has the program any more."""
+        """End the compiles that are under way: the program is gone."""
         self._life.end(why)
 
     @property
     def may_try_others(self) -> bool:
-        """Whether calls of other signatures may be compiled, although nothing was: it did not hang or crash."""
+        """Whether calls of other signatures may be compiled although no compile has succeeded: none hung or crashed."""
         return self._life.may_try_others
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -89,13 +89,13 @@ class Region:
             raise
 
     def _note_raised(self, call: Call) -> None:
-        """The program raises in this call: what comes of a compile for it says nothing of other calls."""
+        """Note that the program raises in this call: how its compile ends says nothing about other calls."""
         if is_in_backward():
             return
         try:
             with self._lock:
                 self._generations.note_raised(call)
-        except Exception as cause:  # noqa: BLE001 - an argument that cannot be read, which was said; the program's own goes on
+        except Exception as cause:  # noqa: BLE001 - an argument cannot be read, as was reported; the program's error goes on
             self._life.note_failure(cause, "after the call")
 
     def _serving(self, call: Call) -> Generation | None:
@@ -126,7 +126,7 @@ class Region:
         if dispatch.is_transformed():
             return "inside a transform of torch.func (vmap, grad, jvp) or a trace: such calls are not compiled"
         if has_global_hooks():
-            return "there are hooks on all modules, for which compiled code does not look"
+            return "there are hooks on all modules, which compiled code does not call"
         return None
 
     def _current(self, call: Call) -> Generation | None:
@@ -151,11 +151,11 @@ class Region:
         return generation if generation.stage == "swapped" else None
 
     def _chosen(self, call: Call) -> Generation | None:
-        """One whose guards hold, or one that is under way for such calls, or a new one; None beyond the limit."""
+        """A generation whose guards hold, or one that is compiling for such calls, or a new one; None beyond the limit."""
         with self._lock:
-            found = self._generations.serving(call) or self._generations.meant(call)
-            generation = found or self._opened(call)
-        if generation is None or found is not None:
+            existing = self._generations.serving(call) or self._generations.meant(call)
+            generation = existing or self._opened(call)
+        if generation is None or existing is not None:
             if generation is not None and generation.stage == "compiling" and generation.record is not None:
                 generation.record.wait()
             return generation
@@ -165,14 +165,14 @@ class Region:
         return generation
 
     def _remember(self, generation: Generation, call: Call) -> None:
-        """Have this call and others like it go there without a look at guards, which torch makes when it traces the first."""
+        """Send this call and others like it to `generation` without checking guards: torch makes them in the first call."""
         if generation.stage == "swapped":
             with self._lock:
                 self._generations.remember(generation, call)
             self._life.keep_record(generation)  # after that: other threads look for it meanwhile
 
     def _takes_over(self, generation: Generation, call: Call) -> bool:
-        """Whether this call is to take it over: one of other text or truth values only if no other comes."""
+        """Whether this call is to take it over; one with other strings or booleans does so only after PATIENCE calls."""
         if generation.stage == "swapped":
             return self._host.verify == "always" and generation.agreement is None
         agreement = generation.agreement
@@ -199,9 +199,9 @@ class Region:
         if is_recomputing and is_eager:
             return None
         if is_recomputing:  # of a forward that was not seen: never swap in the middle of a backward
-            known = self._generations.find(call)
-            if known is not None and known.stage == "swapped":
-                return known
+            remembered = self._generations.find(call)
+            if remembered is not None and remembered.stage == "swapped":
+                return remembered
             with self._lock:
                 return self._generations.serving(call)
         generation = None if is_eager else self._current(call)
@@ -211,8 +211,8 @@ class Region:
 
     def eager(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `target` as torch does."""
-        called, args, named = as_called(target, args, kwargs)
-        return called._call_impl(*args, **named) if self.part.is_called_inside else called(*args, **named)
+        program, args, keywords = as_called(target, args, kwargs)
+        return program._call_impl(*args, **keywords) if self.part.is_called_inside else program(*args, **keywords)
 
     # compiling
 
@@ -227,7 +227,7 @@ class Region:
                 self._decide("eager", self._why_full())
             return None
         beaten = self._generations.beaten(call)
-        is_misfit = any(one.family is not None and one.proven != call.sizes for one in beaten)
+        is_misfit = any(generation.family is not None and generation.proven != call.sizes for generation in beaten)
         if is_misfit:
             self._misfit(call)
         elif beaten:
@@ -237,11 +237,11 @@ class Region:
         return self._generations.open(static)
 
     def _why_full(self) -> str:
-        """What is true of those that there are."""
+        """Why no more signatures and states are compiled."""
         tried, count = self._generations.num_counted, self._generations.num_compiled
-        told = f"{count} of {tried}" if count != tried else str(count)
-        told += " input signatures and states of the program were compiled"
-        return f"{told}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
+        counts = f"{count} of {tried}" if count != tried else str(count)
+        counts += " input signatures and states of the program were compiled"
+        return f"{counts}; calls with others run eagerly (recompile_limit={self._host.settings.limit})"
 
     def _is_forked(self) -> bool:
         """Whether this is a fork of the process that compiles, as a data loader's worker is: nothing comes back here."""
@@ -252,35 +252,35 @@ class Region:
 
     def _dynamic(self, call: Call) -> Generation | None:
         """A generation with dynamic shapes, where a second size of an input says so, or the user; None for a static one."""
-        asked = self._host.settings.dynamic
-        if asked is False:
+        setting = self._host.settings.dynamic
+        if setting is False:
             return None
-        alike = self._generations.families.get(call.family)
-        if alike is None:
-            alike = self._generations.families[call.family] = Family(call.sizes)
-            dims = general(call.sizes) if asked else None
+        family = self._generations.families.get(call.family)
+        if family is None:
+            family = self._generations.families[call.family] = Family(call.sizes)
+            dims = general(call.sizes) if setting else None
         else:
-            dims = alike.widened(call.sizes)
-        if dims is None or alike.is_static:
+            dims = family.widened(call.sizes)
+        if dims is None or family.is_static:
             return None
-        if not asked:
-            what = "numbers" if alike.first[:-1] == call.sizes[:-1] else "sizes"
-            self._decide("dynamic", f"{what} differ between calls: {describe(alike.first, call.sizes)}")
-        generation = Generation.of(call, family=alike, dims=dims)
-        alike.generations.append(generation)
+        if not setting:
+            kind = "numbers" if family.first[:-1] == call.sizes[:-1] else "sizes"
+            self._decide("dynamic", f"{kind} differ between calls: {describe(family.first, call.sizes)}")
+        generation = Generation.of(call, family=family, dims=dims)
+        family.generations.append(generation)
         return generation
 
     # running
 
     def _is_plain(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether guards tell all of a call: its arguments are tensors and the like, and nothing unusual is in force."""
+        """Whether guards alone can decide: the arguments are tensors and plain values, and nothing unusual is in force."""
         if not (_are_plain(args) and (not kwargs or _are_plain(kwargs.values()))):
             return False
         is_usual = not (dispatch.is_transformed() or has_global_hooks() or torch.is_inference_mode_enabled())
         return is_usual and not (is_in_backward() or saves_are_hooked())
 
     def _run_only(self, generation: Generation, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the one generation that there is: its signature need not be computed. Where guards fail, that call is eager."""
+        """Run the only generation, without computing the call's signature; where its guards fail, the call is eager."""
         code = generation.code
         if code is None:  # another thread has just given it up
             return self.eager(target, *args, **kwargs)
@@ -301,7 +301,7 @@ class Region:
         return self._run_instead(generation, cause, Call(target, args, kwargs))
 
     def _note_run(self, generation: Generation) -> None:
-        """It has run a call: if it is the only one, later calls need no look for it."""
+        """Note that it has run a call: if it is the only generation, later calls skip the search."""
         is_only = self._is_only and len(self._generations.all()) == 1 and generation.num_unserved == 0
         waits = self._host.is_waiting or self._host.settings.fullgraph or self._host.verify == "always"
         if is_only and not waits and generation.agreement is None and self._pid == os.getpid():
@@ -331,12 +331,7 @@ class Region:
                 self._life.reject(generation, f"compiled code raised {type(error).__name__}: {error}", "running")
         return outputs
 
-    def _run_code(
-        self,
-        generation: Generation,
-        code: FromArtifact | FromCaches,
-        call: Call,
-    ) -> Any:
+    def _run_code(self, generation: Generation, code: FromArtifact | FromCaches, call: Call) -> Any:
         if isinstance(code, FromArtifact):
             return self._run_artifact(generation, code, call)
         if not generation.is_traced:
@@ -371,24 +366,24 @@ class Region:
         return self.eager(call.target, *call.args, **call.kwargs)
 
     def _note_stale(self, generation: Generation, call: Call) -> None:
-        """The guards failed, so that call ran eagerly: the next one like it looks for another generation, or opens one.
+        """Note that guards failed and the call ran eagerly: the next one like it finds another generation, or opens one.
 
-        The program's own state has changed since it was compiled, or it is for other sizes than it was meant for. Where guards
-        held before the call, the program has changed that state inside of it, and would again.
+        The program's state has changed since the compile, or the sizes are not those that the code is for. If the guards held
+        before the call, the program has changed its state during the call, and would do so again.
         """
         with self._lock:
             if generation.stage != "swapped" or not self._generations.contest(call):
                 return
             generation.num_unserved += 1
             if generation.num_unserved >= MAX_UNSERVED:
-                why = f"{MAX_UNSERVED} calls changed, in themselves, the state of the program that it was compiled for"
+                why = f"{MAX_UNSERVED} calls changed the state of the program that it was compiled for while they ran"
                 self._life.retire(generation, why)
 
     def _misfit(self, call: Call) -> None:
-        alike = self._generations.families[call.family]
-        alike.num_misfits += 1
-        if alike.is_static:
-            alike.give_up()
+        family = self._generations.families[call.family]
+        family.num_misfits += 1
+        if family.is_static:
+            family.give_up()
         self._decide("static", "the code for dynamic shapes does not serve these sizes (its guards failed)")
 
     def _decide(self, choice: str, reason: str) -> None:

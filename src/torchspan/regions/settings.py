@@ -29,13 +29,13 @@ class Settings:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing was asked of inductor that an artifact does not have: no mode, no options, static shapes."""
+        """Whether an artifact can hold what is compiled: by inductor, without a mode or options, for static shapes."""
         is_default = self.mode in (None, "default") and not self.extra and not self.dynamic
         return self.is_inductor and is_default and dict(self.options) == {"fallback_random": True}
 
     @property
     def is_random(self) -> bool:
-        """Whether compiled code draws other random numbers than eager does (inductor's own, unless told otherwise)."""
+        """Whether compiled code draws other random numbers than eager: inductor's own, without ``fallback_random``."""
         return self.is_inductor and not self.options.get("fallback_random", False)
 
     @property
@@ -57,8 +57,8 @@ class Settings:
     def compile(self, entry: Callable[..., Any], wrap: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """``torch.compile(entry)`` with these arguments; the backend goes through `wrap` first, where there is one.
 
-        Shapes are static unless dynamic ones were asked for: a generation serves one signature, and what dynamo would learn
-        from an earlier one must not tell the caller's process from the child, which has not seen it.
+        Shapes are static unless `dynamic` is set. Dynamo would make them dynamic after an earlier signature, which the caller's
+        process may have seen and the child has not: the two have to compile the same.
         """
         arguments: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": bool(self.dynamic), **self.extra}
         if self.is_inductor:

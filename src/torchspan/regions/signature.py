@@ -25,26 +25,26 @@ _NESTED = 100  # containers in containers that are followed: one that holds itse
 
 
 def signature(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """Shapes, strides, dtypes, devices and who wants gradients; grad mode, autocast, train or eval; and plain values.
+    """Shapes, strides, dtypes, devices, ``requires_grad``; grad mode, autocast, train or eval; and plain values.
 
-    Raises whatever an argument raises that cannot be read: a tensor without strides, an object whose attributes raise.
+    If an argument cannot be read, its error is raised: a tensor without strides, an object whose attributes raise.
     """
-    found = _walk(target, args, kwargs, None)
-    hash(found)
-    return found
+    key = _walk(target, args, kwargs, None)
+    hash(key)
+    return key
 
 
 def family(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, Sizes]:
-    """The signature without sizes (of strides, their order is left) and without numbers and text; and these.
+    """The signature without sizes, numbers and text (of strides only their order stays), and what was taken out.
 
-    >>> one, sizes = family(None, (torch.ones(2, 3), 0.5), {})
-    >>> other, other_sizes = family(None, (torch.ones(4, 3), 0.7), {})
-    >>> one == other, sizes, differing(sizes, other_sizes)
+    >>> first, sizes = family(None, (torch.ones(2, 3), 0.5), {})
+    >>> second, other_sizes = family(None, (torch.ones(4, 3), 0.7), {})
+    >>> first == second, sizes, differing(sizes, other_sizes)
     (True, ((2, 3), (0.5,)), (frozenset({0}), frozenset({0})))
     """
     gathered = _Gathered()
-    found = _walk(target, args, kwargs, gathered)
-    return found, (*(tuple(tensor.shape) for tensor in gathered.tensors), tuple(gathered.values))
+    key = _walk(target, args, kwargs, gathered)
+    return key, (*(tuple(tensor.shape) for tensor in gathered.tensors), tuple(gathered.values))
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -57,8 +57,8 @@ def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.T
 def differing(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Dims:
     """In which dimensions the sizes of two calls of one family differ, and in which plain values."""
     return tuple(
-        frozenset(dim for dim, (a, b) in enumerate(zip(one, other, strict=True)) if not _is_equal(a, b))
-        for one, other in zip(first, second, strict=True)
+        frozenset(dim for dim, (a, b) in enumerate(zip(size, other_size, strict=True)) if not _is_equal(a, b))
+        for size, other_size in zip(first, second, strict=True)
     )
 
 
@@ -72,7 +72,7 @@ def general(sizes: Sizes) -> Dims:
 
 
 def numbers(sizes: Sizes) -> Dims:
-    """Every dimension, and every plain value that may become a symbol: not text, nor what is true or false."""
+    """Every dimension, and every plain value that may become a symbol: no strings and no booleans."""
     return tuple(frozenset(dim for dim, value in enumerate(size) if type(value) in (int, float)) for size in sizes)
 
 
@@ -82,8 +82,8 @@ def _is_general(value: Any) -> bool:
     return type(value) is int and value not in (-1, 0, 1)
 
 
-def _is_equal(one: Any, other: Any) -> bool:
-    return bool(one == other) and (type(one) not in (float, complex) or repr(one) == repr(other))
+def _is_equal(first: Any, second: Any) -> bool:
+    return bool(first == second) and (type(first) not in (float, complex) or repr(first) == repr(second))
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,19 @@ def has_negative_zero(sizes: Sizes) -> bool:
 
 
 def _walk(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gathered: _Gathered | None) -> Hashable:
-    """What was found of a call; with `gathered` its tensors and values are kept there, and sizes and values are left out."""
-    found: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_state()]
+    """The parts of a signature; with `gathered`, sizes and plain values are left out, and tensors and values go there."""
+    parts: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_state()]
     if isinstance(target, torch.nn.Module):
-        found.append(target.training)
+        parts.append(target.training)
     for value in args:
-        _add(value, found, gathered)
+        _add(value, parts, gathered)
     for name in sorted(kwargs):
-        found.append(name)
-        _add(kwargs[name], found, gathered)
-    return tuple(found)
+        parts.append(name)
+        _add(kwargs[name], parts, gathered)
+    return tuple(parts)
 
 
-def _add(value: Any, found: list[Hashable], gathered: _Gathered | None, depth: int = _NESTED) -> None:
+def _add(value: Any, parts: list[Hashable], gathered: _Gathered | None, depth: int = _NESTED) -> None:
     if not depth:
         raise InputError(f"an argument holds more than {_NESTED} containers in one another, or itself")
     if isinstance(value, torch.Tensor):
@@ -121,30 +121,30 @@ def _add(value: Any, found: list[Hashable], gathered: _Gathered | None, depth: i
         else:
             gathered.tensors.append(value)
             layout = _order(value)
-        found.append((layout, value.dtype, value.device, value.requires_grad, type(value)))
+        parts.append((layout, value.dtype, value.device, value.requires_grad, type(value)))
     elif gathered is not None and type(value) in _OPEN:
         gathered.values.append(value)
-        found.append((type(value),))
+        parts.append((type(value),))
     elif isinstance(value, _VALUES):
-        found.append((type(value), _plain(value)))
+        parts.append((type(value), _plain(value)))
     elif isinstance(value, (tuple, list)):
-        found.append((type(value), len(value)))
+        parts.append((type(value), len(value)))
         for item in value:
-            _add(item, found, gathered, depth - 1)
+            _add(item, parts, gathered, depth - 1)
     elif isinstance(value, Mapping):
-        found.append((type(value), *map(_plain, value)))
+        parts.append((type(value), *map(_plain, value)))
         for item in value.values():
-            _add(item, found, gathered, depth - 1)
+            _add(item, parts, gathered, depth - 1)
     elif isinstance(value, torch.nn.Module):
-        found.append((type(value), id(value), value.training))
+        parts.append((type(value), id(value), value.training))
     else:
-        found.append(f"{type(value).__module__}.{type(value).__qualname__}")
+        parts.append(f"{type(value).__module__}.{type(value).__qualname__}")
         for tensor in _held(value, _DEPTH, set()):
-            _add(tensor, found, gathered)
+            _add(tensor, parts, gathered)
 
 
 def _plain(value: Any) -> Hashable:
-    """A value that equals another one just where a program may not tell them apart, and never raises when it is compared.
+    """A stand-in for `value`: two are equal only where no program can tell the values apart, and comparing never raises.
 
     >>> _plain(float("nan")) == _plain(float("nan")), _plain(0.0) == _plain(-0.0), _plain(2) == _plain(2)
     (True, False, True)
@@ -168,18 +168,18 @@ _READ: Mapping[type, Callable[[Any], Hashable]] = {
 }
 
 
-def _held(value: Any, depth: int, seen: set[int]) -> Iterator[torch.Tensor]:
+def _held(value: Any, depth: int, visited: set[int]) -> Iterator[torch.Tensor]:
     """The tensors that an object holds, as a cache of keys and values does; not its plain values, which may count calls."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif depth and not isinstance(value, _NOT_ENTERED) and id(value) not in seen:
-        seen.add(id(value))
+    elif depth and not isinstance(value, _NOT_ENTERED) and id(value) not in visited:
+        visited.add(id(value))
         if isinstance(value, Mapping):
             inner: Iterable[Any] = value.values()
         else:
             inner = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
         for item in inner:
-            yield from _held(item, depth - 1, seen)
+            yield from _held(item, depth - 1, visited)
 
 
 def _order(tensor: torch.Tensor) -> Hashable:

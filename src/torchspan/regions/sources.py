@@ -1,7 +1,7 @@
 """Which files a program was made of, so that a later start can tell whether it is still the same.
 
-A program that is sent to a compile process names its functions and classes; what they are is in files, which may be edited or
-belong to a package that is installed anew. The process that compiled it knows which it has imported.
+A program is sent to a compile process with the names of its functions and classes. Their code is in files, which may be edited,
+or replaced with another version of a package. The process that compiled the program knows which files it has imported.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # who
 
 
 def sources_here() -> dict[str, str]:
-    """The file of each module that this process has imported, but for torch's and Python's, with a mark of what it holds."""
-    known = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
+    """The file of each module that this process has imported, without torch's and Python's, with a mark of its content."""
+    excluded = (*_OWN, str(inductor.cache_folder()))  # what inductor has made is in the ledger
     files = {str(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    own = [file for file in sorted(files) if not (file.startswith(known) or _is_of_python(file))]
+    own = [file for file in sorted(files) if not (file.startswith(excluded) or _is_of_python(file))]
     return {file: mark for file in own if (mark := _mark(file)) is not None}
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Those of the files that are not as they were, or not there."""
+    """The files that have changed, or are gone."""
     return [file for file, mark in sources.items() if _mark(file) != mark]
 
 
@@ -43,7 +43,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _mark(file: str) -> str | None:
-    """The digest of a file; of an installed package its size and time, as there are many and nobody edits them."""
+    """The digest of a file; for an installed package its size and time: it has many files, which are not edited."""
     try:
         if _is_installed(file):
             status = Path(file).stat()

@@ -1,11 +1,9 @@
-"""What is known of Transformers: its caches of keys and values, and what it gathers of blocks.
+"""What torchspan knows about Transformers: its caches of keys and values, and the results that it gathers from blocks.
 
-A block of a Transformers model sees of a key-value cache its own layer only, as if it were the first block.
-
-Such a block finds its layer of the cache by a number that it holds (``layer_idx``), and dynamo guards on that number and on
-what the whole cache holds: code that was compiled for one block would serve no other. A block is therefore called through a
-stand-in that shares everything with it but the number, with a cache that shares its layer. Transformers is not imported here:
-where a program has not imported it, there is no such cache.
+A block finds its layer of a cache by a number (``layer_idx``), and dynamo guards on that number and on the whole cache: code
+that was compiled for one block would serve no other. So a block is called through a stand-in that shares everything with it but
+the number, and with a cache that holds its layer only, as if it were the first block. Transformers is not imported here: where
+a program has not imported it, there is no such cache.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 _INDEX = "layer_idx"
-# what a cache may hold to be taken apart: one that keeps more by layer than this is left alone
+# the attributes of a cache that can be divided by layer; a cache with others is left alone
 _KNOWN = {"layers", "layer_class_to_replicate", "offloading", "self_attention_cache", "cross_attention_cache", "is_updated"}
 _CAPTURING = "transformers.utils.output_capturing"
 _calls = threading.local()
@@ -31,8 +29,8 @@ def layer_index(block: torch.nn.Module) -> int | None:
 
     >>> layer_index(torch.nn.Linear(1, 1))
     """
-    found = {vars(module).get(_INDEX) for module in block.modules()} - {None}
-    index = next(iter(found)) if len(found) == 1 else None
+    indices = {vars(module).get(_INDEX) for module in block.modules()} - {None}
+    index = next(iter(indices)) if len(indices) == 1 else None
     return index if type(index) is int else None
 
 
@@ -51,7 +49,7 @@ class OwnLayer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is called inside through the stand-in is this call; after it the whole cache has what its layer got."""
+        """Calls of the stand-in inside the block are this call; afterwards the whole cache gets what its layer got."""
         before = getattr(_calls, "current", None)
         _calls.current = self
         try:
@@ -62,7 +60,7 @@ class OwnLayer:
                 self._give_back()
 
     def undone(self) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-        """The call as it was made, to be run in the place of the stand-in's."""
+        """The original call, to be run instead of the stand-in's."""
         self._is_stale = True
         return self.original
 
@@ -77,7 +75,7 @@ class OwnLayer:
         return {id(own): cache for cache, own in self._caches.values()}
 
     def _twin(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A module that shares all with `module` but the number, which is 0, and the way to it; itself if it has none."""
+        """A module that shares all with `module` but the number, which is 0; `module` itself if it holds no number."""
         inner = {name: child and self._twin(child) for name, child in module._modules.items()}
         state = vars(module)
         if _INDEX not in state and all(inner[name] is child for name, child in module._modules.items()):
@@ -96,13 +94,13 @@ class OwnLayer:
         if id(value) not in self._caches:
             own = copy.copy(value)
             self._caches[id(value)] = value, own
-            for name, held in vars(value).items():
+            for name, attribute in vars(value).items():
                 if name == "layers":
-                    own.layers = held[self._index : self._index + 1]
+                    own.layers = attribute[self._index : self._index + 1]
                 elif name == "is_updated":
-                    own.is_updated = {0: held[self._index]} if self._index in held else {}
+                    own.is_updated = {0: attribute[self._index]} if self._index in attribute else {}
                 else:
-                    setattr(own, name, self._cache(held))
+                    setattr(own, name, self._cache(attribute))
         return self._caches[id(value)][1]
 
     def _give_back(self) -> None:
@@ -128,31 +126,31 @@ def own_layer(block: torch.nn.Module, index: int | None, args: tuple[Any, ...], 
 
 
 def as_called(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    """The call of a block that `target` stands in for here and now; else the call as it is."""
+    """The original call, if `target` is the stand-in that this thread runs now; else the call as it is."""
     current: OwnLayer | None = getattr(_calls, "current", None)
     return current.undone() if current is not None and current.block is target else (target, args, kwargs)
 
 
 def may_be_divided(value: Any) -> bool:
     """Whether `value` is a cache of Transformers whose every part by layer is known here."""
-    known = sys.modules.get("transformers.cache_utils")
-    if known is None or not isinstance(value, known.Cache) or not _KNOWN.issuperset(vars(value)):
+    cache_utils = sys.modules.get("transformers.cache_utils")
+    if cache_utils is None or not isinstance(value, cache_utils.Cache) or not _KNOWN.issuperset(vars(value)):
         return False
     inner = [vars(value).get(name) for name in ("self_attention_cache", "cross_attention_cache")]
-    return not vars(value).get("offloading") and all(may_be_divided(one) for one in inner if one is not None)
+    return not vars(value).get("offloading") and all(may_be_divided(cache) for cache in inner if cache is not None)
 
 
 def _put(cache: Any, index: int, layer: Any) -> None:
-    """Make `layer` the cache's, with empty ones before it as the cache itself would have them."""
+    """Put `layer` at its place in the cache, with empty layers before it, as the cache itself does."""
     while len(cache.layers) < index:
         cache.layers.append(cache.layer_class_to_replicate())
     cache.layers[index : index + 1] = [layer]
 
 
 def is_gathering() -> bool:
-    """Whether hooks on the blocks that are called here and now keep what these compute, in a list outside of the model.
+    """Whether hooks in this call gather what blocks compute, in a list outside of the model.
 
-    A block that is compiled by itself would depend on what other blocks have put there.
+    The compile of one block would depend on what other blocks have put into that list.
     """
     capturing = sys.modules.get(_CAPTURING)
     active = getattr(capturing, "_active_collector", None)
@@ -160,7 +158,7 @@ def is_gathering() -> bool:
 
 
 def register(program: Any) -> None:
-    """Note for the models in `program` what Transformers can gather of them, as their making does; unpickling does not."""
+    """Register what Transformers can gather from the models in `program`: making a model does that, unpickling does not."""
     registry = getattr(sys.modules.get(_CAPTURING), "_CAN_RECORD_REGISTRY", None)
     owner = getattr(program, "__self__", program)
     if registry is None or not isinstance(owner, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Checks compiled code against eager on copies: the program's state, gradients and random numbers do not notice.
+"""Checks compiled code against eager on copies: the program's state, gradients and random numbers stay untouched.
 
 The copies share the parameters (which are only read) and own everything else: buffers, inputs, Python attributes.
 """
@@ -28,7 +28,7 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Copied:
-    """A call's target and arguments, to be run without a trace."""
+    """A copy of a call's target and arguments, which can be run without side effects on the program."""
 
     target: Any
     args: tuple[Any, ...]
@@ -44,11 +44,11 @@ class Copied:
 
 
 class CannotCopyError(CompileError):
-    """The program holds something that cannot be copied, so it cannot be run twice without a trace."""
+    """The program holds something that cannot be copied, so that no copy of it can be run for a check."""
 
 
 class WouldBeNoticedError(CompileError):
-    """Running the program for a check would be seen outside of it."""
+    """A run of the program for a check would have effects outside of it."""
 
 
 class EagerRaisesError(CompileError):
@@ -85,7 +85,7 @@ def _without_hooks(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, strides and wish for a gradient; a leaf."""
+    """A leaf with the same values, strides and ``requires_grad``."""
     if type(tensor) is torch.nn.Parameter:
         return tensor
     source = tensor.detach()
@@ -108,10 +108,10 @@ def mismatch(
     """What `compiled` gives that `eager` does not, for one call: outputs, gradients, buffers; None if they agree.
 
     With `is_random` the two are known to draw different random numbers: if the program draws any, only the shapes of the
-    results are compared. What `compiled` raises is a mismatch. In a process of its own (`is_apart`) nobody notices hooks.
+    results are compared. What `compiled` raises is a mismatch. In a process of its own (`is_apart`) hooks may be called.
 
     Raises:
-        EagerRaisesError: eager raises, so nothing can be said.
+        EagerRaisesError: eager raises, so there is nothing to compare with.
         CannotCopyError: the call cannot be copied.
         WouldBeNoticedError: the program has hooks of its own, which a check would call.
         GuardError: `compiled` refuses the call.
@@ -138,7 +138,7 @@ def _mismatch(
     is_apart: bool,
 ) -> str | None:
     def copy_of_call() -> Copied:
-        """A copy, into which no hook has come from another thread since the call was looked at."""
+        """A copy, checked for hooks again: another thread may have added one since the first check."""
         own = copied(*call)
         if not is_apart:
             _check_hooks(own.modules())
@@ -173,7 +173,7 @@ def _mismatch(
 
 
 class _Gradients:
-    """Those of eager, each compared with the compiled one as soon as that is there, and let go: never two sets are held."""
+    """Eager's gradients: each is compared as soon as the compiled one is there, then freed; never are there two full sets."""
 
     def __init__(self, expected: list[torch.Tensor | None], through: set[torch.dtype]) -> None:
         self._expected: dict[int, torch.Tensor | None] = dict(enumerate(expected))
@@ -183,17 +183,17 @@ class _Gradients:
         expected.clear()
 
     def take(self, number: int, actual: torch.Tensor) -> torch.Tensor:
-        """Compare one; gives what may stand in its place."""
+        """Compare one gradient; gives a placeholder for it that takes no memory."""
         self._compare(number, actual)
         return actual.new_zeros(()).expand_as(actual) if actual.layout is torch.strided else actual
 
     def _compare(self, number: int, actual: torch.Tensor | None) -> None:
         expected = self._expected.pop(number, None)
-        if not (is_below(actual, self._limit) and is_below(expected, self._limit)):
+        if not (is_below(expected, self._limit) and is_below(actual, self._limit)):
             self._wrong[number] = difference(actual, expected, *self._through, name=f"gradient[{number}]")
 
     def difference(self) -> str | None:
-        """The first that differs; those that compiled code has not given are None."""
+        """How the first gradient differs; one that compiled code has not computed counts as None."""
         for number in tuple(self._expected):
             self._compare(number, None)
         return next((self._wrong[number] for number in sorted(self._wrong) if self._wrong[number]), None)
@@ -201,13 +201,13 @@ class _Gradients:
 
 def _run(function: Call, call: Copied, compared: _Gradients | None = None) -> tuple[Any, list[torch.Tensor | None]]:
     outputs = function(call.target, *call.args, **call.kwargs)
-    wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
+    differentiable = [output for output in tensors(outputs) if output.requires_grad and output.grad_fn is not None]
     sources: list[torch.Tensor] = [p for module in call.modules() for p in module.parameters() if p.requires_grad]
-    sources += [one for one in call.inputs() if one.requires_grad and one.is_leaf]
-    if not (wanted and sources):
+    sources += [tensor for tensor in call.inputs() if tensor.requires_grad and tensor.is_leaf]
+    if not (differentiable and sources):
         return outputs, []
     # one scalar, not outputs with cotangents: for those torch imports sympy, which takes seconds of a step
-    total = torch.stack([as_real(one * _cotangent(one)).sum().double().cpu() for one in wanted]).sum()
+    total = torch.stack([as_real(output * _cotangent(output)).sum().double().cpu() for output in differentiable]).sum()
     sources = _unique(sources)
     with _comparing(sources, compared):
         return outputs, list(torch.autograd.grad(total, sources, allow_unused=True))
@@ -216,8 +216,8 @@ def _run(function: Call, call: Copied, compared: _Gradients | None = None) -> tu
 @contextmanager
 def _comparing(sources: list[torch.Tensor], compared: _Gradients | None) -> Iterator[None]:
     """Have the gradient of each source compared as soon as autograd has it."""
-    taken = enumerate(sources) if compared is not None else ()
-    handles = [source.register_hook(partial(compared.take, number)) for number, source in taken]  # type: ignore[union-attr]
+    numbered = enumerate(sources) if compared is not None else ()
+    handles = [source.register_hook(partial(compared.take, number)) for number, source in numbered]  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -228,7 +228,7 @@ def _comparing(sources: list[torch.Tensor], compared: _Gradients | None) -> Iter
 def _functions(target: Any) -> list[Call]:
     """The functions of the program's own that a call of it runs, as far as its modules name them."""
     own = [type(inner).forward for module in _modules((target,)) for inner in module.modules()]
-    return [target, *{id(one): one for one in own if not str(one.__module__).startswith("torch.")}.values()]
+    return [target, *{id(function): function for function in own if not str(function.__module__).startswith("torch.")}.values()]
 
 
 @contextmanager
@@ -261,8 +261,8 @@ def _buffers(call: Copied) -> dict[str, torch.Tensor]:
 
 
 def _dtypes(call: Copied) -> set[torch.dtype]:
-    found = {one.dtype for one in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
-    return found | {p.dtype for module in call.modules() for p in module.parameters()}
+    dtypes = {tensor.dtype for tensor in call.inputs()} | {dtype for _, dtype, _ in autocast_state()}
+    return dtypes | {p.dtype for module in call.modules() for p in module.parameters()}
 
 
 def _held(outputs: Any) -> list[torch.Tensor]:
@@ -271,7 +271,7 @@ def _held(outputs: Any) -> list[torch.Tensor]:
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(one.shape) for one in tensors(value)]
+    return [tuple(tensor.shape) for tensor in tensors(value)]
 
 
 # random numbers
@@ -291,8 +291,8 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     for states in devices:
         torch.cuda.set_rng_state_all(states)
     random.setstate(python)
-    for one in numpy:
-        sys.modules["numpy"].random.set_state(one)
+    for numpy_state in numpy:
+        sys.modules["numpy"].random.set_state(numpy_state)
 
 
 def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
@@ -302,7 +302,7 @@ def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def preserved_random() -> Iterator[None]:
-    """Whatever is drawn inside was not drawn."""
+    """Restore every generator of random numbers when the block ends."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Who wants to know of each compile that ended: the command line, for its profiles and reproductions."""
+"""Calls back for each compile that ended: the command line needs them for its profiles and reproductions."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def watching(on_finished: Callable[[Finished], None]) -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Whether somebody wants to know, so that what the compiler does is to be recorded."""
+    """Whether there is a watcher: then what the compiler does is recorded."""
     return bool(_watchers)
 
 
 def tell(finished: Finished) -> None:
-    """Tell who wants to know."""
+    """Tell every watcher."""
     for on_finished in tuple(_watchers):
         on_finished(finished)
 

@@ -33,10 +33,10 @@ from torchspan.regions.sources import sources_here
 
 
 class Isas(dict[str, bool]):
-    """What is known of a machine's vector instructions."""
+    """Which of a machine's vector instructions work."""
 
 
-APART = (Ambient, Isas)  # what travels apart: it does not tell whether two programs are the same
+APART = (Ambient, Isas)  # sent separately: two programs are the same whatever these are
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def _run(payload: bytes, compile_it: Callable[[Task, Collectives], Filled]) -> b
             try:
                 filled = compile_it(task, expected)
             except Exception as cause:
-                if dropped := note().dropped:  # torch may have said it in words of its own
+                if dropped := note().dropped:  # torch may have raised it as another error
                     raise ledger.CorruptEntryError(f"{ledger.DAMAGED} {', '.join(dropped)}") from cause
                 raise
             return pickle.dumps(replace(filled, kept=note(), sources=sources_here()))
 
 
 def profile_region(payload: bytes) -> bytes:
-    """Compile a pickled Task as if for the first time, its caches in the job's folder; gives what was found of this machine."""
+    """Compile a pickled Task as if for the first time, with caches in the job's folder; gives the vector instructions found."""
     with events.recording() as folder:
         task = _begin(payload)
         if folder is not None:
@@ -150,9 +150,9 @@ def _begin(payload: bytes) -> Task:
 
 def _make_artifact(task: Task) -> bytes:
     with ambient.modes(task.ambient):
-        made = precompile(task.target, task.args, task.kwargs, verify=False, report=Report())
+        artifact = precompile(task.target, task.args, task.kwargs, verify=False, report=Report())
     file = io.BytesIO()
-    made.save(file)
+    artifact.save(file)
     return file.getvalue()
 
 
@@ -163,10 +163,10 @@ def _fill_caches(task: Task, expected: Collectives, isas: dict[str, bool], why_n
     with caching.noting_refusals(refusals):
         compiled = _compile(task, isas)
     not_verified = _check_ranks(task, compiled, expected) if expected else None
-    counted = {name: count - before[name] for name, count in caching.counters().items()}
+    counts = {name: count - before[name] for name, count in caching.counters().items()}
     if task.settings.is_inductor:
-        _check_saved(counted, refusals)
-    return Filled(counted["graphs"], isas, None, why_not, collectives=expected, not_verified=not_verified)
+        _check_saved(counts, refusals)
+    return Filled(counts["graphs"], isas, None, why_not, collectives=expected, not_verified=not_verified)
 
 
 def _compile(task: Task, isas: dict[str, bool]) -> Callable[..., Any]:
@@ -184,9 +184,9 @@ def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives
         CompileError: it issues others than eager, so that a rank could not go back to eager alone, or gives other results.
     """
     eager, code = entry_point(task.is_block), dynamo.run(compiled)
-    found = collectives_of(lambda: _backward(call_task(task, code)))
-    if found.issued != expected.issued:
-        raise CompileError(f"compiled code issues other collectives than eager ({found}; eager: {expected})")
+    actual = collectives_of(lambda: _backward(call_task(task, code)))
+    if actual.issued != expected.issued:
+        raise CompileError(f"compiled code issues other collectives than eager ({actual}; eager: {expected})")
     call = task.target, task.args, task.kwargs
     is_random = task.settings.is_random
     _fill_blanks(call)
@@ -194,7 +194,7 @@ def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives
         with ambient.modes(task.ambient), portable_groups():
             wrong = verify.mismatch(eager, code, call, is_random=is_random, is_apart=True)
             if wrong is not None and verify.mismatch(eager, eager, call, is_random=is_random, is_apart=True) is not None:
-                return "a fake collective leaves its results as they come"
+                return "a fake collective does not fill its results, so that two runs of eager differ"
     except Exception as cause:  # noqa: BLE001 - the program's own, on numbers that it does not know, or of the check
         return f"{type(cause).__name__}: {cause}"
     if wrong is not None:
@@ -203,12 +203,12 @@ def _check_ranks(task: Task, compiled: Callable[..., Any], expected: Collectives
 
 
 def _fill_blanks(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]]) -> None:
-    """Give weights and inputs that came as zeros numbers, so that results tell something."""
+    """Fill weights and inputs that arrived as zeros, so that comparing results means something."""
     target, args, kwargs = call
     weights = list(target.parameters()) if isinstance(target, torch.nn.Module) else []
     with torch.no_grad():
-        for one in [*weights, *tensors((args, kwargs))]:
-            local = getattr(one, "_local_tensor", one).detach()
+        for tensor in [*weights, *tensors((args, kwargs))]:
+            local = getattr(tensor, "_local_tensor", tensor).detach()
             if local.is_floating_point() and not local.is_meta and not local.any():
                 local.uniform_(-0.5, 0.5)
 
@@ -229,19 +229,19 @@ def check_compiler() -> None:
 
 def _backward(outputs: Any) -> None:
     """Run a backward through every output that has one, with zeros."""
-    wanted = [one for one in tensors(outputs) if one.requires_grad and one.grad_fn is not None]
-    if wanted:
-        torch.autograd.backward(wanted, [torch.zeros_like(one) for one in wanted])
+    differentiable = [output for output in tensors(outputs) if output.requires_grad and output.grad_fn is not None]
+    if differentiable:
+        torch.autograd.backward(differentiable, [torch.zeros_like(output) for output in differentiable])
 
 
-def _check_saved(counted: Mapping[str, int], refusals: Sequence[str]) -> None:
-    kept = counted["saved"] + counted["hits"]
-    if kept < counted["graphs"]:
+def _check_saved(counts: Mapping[str, int], refusals: Sequence[str]) -> None:
+    num_cached = counts["saved"] + counts["hits"]
+    if num_cached < counts["graphs"]:
         why = f": {refusals[0]}" if refusals else ""
-        raise CompileError(f"torch's caches took {kept} of {counted['graphs']} graphs, so they cannot be handed over{why}")
+        raise CompileError(f"torch's caches took {num_cached} of {counts['graphs']} graphs, so they cannot be handed over{why}")
 
 
 def call_function(payload: bytes) -> bytes:
-    """Call a function with arguments, both sent by :mod:`._transport`; gives its pickled result."""
+    """Call a function with arguments, both sent by :mod:`torchspan.jobs.transport`; gives its pickled result."""
     function, args = transport.loads(payload)
     return pickle.dumps(function(*args))

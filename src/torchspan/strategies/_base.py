@@ -39,7 +39,7 @@ class Request:
             object.__setattr__(self, "layer_indices", _indices(self.layer_indices))
         if self.max_layers is not None and (not _is_int(self.max_layers) or self.max_layers < 1):
             raise InputError(f"max_layers is {self.max_layers!r}; expected 1 or more, or None for all")
-        if isinstance(self.regions, str) or not all(isinstance(one, str) for one in self.regions):
+        if isinstance(self.regions, str) or not all(isinstance(name, str) for name in self.regions):
             raise InputError(f"regions is {self.regions!r}; expected names of modules, such as ['encoder.layers.*', 'head']")
         object.__setattr__(self, "regions", tuple(self.regions))
 
@@ -63,7 +63,7 @@ class Cut:
 
 
 def cut(strategy: str, program: Callable[..., Any], request: Request = Request()) -> Cut:  # noqa: B008 - a frozen value
-    """How the strategy of this name cuts `program`; raises UnknownNameError for a name that nothing answers to."""
+    """How the strategy of this name cuts `program`; raises UnknownNameError for a name that no strategy has."""
     return REGISTRY.get(strategy).cut(program, request)
 
 
@@ -84,13 +84,13 @@ def count_of(num: int, noun: str) -> str:
 def _indices(indices: Any) -> tuple[int, ...]:
     if isinstance(indices, (str, bytes)) or not hasattr(indices, "__iter__"):
         raise InputError(f"layer_indices is {indices!r}; expected numbers of blocks, such as [0, 1, 2] or range(8)")
-    found = tuple(indices)
-    wrong = [index for index in found if not _is_int(index)]
+    numbers = tuple(indices)
+    wrong = [index for index in numbers if not _is_int(index)]
     if wrong:
         raise InputError(f"layer_indices has {wrong[0]!r}; expected numbers of blocks, such as [0, 1, 2] or range(8)")
-    if not found:
+    if not numbers:
         raise InputError("layer_indices is empty; expected numbers of blocks, or None for all; strategy='eager' compiles none")
-    return tuple(int(index) for index in found)
+    return tuple(int(index) for index in numbers)
 
 
 def _is_int(value: Any) -> bool:

@@ -24,21 +24,21 @@ def repeated_blocks(model: nn.Module) -> list[list[nn.Module]]:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that occur at least twice with the same structure; a block's place in this list is its number.
 
-    What stands in a ModuleList beside such a block is one too, whatever its own structure, so that the blocks of a model whose
-    first layers differ are numbered as its list is.
+    A module in the same ModuleList as such a block is a block too, even if its structure differs. So the blocks of a model
+    whose first layers differ are numbered as in its list.
 
     >>> block = lambda width: nn.TransformerEncoderLayer(4, 2, width)
-    >>> [one.linear1.out_features for one in blocks_of(nn.ModuleList([block(16), block(8), block(8)]))]
+    >>> [layer.linear1.out_features for layer in blocks_of(nn.ModuleList([block(16), block(8), block(8)]))]
     [16, 8, 8]
     """
-    seen: dict[Hashable, int] = {}
+    occurrences: dict[Hashable, int] = {}
     for module in model.modules():
         if module is not model and may_be_block(module):
-            seen[structure(module)] = seen.get(structure(module), 0) + 1
-    found = {id(module): (module, container) for module, container in _outermost(model, seen)}.values()
-    counts = Counter(structure(module) for module, _ in found)
-    lists = {id(container) for module, container in found if container is not None and counts[structure(module)] > 1}
-    return [module for module, container in found if counts[structure(module)] > 1 or id(container) in lists]
+            occurrences[structure(module)] = occurrences.get(structure(module), 0) + 1
+    outermost = {id(module): (module, container) for module, container in _outermost(model, occurrences)}.values()
+    counts = Counter(structure(module) for module, _ in outermost)
+    lists = {id(container) for module, container in outermost if container is not None and counts[structure(module)] > 1}
+    return [module for module, container in outermost if counts[structure(module)] > 1 or id(container) in lists]
 
 
 def kinds_of(modules: Iterable[Module]) -> list[list[Module]]:
@@ -70,18 +70,18 @@ def is_container(module: nn.Module) -> bool:
 
 
 def structure(module: nn.Module) -> Hashable:
-    """What two modules that one compile may serve share: class, and names, shapes, dtypes and devices of their tensors."""
+    """What is equal for modules that one compile may serve: class, and names, shapes, dtypes and devices of tensors."""
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return type(module), tuple((name, tuple(one.shape), one.dtype, one.device) for name, one in tensors)
+    return type(module), tuple((name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors)
 
 
-def _outermost(module: nn.Module, seen: dict[Hashable, int]) -> Iterator[tuple[nn.Module, nn.ModuleList | None]]:
-    """What may be a block and is in none, with the ModuleList that it stands in."""
+def _outermost(module: nn.Module, occurrences: dict[Hashable, int]) -> Iterator[tuple[nn.Module, nn.ModuleList | None]]:
+    """The outermost blocks inside `module`, each with the ModuleList that holds it."""
     children = list(module.children())
-    is_block = [may_be_block(child) and seen[structure(child)] > 1 for child in children]
+    is_block = [may_be_block(child) and occurrences[structure(child)] > 1 for child in children]
     container = module if isinstance(module, nn.ModuleList) and any(is_block) else None
     for child, is_repeated in zip(children, is_block, strict=True):
         if is_repeated or (container is not None and may_be_block(child)):
             yield child, container
         else:
-            yield from _outermost(child, seen)
+            yield from _outermost(child, occurrences)

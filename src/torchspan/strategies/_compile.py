@@ -121,32 +121,32 @@ def report_of(compiled: Callable[..., Any]) -> Report:
 
 
 def _checked_strategy(strategy: str | Sequence[str], request: Request) -> str | Sequence[str]:
-    """The strategy that is meant: the one that `request` is for, where it asks for something; raises if they do not agree."""
+    """The strategy to use: for ``auto`` the one that `request` needs, if it asks for something; raises if they disagree."""
     names = [strategy] if isinstance(strategy, str) else list(strategy)
-    known = ["auto", *REGISTRY.names()] if isinstance(strategy, str) else REGISTRY.names()
+    available = ["auto", *REGISTRY.names()] if isinstance(strategy, str) else REGISTRY.names()
     for name in names:
-        if name not in known:
-            raise unknown_name("strategy", name, known, f"there are: {', '.join(known)}")
+        if name not in available:
+            raise unknown_name("strategy", name, available, f"there are: {', '.join(available)}")
     if not names:
         raise InputError("strategy is empty; expected a name, or names in the order in which they are tried")
-    for argument, wanted in request.asked.items():
+    for argument, needed in request.asked.items():
         if strategy == "auto":
-            strategy, names = wanted, [wanted]
-        if wanted not in names:
-            raise InputError(f"{argument} is for strategy={wanted!r}, not for {' or '.join(map(repr, names))}")
+            strategy, names = needed, [needed]
+        if needed not in names:
+            raise InputError(f"{argument} is for strategy={needed!r}, not for {' or '.join(map(repr, names))}")
     return strategy
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
-    """Refuse at once what this torch's ``torch.compile`` would refuse in the compile process, where only a Report said so."""
-    takes = inspect.signature(torch_compile()).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+    """Raise now for an argument that this ``torch.compile`` lacks: in the compile process only a Report would say so."""
+    parameters = inspect.signature(torch_compile()).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = {*takes, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}
+    accepted = {*parameters, *inspect.signature(compile_bounded).parameters} - {"model", "extra"}
     for name in extra:
-        if name not in known:
+        if name not in accepted:
             raise unknown_name(
-                "argument", name, sorted(known), f"torch.compile of torch {torch.__version__} has none of that name"
+                "argument", name, sorted(accepted), f"torch.compile of torch {torch.__version__} has none of that name"
             )
 
 
@@ -155,7 +155,7 @@ def _options(backend: str | Callable[..., Any], options: Mapping[str, Any] | Non
 
 
 def _original(program: Callable[..., Any]) -> Callable[..., Any]:
-    """What was given, or what it was made from if it is bounded already."""
+    """`program`, or, if it is bounded already, the program that it was made from."""
     plan = getattr(program, "_torchspan_plan", None)
     return plan.program if isinstance(plan, Plan) else program
 
@@ -167,9 +167,7 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     """Another module of `module`'s class that shares its ``__dict__`` (so all its state) and is called through `plan`."""
     own = type(module)
     names: dict[str, Any] = {
-        "__new__": lambda cls, *args, **kwargs: own(
-            *args, **kwargs
-        ),  # another one, as type(self)(...) asks for, is not compiled
+        "__new__": lambda cls, *args, **kwargs: own(*args, **kwargs),  # type(self)(...) makes a module that is not compiled
         "_torchspan_plan": plan,
         "_orig_mod": property(lambda self: module),
         "__call__": _call_module,
@@ -190,30 +188,30 @@ def _bounded_module(module: torch.nn.Module, plan: Plan) -> torch.nn.Module:
 
 
 def _end_with(bounded: Callable[..., Any], plan: Plan) -> None:
-    """Have the compiles of `plan` end when nobody has `bounded` any more; at the program's end, all do."""
+    """Have the compiles of `plan` end when `bounded` is deleted, or with the process."""
     weakref.finalize(bounded, _end_plan, weakref.ref(plan))
 
 
 def _end_plan(plan: weakref.ref[Plan]) -> None:
-    if (known := plan()) is not None:
-        known.end("nobody has the compiled program any more")
+    if (live_plan := plan()) is not None:
+        live_plan.end("the compiled program was deleted")
 
 
 def _class_below(own: type, names: dict[str, Any]) -> type:
-    """A class below `own`, which does not notice: a registry, an ``__init_subclass__`` or a metaclass may refuse one."""
-    made = type(own.__name__, (torch.nn.Module,), names)
-    made.__bases__ = (own,)
-    return made
+    """A subclass of `own`, made without its ``__init_subclass__``, metaclass or registry, which may refuse one."""
+    cls = type(own.__name__, (torch.nn.Module,), names)
+    cls.__bases__ = (own,)
+    return cls
 
 
 def _is_traced_here() -> bool:
-    """Whether a tracer runs the program in this thread: that something is being compiled is true in all threads."""
+    """Whether a tracer runs the program in this thread; ``is_compiling`` alone is true in all threads."""
     return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _call_module(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or _is_traced_here():
-        return self._orig_mod(*args, **kwargs)  # an outer compile takes it in
+        return self._orig_mod(*args, **kwargs)  # a part of an outer compile
     return self._torchspan_plan.call(args, kwargs)
 
 
@@ -231,7 +229,7 @@ def _same(program: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Caller:
-    """The plan behind a function; in another process it is the function itself, which is compiled there or not at all."""
+    """Calls a function through its plan; in another process it is the plain function."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -25,7 +25,7 @@ class Ladder:
 def ladder_for(
     strategy: str | Sequence[str], program: Callable[..., Any], *, has_budget: bool, measured: Sequence[Measured] = ()
 ) -> Ladder:
-    """The ladder that a named strategy, several in their order, or ``auto`` stands for.
+    """The ladder for one named strategy, for several in this order, or for ``auto``.
 
     ``auto`` goes by the regions that are marked, or else by size: under 10 billion parameters the whole program, then its
     blocks; from 10 to 40 its blocks only; above that nothing is compiled unless a budget was given. What was `measured` of
@@ -40,8 +40,8 @@ def ladder_for(
     """
     if strategy == "auto":
         return overruled(_by_program(program, has_budget=has_budget), measured)
-    asked = (strategy,) if isinstance(strategy, str) else tuple(strategy)
-    return Ladder((*(one for one in dict.fromkeys(asked) if one != "eager"), "eager"), "asked for")
+    strategies = (strategy,) if isinstance(strategy, str) else tuple(strategy)
+    return Ladder((*(name for name in dict.fromkeys(strategies) if name != "eager"), "eager"), "asked for")
 
 
 def _by_program(program: Callable[..., Any], *, has_budget: bool) -> Ladder:
@@ -72,20 +72,20 @@ def by_size(num_parameters: int, *, has_budget: bool) -> Ladder:
 
 
 def overruled(policy: Ladder, measured: Sequence[Measured]) -> Ladder:
-    """`policy`, without the strategies that are known not to end, and with one that it would not try but that compiled first.
+    """`policy` without strategies that are known to fail; first comes one that has compiled, though `policy` lacks it.
 
-    >>> found = overruled(Ladder(("whole", "per_block", "eager"), "small"), (Measured("whole", "timeout", 180.0),))
-    >>> found.strategies, found.reason
+    >>> ladder = overruled(Ladder(("whole", "per_block", "eager"), "small"), (Measured("whole", "timeout", 180.0),))
+    >>> ladder.strategies, ladder.reason
     (('per_block', 'eager'), 'measured on an equal program: whole, timeout after 180 s; by default: small')
     >>> overruled(Ladder(("eager",), "large"), (Measured("per_block", "compiled", 9.0),)).strategies
     ('per_block', 'eager')
     """
-    failed = {one.strategy for one in measured if one.outcome != "compiled"}
-    worked = {one.strategy for one in measured if one.outcome == "compiled"}
-    default = [one for one in policy.strategies if one not in failed]
-    first = [one for one in ("whole", "per_block") if one in worked and one not in policy.strategies][:1]
+    failed = {ending.strategy for ending in measured if ending.outcome != "compiled"}
+    worked = {ending.strategy for ending in measured if ending.outcome == "compiled"}
+    default = [name for name in policy.strategies if name not in failed]
+    first = [name for name in ("whole", "per_block") if name in worked and name not in policy.strategies][:1]
     strategies = tuple(dict.fromkeys([*first, *default]))
     if strategies == policy.strategies:
         return policy
-    told = ", ".join(str(one) for one in measured if one.strategy in failed or one.strategy in first)
-    return Ladder(strategies, f"measured on an equal program: {told}; by default: {policy.reason}")
+    evidence = ", ".join(str(ending) for ending in measured if ending.strategy in failed or ending.strategy in first)
+    return Ladder(strategies, f"measured on an equal program: {evidence}; by default: {policy.reason}")

@@ -16,7 +16,7 @@ def region(module: Module) -> Module:
     """Mark `module` as a region that is compiled on its own wherever it is a part, and give it back.
 
     A model with marked modules is compiled in these regions (strategy ``regional``) and runs eagerly outside of them; marked
-    modules of the same structure share one compile. A mark on the model itself, or inside another marked module, says nothing.
+    modules of the same structure share one compile. A mark on the model itself, or inside another marked module, has no effect.
     To name regions without touching a model there is ``torchspan.compile(model, regions=["encoder.layers.*"])``. Operations
     that are annotated with ``torch.fx.traceback.annotate`` are regions of a captured graph, for the pass ``regional_inductor``.
 
@@ -38,4 +38,4 @@ def is_marked(module: nn.Module) -> bool:
 
 def has_marks(program: Any) -> bool:
     """Whether a module inside `program` is marked."""
-    return isinstance(program, nn.Module) and any(is_marked(one) for one in program.modules() if one is not program)
+    return isinstance(program, nn.Module) and any(is_marked(module) for module in program.modules() if module is not program)

@@ -43,15 +43,15 @@ def note(
 ) -> None:
     """Remember how a compile ended, for :func:`recall`.
 
-    What ended worst counts; where it `is_one_of_many` regions, which have a share each, what ended best: it compiles again.
+    A costly ending replaces a success. Of `is_one_of_many` regions a success replaces a costly ending: each has only a share.
     """
     key = _key(program, settings)
     if key is None or measured.outcome not in ("compiled", *_COSTLY):
         return
     with _lock:
-        known = _known.setdefault(key, {})
-        if measured.strategy not in known or (measured.outcome in _COSTLY) != is_one_of_many:
-            known[measured.strategy] = measured, budget
+        endings = _known.setdefault(key, {})
+        if measured.strategy not in endings or (measured.outcome in _COSTLY) != is_one_of_many:
+            endings[measured.strategy] = measured, budget
         while len(_known) > MAX_KNOWN:
             del _known[next(iter(_known))]
 
@@ -60,8 +60,8 @@ def recall(program: Callable[..., Any], settings: Settings, budget: Budget) -> t
     """What is known of programs equal to this one: what compiled within `budget`, and what did not with at least as much."""
     key = _key(program, settings)
     with _lock:
-        known = tuple(_known.get(key, {}).values()) if key is not None else ()
-    return tuple(one for one, was in known if _tells(one, was, budget))
+        endings = tuple(_known.get(key, {}).values()) if key is not None else ()
+    return tuple(measured for measured, past_budget in endings if _tells(measured, past_budget, budget))
 
 
 def note_seconds(part: Part, settings: Settings, ending: Ending) -> None:
@@ -80,9 +80,9 @@ def estimate_s(part: Part, settings: Settings) -> float:
     target = part.targets[0]
     key = _key(target, settings)
     with _lock:
-        known = _seconds.get(key) if key is not None else None
-    if known is not None:
-        return known
+        seconds = _seconds.get(key) if key is not None else None
+    if seconds is not None:
+        return seconds
     num_modules = sum(1 for _ in target.modules()) if isinstance(target, torch.nn.Module) else 1
     return SECONDS_A_MODULE * num_modules + (FIRST_SECONDS if settings.is_inductor else 0.0)
 
@@ -94,15 +94,15 @@ def forget() -> None:
         _seconds.clear()
 
 
-def _tells(measured: Measured, was: Budget, budget: Budget) -> bool:
+def _tells(measured: Measured, past_budget: Budget, budget: Budget) -> bool:
     if measured.outcome == "compiled":
         return measured.seconds <= budget.seconds
-    return _is_within(budget, was)
+    return _is_within(budget, past_budget)
 
 
-def _is_within(budget: Budget, other: Budget) -> bool:
-    has_less_memory = other.limit_bytes is None or (budget.limit_bytes is not None and budget.limit_bytes <= other.limit_bytes)
-    return budget.seconds <= other.seconds and has_less_memory
+def _is_within(budget: Budget, outer: Budget) -> bool:
+    has_less_memory = outer.limit_bytes is None or (budget.limit_bytes is not None and budget.limit_bytes <= outer.limit_bytes)
+    return budget.seconds <= outer.seconds and has_less_memory
 
 
 def _key(program: Callable[..., Any], settings: Settings) -> Hashable | None:

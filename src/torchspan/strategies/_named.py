@@ -87,4 +87,4 @@ def _has_blocks(model: Callable[..., Any]) -> bool:
 
 
 def _num_parameters(model: Callable[..., Any]) -> int:
-    return sum(one.numel() for one in model.parameters()) if isinstance(model, torch.nn.Module) else 0
+    return sum(parameter.numel() for parameter in model.parameters()) if isinstance(model, torch.nn.Module) else 0

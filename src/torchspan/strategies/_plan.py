@@ -35,10 +35,7 @@ _within = threading.local()
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a Plan goes about it.
-
-    How often code is checked, whether calls wait and see how far it is, how code comes back, what was asked of cuts.
-    """
+    """How a Plan compiles: how often code is checked, whether calls wait and show progress, how code comes back, how to cut."""
 
     verify: Verify = "first"
     wait: bool = False
@@ -87,15 +84,15 @@ class Plan:
 
     @property
     def called(self) -> Callable[..., Any]:
-        """What calls are made on: the compiled module, in the place of the program that it was made of."""
+        """The object that is called: the compiled module, or the program if there is none."""
         return self._called() or self.program
 
     def stand_in(self, compiled: torch.nn.Module) -> None:
-        """Have calls be made on `compiled`, which is not kept alive here."""
+        """Call `compiled` from now on; this does not keep it alive."""
         self._called = weakref.ref(compiled)
 
     def end(self, why: str) -> None:
-        """End its compiles and start no more: nobody has the compiled program any more."""
+        """End its compiles and start no more: the compiled program was deleted."""
         self._why_ended = why
         for region in self._regions:
             region.end(why)
@@ -106,7 +103,7 @@ class Plan:
         return Plan(program, self._ladder, self._budget, self.settings, self._conduct, report)
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the program: whole, in blocks, or eagerly, as far as that has come."""
+        """Run the program: compiled where code is ready, eagerly elsewhere."""
         if not self._is_first:
             return self._call(args, kwargs)
         outputs = self._call(args, kwargs)
@@ -128,7 +125,7 @@ class Plan:
             return self.program(*args, **kwargs)
 
     def _call_profiled(self, profiler: Profiler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run eagerly, and cut the program by what that took."""
+        """Run eagerly under the profiler, and cut the program by its profile."""
         outputs, profile = profiler.run(args, kwargs)
         with self._lock:
             self._profiler, self._request = None, replace(self._request, profile=profile)
@@ -162,14 +159,14 @@ class Plan:
             if self._must_profile(self._rungs[0]):
                 return
             strategy = self._rungs.pop(0)
-            found = cut(strategy, self.program, self._request)
-            if found.parts or strategy == "eager":
-                self.report.decide("compile", program_name(self.program), strategy, found.reason)
-                self._install(strategy, tuple(Region(part, strategy, self) for part in found.parts))
-                if strategy == "eager" and self._first is not None and any(one.may_try_others for one in self._first[1]):
+            result = cut(strategy, self.program, self._request)
+            if result.parts or strategy == "eager":
+                self.report.decide("compile", program_name(self.program), strategy, result.reason)
+                self._install(strategy, tuple(Region(part, strategy, self) for part in result.parts))
+                if strategy == "eager" and self._first is not None and any(region.may_try_others for region in self._first[1]):
                     self._install(*self._first)  # what failed was one kind of call: others are tried
                 return
-            self.report.decide("compile", program_name(self.program), f"not {strategy}", found.reason)
+            self.report.decide("compile", program_name(self.program), f"not {strategy}", result.reason)
 
     def _must_profile(self, strategy: str) -> bool:
         """Whether a step has to be profiled before `strategy` can cut; if so, one will be."""
@@ -181,8 +178,8 @@ class Plan:
 
     def _install(self, strategy: str, regions: tuple[Region, ...]) -> None:
         self._regions = regions
-        left = self._budget.seconds - self._spent_s
-        self._rung_ends_s = self._spent_s + left * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
+        remaining_s = self._budget.seconds - self._spent_s
+        self._rung_ends_s = self._spent_s + remaining_s * (FIRST_SHARE if any(rung != "eager" for rung in self._rungs) else 1.0)
         self._spent_of.clear()
         if regions and self._first is None:
             self._first = strategy, regions
@@ -197,19 +194,19 @@ class Plan:
         with self._lock:
             if not self._rungs:
                 return
-            if any(one.part is part for one in self._regions) and all(one.has_failed for one in self._regions):
-                for one in self._regions:
-                    _uninstall(one)
+            if any(region.part is part for region in self._regions) and all(region.has_failed for region in self._regions):
+                for region in self._regions:
+                    _uninstall(region)
                 self._next_rung_if_any()
 
     def _next_rung_if_any(self) -> None:
-        """The next rung, or eager if it cannot be had: nobody is there whom an error could be raised to."""
+        """Go to the next rung, or to eager if that raises: there is no caller who could handle the error."""
         try:
             self._next_rung()
         except Exception as cause:  # noqa: BLE001 - of a strategy, which may be anyone's
-            told = f"{type(cause).__name__}: {cause}"
+            message = f"{type(cause).__name__}: {cause}"
             self.report.attempt(
-                Attempt("eager", program_name(self.program), "none", "failed", 0.0, cause=told, where="cutting")
+                Attempt("eager", program_name(self.program), "none", "failed", 0.0, cause=message, where="cutting")
             )
             self._rungs.clear()
             self._profiler, self._root = None, None
@@ -224,35 +221,35 @@ class Plan:
         A program has one child at a time, so that it takes no more memory than its budget has.
         """
         wish = Wish(self, _measured.estimate_s(part, self.settings), self._budget.limit_bytes)
-        came = time.monotonic()
+        arrived = time.monotonic()
         with turns.turn(wish, is_cancelled) as has_come:
             if self._why_ended is not None or not has_come:
                 why = self._why_ended or "the compile servers were ended"
-                yield Ending("cancelled", time.monotonic() - came, cause=why)
+                yield Ending("cancelled", time.monotonic() - arrived, cause=why)
                 return
-            self.report.figure("turn_wait_s", self.report.figures.get("turn_wait_s", 0.0) + time.monotonic() - came)
+            self.report.figure("turn_wait_s", self.report.figures.get("turn_wait_s", 0.0) + time.monotonic() - arrived)
             yield self._allowance(part, has_compiled)
 
     def _allowance(self, part: Part, has_compiled: bool) -> Allowance | Ending:
-        """What a child for `part` may spend. A region that `has_compiled` asks for a new signature: it has all of it again."""
+        """What a child for `part` may spend. A region that `has_compiled` gets the whole budget for each new signature."""
         if has_compiled:
             return Allowance(self._budget, self._budget.share_s(self._budget.seconds, 1))
-        left = self._rung_ends_s - self._spent_s
-        if left <= 0:
+        remaining_s = self._rung_ends_s - self._spent_s
+        if remaining_s <= 0:
             return Ending("skipped", 0.0, cause="nothing is left of the budget")
         spent = self._spent_of.setdefault(id(part), 0.0)
-        num_kinds = 1 + sum(id(one.part) not in self._spent_of for one in self._regions)
-        share = self._budget.share_s(left + spent, num_kinds) - spent
+        num_kinds = 1 + sum(id(region.part) not in self._spent_of for region in self._regions)
+        share = self._budget.share_s(remaining_s + spent, num_kinds) - spent
         if share <= 0:
             return Ending("skipped", 0.0, cause=f"nothing is left of its share of the budget: it took {spent:.3g} s")
-        return Allowance(replace(self._budget, seconds=left), min(share, left))
+        return Allowance(replace(self._budget, seconds=remaining_s), min(share, remaining_s))
 
     def spend(self, strategy: str, part: Part, ending: Ending) -> None:
         """Count what a child took, and remember how it ended."""
         self._spent_s += ending.seconds
         self._spent_of[id(part)] = self._spent_of.get(id(part), 0.0) + ending.seconds
         _measured.note_seconds(part, self.settings, ending)
-        if not self._request.asked:  # else it was a part of what the strategy is
+        if not self._request.asked:  # else it was only a part of what the strategy compiles
             measured = _measured.Measured(strategy, ending.outcome, ending.seconds)
             _measured.note(self.program, self.settings, self._budget, measured, is_one_of_many=len(self._regions) > 1)
 

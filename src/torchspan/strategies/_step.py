@@ -84,7 +84,7 @@ def units_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _units(module: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:
-    holds_blocks = id(module) not in blocks and any(id(one) in blocks for one in module.modules())
+    holds_blocks = id(module) not in blocks and any(id(inner) in blocks for inner in module.modules())
     if not holds_blocks and not is_container(module):
         yield module
         return
@@ -101,7 +101,7 @@ class _Clock(TorchDispatchMode):
         self.spent: dict[int, tuple[int, float, float]] = {}  # a kind's number → calls, seconds, fusible seconds
         self._thread = threading.get_ident()
         self._inside: list[int] = []
-        self._has_device = any(one.device.type not in ("cpu", "meta") for one in model.parameters())
+        self._has_device = any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters())
         # of a CPU, the thread's own time: what other processes take of the machine says nothing of the program
         self._now = time.perf_counter if self._has_device or not _HAS_THREAD_TIME else time.thread_time
 
@@ -143,7 +143,7 @@ def is_fusible(operation: str) -> bool:
 
 def _is_view(operator: Any) -> bool:
     """Whether an operator gives another look at its input, which costs nothing, compiled or not."""
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.arguments)
+    return any(argument.alias_info is not None and not argument.alias_info.is_write for argument in operator._schema.arguments)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ SUMMARY = "the whole program as one region, its repeated blocks as nested region
 
 
 def cut(program: Callable[..., Any], request: Request) -> Cut:
-    """One part: the program, with its blocks as nested regions; none where this torch has no such regions, or it no blocks."""
+    """One part: the program, with its blocks as nested regions; none without such regions in torch or without blocks."""
     if not is_available():
         return Cut((), f"torch {__version__} has no torch.compiler.nested_compile_region; per_block needs none")
     if not isinstance(program, nn.Module):

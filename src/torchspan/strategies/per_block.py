@@ -45,14 +45,14 @@ def choose(blocks: list[nn.Module], request: Request) -> list[int]:
     [0, 2]
     """
     num = len(blocks)
-    wanted = range(num) if request.layer_indices is None else request.layer_indices
-    wrong = [index for index in wanted if not -num <= index < num]
+    indices = range(num) if request.layer_indices is None else request.layer_indices
+    wrong = [index for index in indices if not -num <= index < num]
     if wrong:
         raise InputError(
             f"layer_indices has {', '.join(map(str, wrong))}, but there are {count_of(num, 'block')}: "
             f"expected 0 to {num - 1} (or -{num} to -1, from the end)"
         )
-    return sorted({index % num for index in wanted})[: request.max_layers]
+    return sorted({index % num for index in indices})[: request.max_layers]
 
 
 def _spans(numbers: list[int]) -> str:

@@ -49,10 +49,10 @@ def named(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: list[nn.Module] = []
     for pattern in patterns:
-        found = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
-        if not found:
+        matches = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
+        if not matches:
             raise InputError(f"regions has {pattern!r}, but {_without(model, pattern, list(modules))}")
-        chosen += found
+        chosen += matches
     return _outermost(model, chosen)
 
 
@@ -65,8 +65,8 @@ def _without(model: nn.Module, pattern: str, names: list[str]) -> str:
 
 def _outermost(model: nn.Module, chosen: list[nn.Module]) -> list[nn.Module]:
     """`chosen` in the order of `model`, without what is inside another; a list of modules stands for those in it."""
-    wanted = {id(one) for module in chosen for one in _callable_parts(module)}
-    return distinct(_first(model, wanted))
+    chosen_ids = {id(part) for module in chosen for part in _callable_parts(module)}
+    return distinct(_first(model, chosen_ids))
 
 
 def _callable_parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -77,9 +77,9 @@ def _callable_parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from _callable_parts(child)
 
 
-def _first(module: nn.Module, wanted: set[int]) -> Iterator[nn.Module]:
+def _first(module: nn.Module, chosen_ids: set[int]) -> Iterator[nn.Module]:
     for child in module.children():
-        if id(child) in wanted:
+        if id(child) in chosen_ids:
             yield child
         else:
-            yield from _first(child, wanted)
+            yield from _first(child, chosen_ids)

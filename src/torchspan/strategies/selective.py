@@ -31,14 +31,14 @@ def decide(profile: StepProfile) -> Cut:
 
     >>> layers, head = (nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
     >>> costs = (Cost("Linear ×2", layers, 2, 8e-3, 6e-3), Cost("head", (head,), 1, 2e-3, 1e-4))
-    >>> found = decide(StepProfile(10e-3, costs))
-    >>> [part.name for part in found.parts], found.reason
+    >>> result = decide(StepProfile(10e-3, costs))
+    >>> [part.name for part in result.parts], result.reason
     (['Linear ×2'], 'of 10 ms in operations (forward): Linear ×2 80 %, 60 % fusible; head 20 %, 1 % fusible: left eager')
     """
     paying = [cost for cost in profile.costs if pays(cost, profile)]
-    told = "; ".join(_told(cost, profile) for cost in sorted(profile.costs, key=lambda cost: -cost.seconds) if cost.calls)
+    figures = "; ".join(_figures(cost, profile) for cost in sorted(profile.costs, key=lambda cost: -cost.seconds) if cost.calls)
     parts = tuple(Part(cost.name, cost.modules, is_block=True) for cost in paying)
-    return Cut(parts, f"of {profile.seconds * 1e3:.3g} ms in operations (forward): {told or 'no module was called'}")
+    return Cut(parts, f"of {profile.seconds * 1e3:.3g} ms in operations (forward): {figures or 'no module was called'}")
 
 
 def pays(cost: Cost, profile: StepProfile) -> bool:
@@ -46,7 +46,7 @@ def pays(cost: Cost, profile: StepProfile) -> bool:
     return cost.calls > 0 and cost.fusible_s >= MIN_SHARE * profile.seconds and cost.fusible_s >= MIN_CALL_S * cost.calls
 
 
-def _told(cost: Cost, profile: StepProfile) -> str:
+def _figures(cost: Cost, profile: StepProfile) -> str:
     whole = profile.seconds or 1.0
     end = "" if pays(cost, profile) else ": left eager"
     return f"{cost.name} {cost.seconds / whole:.0%}, {cost.fusible_s / whole:.0%} fusible{end}".replace("%", " %")

@@ -24,8 +24,8 @@ def step(x):
     loss.backward()
     optimizer.step()
     with torch.no_grad():
-        for kept, new in zip(average.parameters(), blocks.parameters()):
-            kept.lerp_(new, 0.1)
+        for mean, new in zip(average.parameters(), blocks.parameters()):
+            mean.lerp_(new, 0.1)
     losses.append(loss.item())
 
 

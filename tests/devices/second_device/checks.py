@@ -43,8 +43,13 @@ def choices(subject: str) -> set[str]:
 
 @check
 def what_asks_for_cuda_is_on_the_device() -> None:
-    made = [torch.ones(2, device="cuda"), torch.ones(2).cuda(), torch.ones(2).to("cuda:0"), torch.nn.Linear(2, 2).cuda().weight]
-    assert all(tensor.device.type == "second" for tensor in made)
+    values = [
+        torch.ones(2, device="cuda"),
+        torch.ones(2).cuda(),
+        torch.ones(2).to("cuda:0"),
+        torch.nn.Linear(2, 2).cuda().weight,
+    ]
+    assert all(tensor.device.type == "second" for tensor in values)
     assert torch.cuda.is_available() and torch.cuda.device_count() == 2
 
 
@@ -96,10 +101,10 @@ def states_are_the_devices() -> None:
 
 @check
 def a_forked_stream_is_taken_back() -> None:
-    for given in ({}, {"devices": [0]}, {"devices": [torch.device("cuda", 0)], "device_type": "cuda"}):
-        with torch.random.fork_rng(**given):
+    for keywords in ({}, {"devices": [0]}, {"devices": [torch.device("cuda", 0)], "device_type": "cuda"}):
+        with torch.random.fork_rng(**keywords):
             first = draw()
-        assert torch.equal(first, draw()), given
+        assert torch.equal(first, draw()), keywords
 
 
 @check
@@ -167,17 +172,17 @@ def events_are_the_devices() -> None:
 @check
 def memory_that_another_stream_uses_is_kept() -> None:
     stream, x = torch.cuda.Stream(), torch.ones(1 << 16, device="cuda")
-    seen = torch.zeros(1 << 16, device="cuda")
+    destination = torch.zeros(1 << 16, device="cuda")
     torch.cuda.synchronize()
     address = x.data_ptr()
     with torch.cuda.stream(stream):
         second.sleep(60)
-        seen.copy_(x)
+        destination.copy_(x)
     x.record_stream(stream)
     del x
     other = torch.full((1 << 16,), 7.0, device="cuda")
     torch.cuda.synchronize()
-    assert other.data_ptr() != address and seen.sum().item() == 1 << 16
+    assert other.data_ptr() != address and destination.sum().item() == 1 << 16
 
 
 # memory
@@ -254,22 +259,22 @@ def a_loader_pins_its_batches() -> None:
 
 @check
 def types_of_cuda_are_on_the_device() -> None:
-    made = [
+    tensors = [
         torch.cuda.FloatTensor([1, 2]),
         torch.ones(2).type("torch.cuda.FloatTensor"),
         torch.ones(2).type(torch.cuda.IntTensor),
     ]
-    assert all(tensor.device.type == "second" for tensor in made) and made[2].dtype == torch.int32
+    assert all(tensor.device.type == "second" for tensor in tensors) and tensors[2].dtype == torch.int32
     torch.set_default_tensor_type("torch.cuda.FloatTensor")
     assert torch.zeros(2).device.type == "second"
     torch.set_default_tensor_type("torch.FloatTensor")
     assert torch.zeros(2).device.type == "cpu"
 
 
-def outcome(one: Check) -> str:
+def outcome(check: Check) -> str:
     """What went wrong; "" if nothing did."""
     try:
-        one()
+        check()
     except Exception:  # noqa: BLE001 a check may do anything
         return traceback.format_exc()
     return ""

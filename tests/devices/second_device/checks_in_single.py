@@ -85,10 +85,10 @@ def what_is_wrong(name: str) -> str:
 
     def asked() -> None:
         before = len(environment.report.decisions)
-        made = SPELLINGS[name]()
-        assert (made.dtype, made.device.type) == (torch.float32, "second"), f"{made.dtype} on {made.device}"
-        told = [decision.reason for decision in environment.report.decisions[before:]]
-        assert "SECOND has no double precision" in told, told
+        result = SPELLINGS[name]()
+        assert (result.dtype, result.device.type) == (torch.float32, "second"), f"{result.dtype} on {result.device}"
+        reasons = [decision.reason for decision in environment.report.decisions[before:]]
+        assert "SECOND has no double precision" in reasons, reasons
 
     return outcome(asked)
 

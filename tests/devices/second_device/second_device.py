@@ -135,8 +135,8 @@ def _random() -> dict[str, Any]:
         return [generator(index) for index in range(torch.ops.second_device.num_devices())]
 
     def manual_seed_all(seed: int) -> None:
-        for one in all_generators():
-            one.manual_seed(int(seed))
+        for generator in all_generators():
+            generator.manual_seed(int(seed))
 
     def set_rng_state(new_state: torch.Tensor, device: Any = NAME) -> None:
         generator(device).set_state(new_state)
@@ -149,7 +149,7 @@ def _random() -> dict[str, Any]:
         "initial_seed": lambda: generator().initial_seed(),
         "get_rng_state": lambda device=NAME: generator(device).get_state(),
         "default_generators": tuple(all_generators()),
-        "get_rng_state_all": lambda: [one.get_state() for one in all_generators()],
+        "get_rng_state_all": lambda: [generator.get_state() for generator in all_generators()],
         "set_rng_state": set_rng_state,
         "set_rng_state_all": lambda states: [set_rng_state(state, index) for index, state in enumerate(states)] and None,
     }
