@@ -55,7 +55,8 @@ def _table(packages: dict[str, Any]) -> str:
         "| --- | --: | --: | --: | --: | --- |",
     ]
     for name, counts_of in packages.items():
-        still_missing = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
+        counted = {name: counts["with"] for name, counts in counts_of["missing"].items() if counts["with"]}
+        still_missing = dict(sorted(counted.items(), key=lambda item: -item[1]))
         named = ", ".join(f"{_plain(name)} {count}" for name, count in list(still_missing.items())[:NUM_NAMED])
         more = f", and {len(still_missing) - NUM_NAMED} more" if len(still_missing) > NUM_NAMED else ""
         without = "not measured" if counts_of["without"] is None else counts_of["without"]
