@@ -38,6 +38,7 @@ def _graph(step: Callable[..., Any], *inputs: Tensor) -> Graph:
     return Graph(module, specs, (OutputSpec("output", "0"),))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 is refused it")
 def test_all_of_the_step_is_one_unit_with_its_collectives(sharded: Any) -> None:
     recorder, report = Recorder(), Report()
     graph = sharded(4, 2)
@@ -48,6 +49,15 @@ def test_all_of_the_step_is_one_unit_with_its_collectives(sharded: Any) -> None:
     assert after.num_collectives() == graph.num_collectives() and graph.num_collectives()["all_gather_into_tensor"]
     assert "all_gather_into_tensor" in report.decisions[0].choice
     assert "all_gather_into_tensor" not in str(after.count_targets()), "none is left outside"
+
+
+def test_on_torch_2_8_a_step_with_collectives_is_refused_and_regional_inductor_named(
+    sharded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))
+    with pytest.raises(PassError, match=r"torch 2\.8\.0.*crash.*regional_inductor"):
+        PIPELINE.run(sharded(4, 2), PassContext(compile_region=Recorder()))
+    PIPELINE.run(_graph(torch.relu, torch.ones(3)), PassContext(compile_region=Recorder()))
 
 
 def test_what_is_left_takes_and_gives_what_the_graph_did(program: Program, graph: Graph, tokens: Any) -> None:

@@ -64,6 +64,8 @@ def test_every_pass_leaves_the_graph_it_is_given_as_it_is_and_keeps_its_claim_of
 @pytest.mark.parametrize("name", REGISTRY.names())
 def test_every_pass_gives_a_valid_graph_of_a_sharded_step(name: str, sharded: Any) -> None:
     graph = sharded()
+    if name == "full_inductor_compilation" and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 is refused it: tests/passes/test_full_inductor_compilation.py")
     after = Pipeline.parse(name).run(graph, PassContext(compile_region=_as_it_is))
     assert (after.inputs, after.outputs) == (graph.inputs, graph.outputs)
 

@@ -33,6 +33,7 @@ class FullInductorCompilation(Pass):
 
     Refused by name: sizes that depend on data (the tokens of an expert), operators whose kernels inductor's process lacks, and
     random numbers, of which inductor would draw others than eager; ``regional_inductor`` compiles the parts of such a step.
+    Torch 2.8 is refused a step with collectives, whose compiled code there ends a rank now and then by a crash.
     """
 
     name: ClassVar[str] = "full_inductor_compilation"
@@ -44,6 +45,12 @@ class FullInductorCompilation(Pass):
 
     def require(self, graph: Graph) -> None:
         """Raise PassError for what inductor cannot compile as a whole, or not with eager's numbers."""
+        if torch.__version__ < "2.9" and graph.num_collectives():
+            raise PassError(
+                f"{self.name} cannot compile this step on torch {torch.__version__}: compiled with its collectives by "
+                "inductor of torch 2.8 it ends now and then by a crash (docs/toolkit.md, The ten commands); expected torch 2.9 "
+                "or newer, or regional_inductor, which compiles the parts between the collectives"
+            )
         for node in graph.module.graph.nodes:
             reason = _refusal(node)
             if reason is not None:
