@@ -57,7 +57,7 @@ def _runner(folder: Path) -> Run:
         left_out = ("TORCHSPAN", *QUICK_COMPILES) if as_found else ("TORCHSPAN",)
         environ = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
         environ |= env or {}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *arguments],
             capture_output=True,
             text=True,
@@ -66,8 +66,8 @@ def _runner(folder: Path) -> Run:
             cwd=folder,
             check=False,
         )
-        assert expect is None or done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        assert expect is None or process.returncode == expect, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+        return process
 
     return run
 

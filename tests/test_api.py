@@ -116,7 +116,7 @@ def test_a_shim_never_takes_the_place_of_a_real_module() -> None:
 
 
 def test_importing_auto_activates_as_the_variables_say(run_python) -> None:
-    done = run_python(
+    process = run_python(
         """
         import torchspan.auto
         import torch
@@ -124,7 +124,7 @@ def test_importing_auto_activates_as_the_variables_say(run_python) -> None:
         """,
         env={"TORCHSPAN_DISABLE": "precompile", "TORCHSPAN_DEVICE": "cpu"},
     )
-    assert done.stdout == "cpu False\n"
+    assert process.stdout == "cpu False\n"
 
 
 def test_threads_that_activate_and_look_names_up_at_once_agree() -> None:
@@ -146,5 +146,5 @@ def test_threads_that_activate_and_look_names_up_at_once_agree() -> None:
     ],
 )
 def test_a_variable_that_cannot_be_used_is_one_line_and_exit_code_2(run_python, variable: dict[str, str], message: str) -> None:
-    done = run_python("import torch", env={"TORCHSPAN": "1", **variable}, expect=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    process = run_python("import torch", env={"TORCHSPAN": "1", **variable}, expect=2)
+    assert message in process.stderr and len(process.stderr.splitlines()) == 1

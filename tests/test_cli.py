@@ -93,14 +93,14 @@ def test_doctor_tells_what_is_here_and_explains_one_backport(printed: Callable[.
 def test_run_gives_the_program_its_arguments_exit_code_and_own_traceback(run_python, tmp_path: Path) -> None:
     program = tmp_path / "user_program.py"
     program.write_text("import sys\nprint(__name__, sys.argv[1:])\nsys.exit(int(sys.argv[2]))\n")
-    done = run_python(None, *TORCHSPAN, "run", "--quiet", str(program), "--flag", "7", expect=7)
-    assert done.stdout == "__main__ ['--flag', '7']\n"
+    process = run_python(None, *TORCHSPAN, "run", "--quiet", str(program), "--flag", "7", expect=7)
+    assert process.stdout == "__main__ ['--flag', '7']\n"
 
     program.write_text("def fails():\n    raise ValueError('mine')\nfails()\n")
-    done = run_python(None, *TORCHSPAN, "run", "--quiet", str(program), expect=1)
-    lines = done.stderr.splitlines()
+    process = run_python(None, *TORCHSPAN, "run", "--quiet", str(program), expect=1)
+    lines = process.stderr.splitlines()
     assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "ValueError: mine"
-    assert "user_program.py" in lines[1] and "torchspan" not in done.stderr.replace(str(tmp_path), "")
+    assert "user_program.py" in lines[1] and "torchspan" not in process.stderr.replace(str(tmp_path), "")
 
 
 def test_run_runs_a_module_and_reports_what_it_used(run_python, tmp_path: Path) -> None:
@@ -108,16 +108,16 @@ def test_run_runs_a_module_and_reports_what_it_used(run_python, tmp_path: Path) 
         "import torch\nfrom torch.fx.traceback import annotate\nprint(torch.ones(2, device='cuda').sum().item(), __name__)\n"
     )
     report = tmp_path / "report.json"
-    done = run_python(None, *TORCHSPAN, "run", "--report", str(report), "-m", "user_module")
-    assert done.stdout == "2.0 __main__\n"
+    process = run_python(None, *TORCHSPAN, "run", "--report", str(report), "-m", "user_module")
+    assert process.stdout == "2.0 __main__\n"
     decisions = json.loads(report.read_text())["decisions"]
     (redirected,) = [d for d in decisions if d["topic"] == "device"]
     assert redirected["choice"] == "cpu" and redirected["site"].endswith("user_module.py:3")
-    assert "user_module.py:3" in done.stderr and "redirected" in done.stderr
+    assert "user_module.py:3" in process.stderr and "redirected" in process.stderr
 
 
 def test_the_variable_alone_activates_and_children_inherit_it(run_python) -> None:
-    done = run_python(
+    process = run_python(
         """
         import multiprocessing, torch
         def child():
@@ -130,7 +130,7 @@ def test_the_variable_alone_activates_and_children_inherit_it(run_python) -> Non
         """,
         env={"TORCHSPAN": "1"},
     )
-    assert done.stdout.split() == ["cpu", "True"] * 2
+    assert process.stdout.split() == ["cpu", "True"] * 2
 
 
 def test_passes_are_listed_with_their_options(printed: Callable[..., str]) -> None:

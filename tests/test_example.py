@@ -62,8 +62,8 @@ def test_the_numbers_are_those_of_the_program_written_for_the_cpu(run_python, tm
 def test_it_trains_unmodified_and_ends_with_what_was_changed(run_python, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     program = str(EXAMPLES / "newer_cuda_gpt.py")
-    done = run_python(None, *TORCHSPAN, "--report", str(report), program, "--steps", "400", *SMALL, as_found=True)
-    assert float(losses(done.stdout)[-1]) < float(losses(done.stdout)[0])
+    process = run_python(None, *TORCHSPAN, "--report", str(report), program, "--steps", "400", *SMALL, as_found=True)
+    assert float(losses(process.stdout)[-1]) < float(losses(process.stdout)[0])
     values = json.loads(report.read_text())
     backported = {d["subject"] for d in values["decisions"] if d["topic"] == "backport"}
     lacking = torch.__version__.startswith("2.8.")
@@ -73,8 +73,8 @@ def test_it_trains_unmodified_and_ends_with_what_was_changed(run_python, tmp_pat
     assert values["attempts"][0]["outcome"] in ("compiled", "cancelled"), values["attempts"]
     assert values["figures"]["first_step_wait_s"] < 5
     for words in ("redirected", "compile attempt", "first step wait"):
-        assert words in done.stderr
-    assert ("backported" in done.stderr) == bool(backported)
+        assert words in process.stderr
+    assert ("backported" in process.stderr) == bool(backported)
 
 
 @pytest.mark.once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def test_import_changes_nothing_and_does_not_import_torch(run_python) -> None:
-    done = run_python(
+    process = run_python(
         """
         import sys, os, warnings
         warnings.simplefilter("error")
@@ -15,11 +15,11 @@ def test_import_changes_nothing_and_does_not_import_torch(run_python) -> None:
         """,
         env={"TORCHSPAN": "1"},
     )
-    assert done.stdout == "" and done.stderr == ""
+    assert process.stdout == "" and process.stderr == ""
 
 
 def test_import_after_torch_replaces_no_attribute_of_it(run_python) -> None:
-    done = run_python(
+    process = run_python(
         """
         import torch
         holders = [torch, torch.cuda, torch.Tensor, torch.nn.Module, torch.compiler, torch.fx]
@@ -34,7 +34,7 @@ def test_import_after_torch_replaces_no_attribute_of_it(run_python) -> None:
         assert "torch._inductor.compile_fx" not in sys.modules and "torch._dynamo.convert_frame" not in sys.modules
         """
     )
-    assert done.stdout == "" and done.stderr == ""
+    assert process.stdout == "" and process.stderr == ""
 
 
 def test_without_the_variable_torch_is_untouched(run_python) -> None:

@@ -25,5 +25,5 @@ torch.testing.assert_close(found, [parameter.grad for parameter in model.paramet
 def test_the_page_runs_and_the_older_calls_are_pointed_out(run_python) -> None:
     blocks = re.findall(r"```python[ \w]*\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert len(blocks) == 5
-    done = run_python("\n".join([*blocks, CHECK]), env={"TORCHSPAN": "1"})
-    assert "save_compiled_function is the older way to compile ahead of time; write torchspan.precompile" in done.stderr
+    process = run_python("\n".join([*blocks, CHECK]), env={"TORCHSPAN": "1"})
+    assert "save_compiled_function is the older way to compile ahead of time; write torchspan.precompile" in process.stderr

@@ -16,5 +16,5 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_static_checks(command: list[str]) -> None:
     if command == ["mypy"] and sys.version_info[:2] != (3, 11):
         pytest.skip("types are checked as Python 3.10 has them; numpy's for this Python are written in a newer syntax")
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr

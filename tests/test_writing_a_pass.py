@@ -30,7 +30,7 @@ def test_a_pass_of_another_package_is_listed_and_trains(tmp_path: Path, run_pyth
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: cancel-transposes\nVersion: 0.1.0\n")
     (installed / "entry_points.txt").write_text(f"[{points[1]}]\n" + points[2].replace('"', "") + "\n")
-    done = run_python(
+    process = run_python(
         """
         import json, sys
         from torchspan.cli import main
@@ -44,6 +44,6 @@ def test_a_pass_of_another_package_is_listed_and_trains(tmp_path: Path, run_pyth
         """,
         env={"PYTHONPATH": os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))},
     )
-    assert "cancel_transposes" in done.stdout and re.search(r"\d+ pairs of transposes left out", done.stdout)
+    assert "cancel_transposes" in process.stdout and re.search(r"\d+ pairs of transposes left out", process.stdout)
     losses = [json.loads((tmp_path / f"{name}.json").read_text())["losses"] for name in ("with", "without")]
     assert losses[0] == losses[1]

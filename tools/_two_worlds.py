@@ -41,7 +41,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if is_dataclass(value):
-        return tensors_in([getattr(value, one.name) for one in fields(value)])
+        return tensors_in([getattr(value, field.name) for field in fields(value)])
     if isinstance(value, Mapping):
         value = list(value.values())
     return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (list, tuple)) else []
@@ -49,7 +49,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def total(out: Any) -> torch.Tensor:
     """One number of all that requires a gradient, in which each element has its own part."""
-    differentiable = [one for one in tensors_in(out) if one.requires_grad]
+    differentiable = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
     return sum((torch.zeros(()), *map(_weighted, differentiable)))  # type: ignore[return-value]
 
 
@@ -134,7 +134,7 @@ class World:
         """Let everything go."""
         sys.modules.pop(self.module.__name__, None)
         for name in [
-            one for one in vars(self.module) if not one.startswith("__")
+            name for name in vars(self.module) if not name.startswith("__")
         ]:  # the others are dynamo's, which removes them
             delattr(self.module, name)
 
@@ -170,13 +170,13 @@ class World:
         names = vars(self.module)
         model = names.get("model")
         values = {name: names[name] for name in ("out", "given", "events", "noted", "state", "CALLS") if name in names}
-        values["gradients of given"] = [one.grad for one in tensors_in(names["given"]) if one.is_leaf]
+        values["gradients of given"] = [tensor.grad for tensor in tensors_in(names["given"]) if tensor.is_leaf]
         if isinstance(model, nn.Module):
             values["parameters"] = dict(model.named_parameters())
-            values["gradients"] = {name: one.grad for name, one in model.named_parameters()}
+            values["gradients"] = {name: parameter.grad for name, parameter in model.named_parameters()}
             values["buffers"] = dict(model.named_buffers())
             values["state_dict"] = list(model.state_dict())
-            values["attributes"] = {name: _attributes(one) for name, one in model.named_modules()}
+            values["attributes"] = {name: _attributes(part) for name, part in model.named_modules()}
         values["shared memory"] = _aliases(names["out"], names["given"], model)
         return values
 
@@ -189,17 +189,17 @@ def _aliases(out: Any, given: Any, model: Any) -> list[str]:
     """Which tensors that came out lie in the memory of others, or are others."""
     own = list(model.state_dict(keep_vars=True).values()) if isinstance(model, nn.Module) else []
     groups = {"out": tensors_in(out), "given": tensors_in(given), "own": own}
-    named = [(f"{name}[{i}]", one) for name, group in groups.items() for i, one in enumerate(group)]
-    pairs = [(one, other) for i, one in enumerate(named[: len(groups["out"])]) for other in named[i + 1 :]]
+    named = [(f"{name}[{i}]", value) for name, group in groups.items() for i, value in enumerate(group)]
+    pairs = [(first, other) for i, first in enumerate(named[: len(groups["out"])]) for other in named[i + 1 :]]
     return [f"{a} {_relation(x, y)} {b}" for (a, x), (b, y) in pairs if _relation(x, y)]
 
 
-def _relation(one: torch.Tensor, other: torch.Tensor) -> str:
-    if one is other:
+def _relation(first: torch.Tensor, other: torch.Tensor) -> str:
+    if first is other:
         return "is"
-    if torch.strided not in (one.layout, other.layout) or one.is_nested or other.is_nested or one.layout != other.layout:
+    if torch.strided not in (first.layout, other.layout) or first.is_nested or other.is_nested or first.layout != other.layout:
         return ""
-    return "shares with" if one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0 else ""
+    return "shares with" if first.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0 else ""
 
 
 def _random_values() -> list[Any]:
@@ -277,13 +277,13 @@ class Comparison:
 
 
 _LAYOUT: Mapping[str, Callable[[torch.Tensor], Any]] = {
-    "dtype": lambda one: one.dtype,
-    "layout": lambda one: one.layout,
-    "shape": lambda one: None if one.is_nested else tuple(one.shape),
-    "strides": lambda one: _strides(one),
-    "requires_grad": lambda one: one.requires_grad,
-    "is_leaf": lambda one: one.is_leaf,
-    "is_inference": lambda one: one.is_inference(),
+    "dtype": lambda tensor: tensor.dtype,
+    "layout": lambda tensor: tensor.layout,
+    "shape": lambda tensor: None if tensor.is_nested else tuple(tensor.shape),
+    "strides": lambda tensor: _strides(tensor),
+    "requires_grad": lambda tensor: tensor.requires_grad,
+    "is_leaf": lambda tensor: tensor.is_leaf,
+    "is_inference": lambda tensor: tensor.is_inference(),
 }
 
 
@@ -295,12 +295,12 @@ def _strides(tensor: torch.Tensor) -> Any:
 
 
 def _is_bitwise(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    one, other = (
+    first, other = (
         value.detach().to_dense() if value.layout is not torch.strided else value.detach() for value in (actual, expected)
     )
-    if torch.equal(one, other):
+    if torch.equal(first, other):
         return True
-    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(0.125), other.nan_to_num(0.125))
+    return torch.equal(first.isnan(), other.isnan()) and torch.equal(first.nan_to_num(0.125), other.nan_to_num(0.125))
 
 
 def _short(tensor: torch.Tensor) -> str:
@@ -313,7 +313,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     if is_dataclass(value):
-        return {one.name: getattr(value, one.name) for one in fields(value)}
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     return None
 
 

@@ -57,9 +57,9 @@ def test_an_artifact_of_another_python_is_refused_and_loads_where_it_was_made(ru
     here, there = f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}", f"cpython {version}"
     run_python(MAKE)
     argv = [str(python), "-c", LOAD + MAKE + LOAD]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    refused, loaded = done.stdout.splitlines()
+    process = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    refused, loaded = process.stdout.splitlines()
     assert f"entry 'python': made for {here}, this is {there}" in refused and "Rebuild it: torchspan precompile " in refused
     assert loaded == "equal"
     refused = run_python(LOAD).stdout

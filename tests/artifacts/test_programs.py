@@ -213,8 +213,8 @@ def test_programs_of_many_kinds_run_in_a_fresh_process(
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # nothing was stored when it was made
         arguments.append(f"{name}={path}")
     paths = [str(Path(str(programs.__file__)).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = run_python(FRESH, *arguments, env={"PYTHONPATH": os.pathsep.join(paths)})
-    assert f"FINE {len(programs.NAMES)}" in done.stdout
+    process = run_python(FRESH, *arguments, env={"PYTHONPATH": os.pathsep.join(paths)})
+    assert f"FINE {len(programs.NAMES)}" in process.stdout
 
 
 @pytest.mark.once

@@ -50,16 +50,16 @@ print("FINE", len(sys.argv) - 1)
 
 def test_a_fresh_process_trains_with_graphs_of_operators_bitwise(run_with_models: Callable, make: Callable[..., Path]) -> None:
     names = ("mlp", "cnn", "tied")
-    done = run_with_models(FRESH, *(f"{name}={make(name)}" for name in names))
-    assert "FINE 3" in done.stdout
+    process = run_with_models(FRESH, *(f"{name}={make(name)}" for name in names))
+    assert "FINE 3" in process.stdout
 
 
 @pytest.mark.slow
 def test_a_fresh_process_trains_with_native_libraries_without_a_compiler(
     run_with_models: Callable, make: Callable[..., Path]
 ) -> None:
-    done = run_with_models(FRESH, *(f"{name}={make(name, 'inductor')}" for name in ("mlp", "cnn")))
-    assert "FINE 2" in done.stdout
+    process = run_with_models(FRESH, *(f"{name}={make(name, 'inductor')}" for name in ("mlp", "cnn")))
+    assert "FINE 2" in process.stdout
 
 
 @pytest.mark.once

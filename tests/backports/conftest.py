@@ -57,6 +57,6 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     answers = tmp_path_factory.mktemp("ranks") / "answers.json"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")} | {"OMP_NUM_THREADS": "1"}
     argv = [sys.executable, str(Path(__file__).with_name("_ranks.py")), str(request.path), str(answers)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environ, check=False)
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    process = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environ, check=False)
+    assert process.returncode == 0, f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}"
     return json.loads(answers.read_text())

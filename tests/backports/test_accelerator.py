@@ -120,8 +120,8 @@ def is_of_elsewhere(names: Names, dotted: str) -> bool:
 
 @pytest.fixture(scope="module")
 def answers(run_python_once: Callable[..., Any]) -> dict[str, Any]:
-    done = run_python_once(PROGRAM, json.dumps(public_names()), env={"TORCHSPAN": "1"})
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    process = run_python_once(PROGRAM, json.dumps(public_names()), env={"TORCHSPAN": "1"})
+    return dict(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 @pytest.mark.parametrize("question", ["issue", "figures", "capability"])

@@ -206,7 +206,7 @@ def test_a_trace_that_fails_leaves_no_annotation_behind() -> None:
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_activation_before_or_after_dynamo_is_imported_and_undone_after_use(run_python, order: str) -> None:
-    done = run_python(
+    process = run_python(
         """
         import sys
         import torch
@@ -251,7 +251,7 @@ def test_activation_before_or_after_dynamo_is_imported_and_undone_after_use(run_
         """,
         order,
     )
-    assert done.stdout.endswith("held\n"), sys.version
+    assert process.stdout.endswith("held\n"), sys.version
 
 
 def test_the_annotated_nodes_of_a_graph_and_of_the_graphs_in_it_are_text() -> None:

@@ -351,10 +351,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("ranks") / "answers.json"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")} | {"OMP_NUM_THREADS": "1"}
     argv = [sys.executable, __file__, str(file)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environ, check=False)
-    if not is_lacking(BACKPORT) and "Pair is not connected" in done.stderr:  # torch 2.10
+    process = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environ, check=False)
+    if not is_lacking(BACKPORT) and "Pair is not connected" in process.stderr:  # torch 2.10
         pytest.skip("torch's own schedules of this release send to their own rank first in a V, which gloo cannot")
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert process.returncode == 0, f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}"
     return json.loads(file.read_text())
 
 

@@ -112,7 +112,7 @@ def test_descriptors_say_what_each_input_and_output_is() -> None:
 
 
 def test_the_descriptors_of_dtensors_are_of_their_parts(run_python: Any) -> None:
-    done = run_python(
+    process = run_python(
         """
         import torch, torchspan
         torchspan.activate(device="off")
@@ -145,7 +145,7 @@ def test_the_descriptors_of_dtensors_are_of_their_parts(run_python: Any) -> None
         "output[0]._local_tensor",
         "__grad(self.get_parameter('weight'))._local_tensor",
     ]
-    assert done.stdout.strip().splitlines()[-1] == str(expected)
+    assert process.stdout.strip().splitlines()[-1] == str(expected)
 
 
 def test_a_pass_may_change_the_joint_graph_before_it_is_compiled() -> None:

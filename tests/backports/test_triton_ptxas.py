@@ -60,7 +60,7 @@ def is_lacking() -> bool:
 @needs_triton
 @pytest.mark.skipif(not has_newer, reason="no ptxas here knows sm_103a")
 def test_kernels_for_every_architecture_are_assembled_with_their_suffix(run_python, tmp_path) -> None:
-    done = run_python(
+    process = run_python(
         KERNELS
         + """
 import torchspan
@@ -72,7 +72,7 @@ assert not hasattr(compiler.get_ptxas, "__wrapped__")
 """,
         env={"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
     )
-    assembled, decisions = json.loads(done.stdout.splitlines()[-1])
+    assembled, decisions = json.loads(process.stdout.splitlines()[-1])
     for name, (size, target, _) in assembled.items():
         assert size > 1000 and target == f"sm_{name.split()[1]}a", (name, size, target)
     assert "wgmma" in assembled["dot 90"][2] and "tcgen05" in assembled["dot 103"][2] and "tensormap" in assembled["tma 121"][2]
@@ -83,7 +83,7 @@ assert not hasattr(compiler.get_ptxas, "__wrapped__")
 def test_where_no_ptxas_knows_the_gpu_the_error_says_what_brings_one(run_python, tmp_path) -> None:
     if not is_lacking():
         pytest.skip("triton's own ptxas knows it")
-    done = run_python(
+    process = run_python(
         KERNELS
         + """
 import torchspan
@@ -99,7 +99,7 @@ with torchspan.activate(device="off"):
 """,
         env={"TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert "no ptxas here knows sm_999a: triton's own (CUDA 1" in done.stdout and "nvidia-cuda-nvcc" in done.stdout
+    assert "no ptxas here knows sm_999a: triton's own (CUDA 1" in process.stdout and "nvidia-cuda-nvcc" in process.stdout
 
 
 def test_a_program_that_is_no_ptxas_knows_nothing() -> None:

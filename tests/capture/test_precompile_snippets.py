@@ -41,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], s
         (folder / f"{name}.py").write_text((FOLDER / f"{name}.txt").read_text())
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")}
     environment |= {"TORCHSPAN": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(RUNNER), *(str(folder / f"{name}.py") for name in SNIPPETS)],
         capture_output=True,
         text=True,
@@ -50,8 +50,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], s
         cwd=folder,
         check=False,
     )
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("STATUS ")]
-    return {name.removesuffix(".py"): int(status) for _, name, status in lines}, done.stdout + done.stderr
+    lines = [line.split() for line in process.stdout.splitlines() if line.startswith("STATUS ")]
+    return {name.removesuffix(".py"): int(status) for _, name, status in lines}, process.stdout + process.stderr
 
 
 def test_there_are_fourteen_snippets() -> None:

@@ -61,8 +61,8 @@ def test_levels_are_by_folder() -> None:
 def test_the_variable_shows_them_on_standard_error(run_python, tmp_path: Path, how: str, spec: str, levels: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = ("-m", "torchspan", "run", "--quiet", "--compile", "off", "program.py") if how == "run" else ("program.py",)
-    done = run_python(None, *command, env={"TORCHSPAN": "1", "TORCHSPAN_LOG": spec})
-    shown = [line for line in done.stderr.splitlines() if "torchspan.devices" in line]
+    process = run_python(None, *command, env={"TORCHSPAN": "1", "TORCHSPAN_LOG": spec})
+    shown = [line for line in process.stderr.splitlines() if "torchspan.devices" in line]
     assert "".join(line[0] for line in shown) == levels
     assert all(line[2:].startswith("torchspan.devices program.py:4 build] torch.ones(device='cuda') → cpu") for line in shown)
 
@@ -72,14 +72,14 @@ def test_a_program_configures_its_own_logging(run_python, tmp_path: Path) -> Non
     (tmp_path / "program.py").write_text(
         "import logging\nlogging.basicConfig(level='INFO', format='mine %(message)s')\nlogging.info('hi')\n"
     )
-    done = run_python(None, "-m", "torchspan", "run", "--quiet", "program.py")
-    assert done.stderr.splitlines()[-1] == "mine hi"
+    process = run_python(None, "-m", "torchspan", "run", "--quiet", "program.py")
+    assert process.stderr.splitlines()[-1] == "mine hi"
 
 
 @pytest.mark.once
 def test_a_mistake_in_the_variable_is_one_line(run_python, tmp_path: Path) -> None:
-    done = run_python(None, "-m", "torchspan", "passes", env={"TORCHSPAN_LOG": "loud"}, expect=2)
-    assert len(done.stderr.strip().splitlines()) == 1 and "no level 'loud'" in done.stderr
+    process = run_python(None, "-m", "torchspan", "passes", env={"TORCHSPAN_LOG": "loud"}, expect=2)
+    assert len(process.stderr.strip().splitlines()) == 1 and "no level 'loud'" in process.stderr
 
 
 def test_logs_are_those_of_the_logger(caplog: pytest.LogCaptureFixture) -> None:

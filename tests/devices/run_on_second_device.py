@@ -42,10 +42,10 @@ def lines_of(name: str, *arguments: str, is_second: bool) -> list[str]:
     folder = HERE.parents[1] / "examples" if name == "newer_cuda_gpt.py" else HERE / "programs"
     launcher = RANKS if name in ("ddp_nccl.py", "sync_batch_norm.py") else []
     command = [sys.executable, "-W", "ignore", *launcher, str(folder / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ(is_second=is_second), check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return [line for line in done.stdout.splitlines() if line and "peer ranks" not in line]  # those are gloo's
+    process = subprocess.run(command, capture_output=True, text=True, env=environ(is_second=is_second), check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr[-2000:])
+    return [line for line in process.stdout.splitlines() if line and "peer ranks" not in line]  # those are gloo's
 
 
 def run_program(name: str) -> str:
@@ -64,8 +64,8 @@ def run_constructs() -> list[tuple[str, str]]:
     """What came of the constructs: how many pass, and each that does not."""
     command = [sys.executable, "-W", "ignore", str(HERE / "run_constructs.py"), str(HERE / "cuda_constructs.jsonl"), "--second"]
     variables = environ(is_second=False) | {"TORCHSPAN": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
-    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    answer: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
     failed = {name: text for name, text in answer.items() if text}
     failures = [(name, KNOWN.get(name, f"FAILED: {text[-500:]}")) for name, text in failed.items()]
     return [("constructs", f"{len(answer) - len(failed)} of {len(answer)} pass"), *failures]

@@ -22,9 +22,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     command = [sys.executable, "-W", "ignore", str(HERE / "run_constructs.py"), str(LIST)]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("TORCHSPAN")}
     environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, check=False)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("construct", CONSTRUCTS, ids=[construct["id"] for construct in CONSTRUCTS])

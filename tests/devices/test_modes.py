@@ -62,8 +62,8 @@ def test_strict_ends_a_program_at_the_line_to_be_ported(
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text("import torch\nx = torch.ones(3)\ny = x.cuda()\n")
-    done = run_python(None, "-m", "torchspan", "run", "--device", "strict", str(program), expect=1)
-    assert f"{program}:3: Tensor.cuda(device='cuda')" in done.stderr
+    process = run_python(None, "-m", "torchspan", "run", "--device", "strict", str(program), expect=1)
+    assert f"{program}:3: Tensor.cuda(device='cuda')" in process.stderr
 
 
 # torchdevice

@@ -130,8 +130,8 @@ LACKS = """\
 @pytest.mark.once
 def test_a_package_that_is_for_gpus_is_on_the_report_with_advice(run_python, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("\n".join(line[4:] for line in LACKS.format(package="flash_attn").splitlines()))
-    done = run_python(None, "-m", "torchspan", "run", "--quiet", "--report", "out.json", "program.py", expect=1)
-    *_, error, advice = done.stderr.splitlines()
+    process = run_python(None, "-m", "torchspan", "run", "--quiet", "--report", "out.json", "program.py", expect=1)
+    *_, error, advice = process.stderr.splitlines()
     assert error == "ModuleNotFoundError: No module named 'flash_attn'"
     assert advice.startswith("torchspan: flash_attn is not installed here: torch.nn.functional")
     entries = [

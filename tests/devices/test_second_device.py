@@ -25,8 +25,8 @@ ENVIRON = {"SECOND_DEVICE_COUNT": "2", "PYTHONPATH": os.pathsep.join([str(FOLDER
 
 def asked_of(run: Run, program: Path, **environ: str) -> dict[str, str]:
     """What a program of checks says of each."""
-    done = run(None, "-W", "ignore", str(program), env=ENVIRON | environ, timeout=900)
-    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    process = run(None, "-W", "ignore", str(program), env=ENVIRON | environ, timeout=900)
+    answer: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
     return answer
 
 
@@ -57,8 +57,8 @@ def test_a_sample_of_the_constructs_runs(run_python: Run, tmp_path: Path) -> Non
     chosen = {*list(named)[::7], "dist.nccl", "dist.ddp"} - set(KNOWN)
     sample = [named[name] for name in sorted(chosen)]
     (tmp_path / "sample.jsonl").write_text("\n".join(sample))
-    done = run_python(None, "-W", "ignore", str(HERE / "run_constructs.py"), str(tmp_path / "sample.jsonl"), "--second")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    process = run_python(None, "-W", "ignore", str(HERE / "run_constructs.py"), str(tmp_path / "sample.jsonl"), "--second")
+    answer = json.loads(process.stdout.splitlines()[-1])
     assert len(answer) > 15 and {name: what for name, what in answer.items() if what} == {}
 
 
@@ -72,5 +72,5 @@ def test_torchspan_run_sends_a_program_there_which_gives_the_numbers_of_the_cpu(
 
 def test_a_tensor_there_takes_part_in_collectives_of_two_ranks(run_python: Run) -> None:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_python(None, *ranks, str(FOLDER / "collectives.py"), env=ENVIRON | {"TORCHSPAN": "1"})
-    assert done.stdout.count("right") == 2
+    process = run_python(None, *ranks, str(FOLDER / "collectives.py"), env=ENVIRON | {"TORCHSPAN": "1"})
+    assert process.stdout.count("right") == 2

@@ -81,8 +81,8 @@ def test_synchronised_batch_norm_is_batch_norm_over_the_ranks(
     run_python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_python(None, *launcher, str(PROGRAMS / "sync_batch_norm.py"), env={"TORCHSPAN": "1"})
-    assert done.stdout.count("right") == 2
+    process = run_python(None, *launcher, str(PROGRAMS / "sync_batch_norm.py"), env={"TORCHSPAN": "1"})
+    assert process.stdout.count("right") == 2
 
 
 def _lines(output: str) -> list[str]:

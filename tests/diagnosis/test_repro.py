@@ -70,9 +70,9 @@ def test_a_failed_compile_leaves_a_small_program_that_fails_alike(run_python: Ru
         "out",
         "program.py",
     )
-    done = run_python(None, *arguments)
-    assert "result torch.Size([3, 5])" in done.stdout and "NotImplementedError" in done.stderr
-    assert "operations)" in done.stderr and "sin has no kernel here" in (tmp_path / "out.html").read_text()
+    process = run_python(None, *arguments)
+    assert "result torch.Size([3, 5])" in process.stdout and "NotImplementedError" in process.stderr
+    assert "operations)" in process.stderr and "sin has no kernel here" in (tmp_path / "out.html").read_text()
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["outcome"] == "failed" and about["versions"]["torch"] == torch.__version__
     assert [input_["shape"] for input_ in about["inputs"]] == [[3, 5], [5]] and about["settings"]["backend"] == "refuses_sin"
@@ -85,8 +85,8 @@ def test_a_failed_compile_leaves_a_small_program_that_fails_alike(run_python: Ru
 
 def test_explain_names_graphs_breaks_and_recompiles(run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(BREAKING))
-    done = run_python(None, "-m", "torchspan", "explain", "--json", "program.py")
-    answer: dict[str, Any] = json.loads(done.stdout)
+    process = run_python(None, "-m", "torchspan", "explain", "--json", "program.py")
+    answer: dict[str, Any] = json.loads(process.stdout)
     assert answer["num_calls"] == 1
     assert [graph["num_operations"] for graph in answer["graphs"]] == [1, 2, 2]
     assert [Path(break_["site"]).name for break_ in answer["breaks"]] == ["program.py:6"]

@@ -126,8 +126,8 @@ def test_a_program_that_ends_with_jobs_queued_leaves_no_process_and_no_folder(
 ) -> None:
     (tmp_path / "jobs").mkdir()
     expect = -signal.SIGKILL if how == "killed" else 0
-    done = run_python(ENDS, how, env={"TMPDIR": str(tmp_path / "jobs")}, expect=expect)
-    pids, *lines = done.stdout.splitlines()
+    process = run_python(ENDS, how, env={"TMPDIR": str(tmp_path / "jobs")}, expect=expect)
+    pids, *lines = process.stdout.splitlines()
     assert lines == (["cancelled cancelled sent home sent home []"] if how == "ended" else [])
     deadline = time.monotonic() + 30
     while (leftovers := (left_in(tmp_path / "jobs"), alive(pids))) != ([], []) and time.monotonic() < deadline:

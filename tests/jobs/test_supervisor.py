@@ -214,7 +214,7 @@ def test_what_importing_the_compiler_sets_meanwhile_asks_for_no_other_server(mon
 
 @pytest.mark.once
 def test_no_process_lives_on_when_the_caller_is_killed(run_python: Callable[..., Any]) -> None:
-    done = run_python(
+    process = run_python(
         """
         import os, signal, threading, time, psutil
         from torchspan.jobs.budget import Budget
@@ -229,7 +229,7 @@ def test_no_process_lives_on_when_the_caller_is_killed(run_python: Callable[...,
         """,
         expect=-signal.SIGKILL,
     )
-    pids = [int(pid) for pid in done.stdout.split()]
+    pids = [int(pid) for pid in process.stdout.split()]
     assert len(pids) >= 3
     deadline = time.monotonic() + 10
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:

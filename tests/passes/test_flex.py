@@ -70,14 +70,14 @@ def trainable() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def capture() -> Callable[..., tuple[Graph, Loss]]:
     """The step of a model, and the model, by what it is built with; each is captured once."""
-    done: dict[Any, tuple[Graph, Loss]] = {}
+    process: dict[Any, tuple[Graph, Loss]] = {}
 
     def capture(annotate: bool = True, mask: str = "block_causal") -> tuple[Graph, Loss]:
-        if (annotate, mask) not in done:
+        if (annotate, mask) not in process:
             program = Loss(annotate, mask)
             with annotations_provided(Report()):
-                done[annotate, mask] = capture_train_step(Program(program, (TOKENS,))), program
-        return done[annotate, mask]
+                process[annotate, mask] = capture_train_step(Program(program, (TOKENS,))), program
+        return process[annotate, mask]
 
     return capture
 

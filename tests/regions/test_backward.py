@@ -107,8 +107,8 @@ def test_every_kind_of_backward_gives_eagers_gradients_buffers_and_random_number
         torch.manual_seed(seed)
         expected, state = step(eager, eager, x, kind), torch.get_rng_state()
         torch.manual_seed(seed)
-        given = step(run, model, x, kind)
-        assert difference(given, expected, torch.float32) is None, kind  # second derivatives lose digits
+        actual = step(run, model, x, kind)
+        assert difference(actual, expected, torch.float32) is None, kind  # second derivatives lose digits
         assert torch.equal(state, torch.get_rng_state())
         assert difference(dict(model.named_buffers()), dict(eager.named_buffers())) is None
         assert reasons == wanted[kind]
@@ -165,8 +165,8 @@ def test_second_derivatives_of_a_graph_that_writes_parameters_are_eagers() -> No
     run = compiled(model, reasons)
     for kind in ("once", "twice", "once"):
         x = torch.randn(4, 8)
-        expected, given = step(eager, eager, x, kind), step(run, model, x, kind)
-        assert difference(given, expected) is None, kind
+        expected, actual = step(eager, eager, x, kind), step(run, model, x, kind)
+        assert difference(actual, expected) is None, kind
         assert difference(dict(model.named_parameters()), dict(eager.named_parameters())) is None, kind
     assert reasons == [TWICE]
 

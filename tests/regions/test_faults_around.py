@@ -231,8 +231,8 @@ PARENT = """
 
 @pytest.mark.once
 def test_no_process_outlives_a_program_that_is_killed_and_a_deleted_script_compiles(run_python: Callable[..., Any]) -> None:
-    done = run_python(PARENT, expect=-signal.SIGKILL)
-    outcomes, pids = done.stdout.splitlines()
+    process = run_python(PARENT, expect=-signal.SIGKILL)
+    outcomes, pids = process.stdout.splitlines()
     assert outcomes == "compiled" and len(pids.split()) >= 3
     deadline = time.monotonic() + 5
     while (running := [pid for pid in map(int, pids.split()) if is_running(pid)]) and time.monotonic() < deadline:

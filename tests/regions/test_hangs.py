@@ -99,11 +99,11 @@ EXPLAINED = """\
 def test_explain_ends_a_compile_that_hangs_and_says_where(hang: str, run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(EXPLAINED.format(hang=hang)))
     arguments = ("-m", "torchspan", "explain", "--json", "--seconds", "3", "program.py")
-    done = run_python(None, *arguments, expect=1, timeout=120)
-    assert "swallowed" not in done.stdout and "in constant" in done.stderr
+    process = run_python(None, *arguments, expect=1, timeout=120)
+    assert "swallowed" not in process.stdout and "in constant" in process.stderr
     if "sum" in hang:  # C code that holds the GIL and looks for no signal: nothing but the end of the process helps
-        assert "Timeout (0:00:06)!" in done.stderr
+        assert "Timeout (0:00:06)!" in process.stderr
         return
-    (hung,) = json.loads(done.stdout)["hung"]
+    (hung,) = json.loads(process.stdout)["hung"]
     assert hung["seconds"] == 3 and hung["site"] == "program.py:11" and "in constant" in hung["where"]
-    assert "a compile was not done after 3 s; it hung at program.py:11" in done.stderr
+    assert "a compile was not done after 3 s; it hung at program.py:11" in process.stderr

@@ -25,8 +25,8 @@ def opened(page: Path, folder: Path) -> tuple[str, list[str]]:
     if browser is None:
         pytest.skip("no Chromium on this machine: the page is not opened")
     command = [browser, *OPTIONS.split(), f"--user-data-dir={folder}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return process.stdout, [line for line in process.stderr.splitlines() if ":CONSOLE" in line]
 
 
 @pytest.mark.once

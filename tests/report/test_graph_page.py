@@ -82,9 +82,9 @@ def opened(page: Path, fragment: str, folder: Path) -> str:
     if browser is None:
         pytest.skip("no Chromium on this machine: the page is not opened")
     command = [browser, *OPTIONS.split(), f"--user-data-dir={folder}", f"{page.as_uri()}#{fragment}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert [line for line in process.stderr.splitlines() if ":CONSOLE" in line] == []
+    return process.stdout
 
 
 @pytest.mark.once

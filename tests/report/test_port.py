@@ -45,30 +45,30 @@ def write(folder: Path, text: str = TRAIN) -> None:
 
 def test_both_run_and_print_the_same(run_python, tmp_path: Path) -> None:
     write(tmp_path)
-    done = run_python(None, *PORT, "train.py", "-o", "ported", "--diff", "--check", "--", "--epochs", "3")
-    assert "+model = torch.nn.Linear(4, 1).to(device)" in done.stdout.splitlines()
-    assert "3 statements replaced, 0 left to do by hand" in done.stderr
-    assert "both ran: exit code 0, the same 2 lines of output" in done.stderr
+    process = run_python(None, *PORT, "train.py", "-o", "ported", "--diff", "--check", "--", "--epochs", "3")
+    assert "+model = torch.nn.Linear(4, 1).to(device)" in process.stdout.splitlines()
+    assert "3 statements replaced, 0 left to do by hand" in process.stderr
+    assert "both ran: exit code 0, the same 2 lines of output" in process.stderr
     ported = (tmp_path / "ported" / "train.py").read_text()
     assert "cuda" not in ported and "cuda" not in (tmp_path / "ported" / "layers" / "noise.py").read_text()
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "apply", "-"], input=done.stdout, text=True, cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", "-"], input=process.stdout, text=True, cwd=tmp_path, check=True)
     assert (tmp_path / "train.py").read_text() == ported
 
 
 def test_a_difference_is_shown_and_is_the_exit_code(run_python, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import torch\nx = torch.ones(1).cuda()\nprint(torch.cuda.is_available(), x)\n")
-    done = run_python(None, *PORT, "train.py", "--check", expect=1)
-    assert "-True tensor([1.])" in done.stderr and "+False tensor([1.])" in done.stderr
-    assert "the two do not print the same" in done.stderr
+    process = run_python(None, *PORT, "train.py", "--check", expect=1)
+    assert "-True tensor([1.])" in process.stderr and "+False tensor([1.])" in process.stderr
+    assert "the two do not print the same" in process.stderr
 
 
 @pytest.mark.once
 def test_what_is_left_is_named_and_is_the_exit_code(run_python, tmp_path: Path) -> None:
     write(tmp_path, TRAIN + "event = torch.cuda.Event()\n")
-    done = run_python(None, *PORT, "train.py", "-o", "out.py", expect=1)
-    assert done.stdout == "" and "train.py:9: by hand: event = torch.cuda.Event()" in done.stderr
-    assert "not written: layers/noise.py" in done.stderr
+    process = run_python(None, *PORT, "train.py", "-o", "out.py", expect=1)
+    assert process.stdout == "" and "train.py:9: by hand: event = torch.cuda.Event()" in process.stderr
+    assert "not written: layers/noise.py" in process.stderr
     assert (tmp_path / "out.py").read_text().endswith("to(device).sum().item())\nevent = torch.cuda.Event()\n")
 
 
@@ -86,13 +86,13 @@ def test_what_is_left_is_named_and_is_the_exit_code(run_python, tmp_path: Path) 
 def test_a_mistake_is_one_line(run_python, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     write(tmp_path)
     (tmp_path / "broken.py").write_text("x = (")
-    done = run_python(None, *PORT, *arguments, expect=2)
-    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+    process = run_python(None, *PORT, *arguments, expect=2)
+    assert words in process.stderr and len(process.stderr.splitlines()) == 1
 
 
 def test_programs_that_are_ported_print_what_they_did(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "port_programs.py"), *PROGRAMS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert {name: outcome["outcome"] for name, outcome in outcomes.items()} == dict.fromkeys(PROGRAMS, "same"), done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 0, process.stderr
+    outcomes = json.loads(process.stdout.splitlines()[-1])
+    assert {name: outcome["outcome"] for name, outcome in outcomes.items()} == dict.fromkeys(PROGRAMS, "same"), process.stderr

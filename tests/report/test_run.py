@@ -69,8 +69,8 @@ def test_a_run_is_on_the_page_by_file_and_line(run_python, tmp_path: Path) -> No
 
 def test_a_program_that_fails_leaves_its_page_and_its_own_exit_code(run_python, tmp_path: Path) -> None:
     write(tmp_path, "import torch\ntorch.ones(1, device='cuda')\nraise ValueError('mine')\n")
-    done = run_python(None, *RUN, "--report", "out.json", "program.py", expect=1)
-    assert done.stderr.splitlines()[-1] == "ValueError: mine"
+    process = run_python(None, *RUN, "--report", "out.json", "program.py", expect=1)
+    assert process.stderr.splitlines()[-1] == "ValueError: mine"
     page = read(tmp_path / "out.json")
     assert page["run"]["outcome"] == "failed: ValueError: mine" and page["summary"]["calls"] == 1
     write(tmp_path, "import sys, torch\ntorch.ones(1, device='cuda')\nsys.exit(3)\n")
@@ -195,18 +195,18 @@ def test_a_launcher_that_is_run_has_its_workers_on_its_page(run_python, tmp_path
 @pytest.mark.once
 def test_the_table_shows_each_line_as_it_is(run_python, tmp_path: Path) -> None:
     write(tmp_path, "import torch\nx = {'[bold]a[/bold]': torch.ones(2, device='cuda')}\n")
-    done = run_python(None, "-m", "torchspan", "run", "-v", "program.py")
-    assert "{'[bold]a[/bold]': torch.ones(2, device='cuda')}" in done.stderr
-    assert "→ x = {'[bold]a[/bold]': torch.ones(2, device=device)}" in done.stderr
-    assert "1 file to port, 1 line that asked for a device, 1 request redirected" in done.stderr
+    process = run_python(None, "-m", "torchspan", "run", "-v", "program.py")
+    assert "{'[bold]a[/bold]': torch.ones(2, device='cuda')}" in process.stderr
+    assert "→ x = {'[bold]a[/bold]': torch.ones(2, device=device)}" in process.stderr
+    assert "1 file to port, 1 line that asked for a device, 1 request redirected" in process.stderr
 
 
 @pytest.mark.once
 def test_nothing_to_port_is_said(run_python, tmp_path: Path) -> None:
     write(tmp_path, "print('cuda')\n")
-    done = run_python(None, "-m", "torchspan", "run", "-v", "--report", "out.html", "program.py")
+    process = run_python(None, "-m", "torchspan", "run", "-v", "--report", "out.html", "program.py")
     assert "No line of the program asked for a device" in (tmp_path / "out.html").read_text()
-    assert "no line asks for a device" in done.stderr
+    assert "no line asks for a device" in process.stderr
 
 
 @pytest.mark.once

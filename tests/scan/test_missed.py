@@ -172,6 +172,6 @@ WAYS = {
 def test_it_is_told_once_however_the_program_runs_and_the_exit_code_is_kept(way: str, run_python: Run, tmp_path: Path) -> None:
     arguments, variables, code = WAYS[way]
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = run_python(None, *arguments, env=variables, expect=code)
-    assert done.stderr.count(LINE) == 1, done.stderr
-    assert "AttributeError: module 'torch' has no attribute 'no_such_name'" in done.stderr
+    process = run_python(None, *arguments, env=variables, expect=code)
+    assert process.stderr.count(LINE) == 1, process.stderr
+    assert "AttributeError: module 'torch' has no attribute 'no_such_name'" in process.stderr

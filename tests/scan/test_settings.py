@@ -68,8 +68,8 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(run_python_once: Callable[..., Any]) -> dict[str, Any]:
-    done = run_python_once(PROGRAM, str(SETTINGS), env={"TORCHSPAN": "1"})
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    process = run_python_once(PROGRAM, str(SETTINGS), env={"TORCHSPAN": "1"})
+    return dict(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def test_every_setting_that_this_torch_lacks_is_refused_with_one_clear_error(answers: dict[str, Any]) -> None:

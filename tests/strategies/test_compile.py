@@ -522,7 +522,7 @@ def test_torchs_own_use_of_torch_compile_is_left_alone() -> None:
 
 @pytest.mark.once
 def test_a_script_is_never_run_again_by_the_compile_process(run_python: Callable[..., Any], tmp_path: Path) -> None:
-    done = run_python(
+    process = run_python(
         """
         import os, torch
         from torchspan.strategies import compile_bounded
@@ -539,4 +539,4 @@ def test_a_script_is_never_run_again_by_the_compile_process(run_python: Callable
         """,
         env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
     )
-    assert done.stdout.split("\n") == ["started", "[8.0, 8.0] ['compiled']", ""]
+    assert process.stdout.split("\n") == ["started", "[8.0, 8.0] ['compiled']", ""]

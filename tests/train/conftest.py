@@ -18,7 +18,7 @@ def launch() -> Callable[..., str]:
 
     def run(num_ranks: int, *argv: str, timeout: float = 400) -> str:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHSPAN")}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *argv],
             capture_output=True,
             text=True,
@@ -26,8 +26,8 @@ def launch() -> Callable[..., str]:
             env=environ | {"OMP_NUM_THREADS": "1"},
             check=False,
         )
-        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        return done.stdout + done.stderr
+        assert process.returncode == 0, f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}"
+        return process.stdout + process.stderr
 
     return run
 

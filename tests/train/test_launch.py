@@ -112,18 +112,18 @@ def test_a_shard_degree_of_minus_one_takes_what_the_others_leave() -> None:
 
 
 def test_run_train_tells_a_mistake_in_one_line_and_imports_no_torch_for_an_unknown_option() -> None:
-    done = _run_train("--training.stepps=5", MODEL="compiler_toolkit.llama3", CONFIG="compiler_toolkit_llama3_debugmodel")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("torchspan: Unrecognized options: --training.stepps") and done.stderr.count("\n") == 1
+    process = _run_train("--training.stepps=5", MODEL="compiler_toolkit.llama3", CONFIG="compiler_toolkit_llama3_debugmodel")
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("torchspan: Unrecognized options: --training.stepps") and process.stderr.count("\n") == 1
     code = "import sys, torchspan.train.launch as l; l.main(['2', '--nope'], {}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.once
 def test_run_train_tells_of_a_size_that_does_not_fit_in_one_line() -> None:
-    done = _run_train("--config", "tiny", f"{TP}=3", CONFIG="nothing that there is")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "are 3 processes, this job has 2" in done.stderr and done.stderr.count("\n") == 1
+    process = _run_train("--config", "tiny", f"{TP}=3", CONFIG="nothing that there is")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "are 3 processes, this job has 2" in process.stderr and process.stderr.count("\n") == 1
 
 
 def _run_train(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -159,7 +159,7 @@ def test_run_train_starts_ranks_as_the_readme_says(tmp_path: Path) -> None:
     flags = (
         "--training.steps 2 --training.seq-len 16 --training.global-batch-size 2 --compile.passes transformer_block_bucketing"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [str(ROOT / "run_train.sh"), *argv.split(), *flags.split(), "--losses", str(out)],
         env={**os.environ, "NGPU": "2", "PYTHON": sys.executable},
         capture_output=True,
@@ -167,6 +167,6 @@ def test_run_train_starts_ranks_as_the_readme_says(tmp_path: Path) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "step 2  loss" in done.stderr and "21 → 5" in done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "step 2  loss" in process.stderr and "21 → 5" in process.stderr
     assert len(json.loads(out.read_text())["losses"]) == 2

@@ -33,12 +33,12 @@ assert swapped.tolist() == [1.0, 1.0, 2.0, 2.0]
 if rank == 0:
     dist.send(mine, 1)
 else:
-    got = torch.zeros(4, device="cuda")
-    dist.recv(got, 0)
-    assert got.tolist() == [1.0] * 4
-told = [None, None]
-dist.all_gather_object(told, {"rank": rank})
-assert told == [{"rank": 0}, {"rank": 1}]
+    actual = torch.zeros(4, device="cuda")
+    dist.recv(actual, 0)
+    assert actual.tolist() == [1.0] * 4
+message = [None, None]
+dist.all_gather_object(message, {"rank": rank})
+assert message == [{"rank": 0}, {"rank": 1}]
 on_cpu = torch.ones(2)
 dist.all_reduce(on_cpu)
 assert on_cpu.tolist() == [2.0, 2.0]
