@@ -17,7 +17,7 @@ LEVELS = [
     {"artifacts", "scan", "report", "jobs", "caches"},
     {"regions"},
     {"strategies", "diagnosis"},
-    {"api", "simulate"},
+    {"api"},
     {"train", "auto"},
     {"cli"},
     {"__main__", "__init__"},

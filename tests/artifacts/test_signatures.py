@@ -71,7 +71,7 @@ def test_keys_are_read_from_files(tmp_path: Path, artifact: Artifact) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"short", "a secret of 5 bytes signs nothing safely; expected at least 16"),
+        (b"short", "a secret of 5 bytes is too short to be safe; expected at least 16"),
         (b"-----BEGIN PUBLIC KEY-----\nnonsense\n", "is not a readable key in PEM form"),
         (
             generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),

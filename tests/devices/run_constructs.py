@@ -35,7 +35,10 @@ if IS_SECOND:
 
 
 def run(construct: dict[str, str]) -> None:
-    """What the README beside the list says: `before`, activate, `body` in the same names."""
+    """Run `before`, put the device rules in force, and run `body` with the same names.
+
+    `kind` "answers" is for what the masquerade gives.
+    """
     names: dict[str, object] = {"torch": torch, "__name__": "__main__"}
     exec(construct["before"], names)
     report = Report()

@@ -204,7 +204,10 @@ def test_a_model_without_blocks_is_compiled_whole_with_a_decision_or_refused_if_
     model = nn.Linear(2, 2)
     compiled = torchspan.partial_compile(model, layer_indices=[0])
     assert choices(compiled) == ["per_block → whole → eager", "not per_block", "whole"]
-    assert compiled.report.decisions[1].reason == "Linear has no two modules of the same structure that hold others"
+    assert (
+        compiled.report.decisions[1].reason
+        == "Linear has no repeated blocks (two modules of the same structure, with submodules)"
+    )
     assert choices(torchspan.partial_compile(abs))[1:] == ["not per_block", "whole"]
     assert choices(torchspan.partial_compile(huge(20, repeated=False)))[1:] == ["not per_block", "eager"]
     for program, name in ((model, "Linear"), (abs, "abs")):

@@ -152,14 +152,15 @@ def precompile(
         kwargs: example keyword inputs.
         dynamic: the dimensions that differ from call to call. A mapping by position or name of the inputs (or a sequence),
             nested as they are; for a tensor from dimension to a name, ``(min, max)``, True or a ``torch.export.Dim``. True is
-            every dimension that the program leaves free. Examples of dynamic sizes are 2 or more; what the program and the
-            compiler assume of sizes becomes a guard.
+            every dimension whose size the program does not fix. Examples of dynamic sizes are 2 or more; what the program and
+            the compiler assume of sizes becomes a guard.
         passes: changes to the operator graphs of forward and of backward, each, before they are compiled: a pipeline as text
             ('torchspan passes' lists passes), or passes and functions of a GraphModule, which return one or change it in place.
         compiler: ``inductor`` (the default: each graph is one native library), ``regional_inductor`` (annotated regions are
             native, the rest runs operator by operator; the function of that name says the same), or ``eager`` (nothing is
             native).
-        weights: have the model's parameters and buffers inside too, as safetensors; `torchspan.load` gives them on request.
+        weights: store the model's parameters and buffers too, as safetensors; ``torchspan.load(…, weights=True)`` copies them
+            into a model.
         verify: run what was compiled, forward and backward, beside its operators on the example inputs: a compiler that gets a
             number wrong (those of torch 2.8 and 2.13 do, rarely) is a CompileError.
         report: where decisions and the attempt are recorded; a new Report by default.

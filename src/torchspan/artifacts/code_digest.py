@@ -65,7 +65,7 @@ def digest_function(function: Any, seen: Seen | None = None) -> str:
 
 
 def digest_class(cls: type, seen: Seen | None = None) -> str | None:
-    """A digest of the methods of a class and of its bases, or None where torch or Python brings all of them.
+    """A digest of the methods of a class and of its bases, or None if all of them are torch's or Python's.
 
     >>> import logging
     >>> digest_class(torch.nn.Linear) is None, digest_class(logging.Logger) is None
@@ -81,7 +81,7 @@ def digest_class(cls: type, seen: Seen | None = None) -> str | None:
 
 
 def _is_of_torch_or_python(cls: type) -> bool:
-    """Whether a class is torch's or Python's, whose versions an artifact checks; what other packages add to it is ignored."""
+    """Whether a class is torch's or Python's, whose versions an artifact checks; what others add to the class is ignored."""
     top = cls.__module__.partition(".")[0]
     if top == "torch":
         return True
@@ -112,10 +112,10 @@ _KNOWN: dict[type, tuple[list[Any], list[str]]] = {}
 def _known_methods(cls: type) -> list[str]:
     """`_methods`, computed again only when the attributes of the class change: the classes of a model share bases."""
     members = list(vars(cls).values())
-    known, parts = _KNOWN.get(cls, ([], []))
-    if len(known) != len(members) or not all(map(is_, known, members)):
+    members_before, parts = _KNOWN.get(cls, ([], []))
+    if len(members_before) != len(members) or not all(map(is_, members_before, members)):
         parts = _methods(cls, Seen())
-        if len(_KNOWN) >= _MOST_KNOWN:  # what is known stays alive
+        if len(_KNOWN) >= _MOST_KNOWN:  # it keeps the classes alive
             _KNOWN.clear()
         _KNOWN[cls] = (members, parts)
     return parts

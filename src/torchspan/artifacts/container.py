@@ -56,7 +56,7 @@ class Store:
         except IsADirectoryError:
             raise InputError(f"{str(path)!r} is a folder; an artifact is one file, such as model.tspan") from None
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as cause:
-            raise IntegrityError(f"{self.path} is not an artifact, or only a part of one ({cause}); make it again") from cause
+            raise IntegrityError(f"{self.path} is not an artifact, or only a part of one ({cause}); build it again") from cause
         try:
             self.manifest = self._read_manifest()
         except BaseException:
@@ -96,7 +96,7 @@ class Store:
         manifest = read_manifest(self.manifest_bytes)
         listed = {payload["name"]: payload["size"] for payload in manifest["payloads"]}
         if names[1:] != list(listed) or any(member.file_size != listed[member.filename] for member in members[1:]):
-            raise IntegrityError(f"{self.path} does not hold the payloads that its manifest lists; make it again")
+            raise IntegrityError(f"{self.path} does not hold the payloads that its manifest lists; build it again")
         return manifest
 
     def payloads(self) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ class Store:
             data = self._read(self._archive.getinfo(listed["name"]))
             if hashlib.sha256(data).hexdigest() != listed["sha256"]:
                 raise IntegrityError(
-                    f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); make it again"
+                    f"{self.path}: payload {listed['name']!r} is not as it was written (SHA-256 differs); build it again"
                 )
             contents[listed["name"]] = data
         return contents

@@ -202,7 +202,7 @@ def _storing(steps: Any, key: Any, structure: Any) -> Callable[..., tuple[dict[A
     is_private = any(kind == "attr" and str(name).startswith("__") for kind, name in path)
     if path[0][0] != "local" or is_private or not (isinstance(key, (str, list)) and _is_storable(structure)):
         raise IntegrityError(
-            f"the artifact stores {key!r:.80} on {show_path(path)}, where nothing may be stored; make it again"
+            f"the artifact stores {key!r:.80} on {show_path(path)}, where nothing may be stored; build it again"
         )
     find, build = following(path), result_builder(structure)
     name = decode(key[0]) if isinstance(key, list) else key
@@ -294,4 +294,4 @@ def _container(structure: Mapping[str, Any]) -> Builder:
         pairs = [(decode(key), result_builder(item)) for key, item in items]
         mapping = dict if kind == "dict" else OrderedDict
         return lambda outputs, values: mapping((key, build(outputs, values)) for key, build in pairs)
-    raise IntegrityError(f"an artifact's result is a {kind!r}, a kind that torchspan does not know: make it again")
+    raise IntegrityError(f"an artifact's result is a {kind!r}, a kind that torchspan does not know: build it again")

@@ -52,10 +52,11 @@ def load(
 
     At every call the guards are checked: of inputs and parameters type, shape, strides, dtype, device and requires_grad; every
     attribute, global and container that the program read; the code of functions that it called; hooks, its own and global ones;
-    grad mode (unless the program does the same in both), inference mode, autocast, default dtype and device, determinism, and
-    modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own functions.
+    grad mode (unless the graph is the same with and without gradients), inference mode, autocast, default dtype and device,
+    determinism, and modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own
+    functions.
     Guarded beyond what dynamo guards: names and keys that the program asked for and did not find (of the environment too), and
-    constants that it returns without reading. What it returns and did not make is the object itself, as it is then.
+    constants that it returns without reading. An object that the program returns and did not create is returned as it is.
     Not checked: methods that are replaced on a class after loading (``forward`` is), functions of torch that are replaced after
     it, and what C extensions do.
 
@@ -80,7 +81,7 @@ def load(
     if not callable(model):
         raise InputError(f"an artifact is loaded for a module or a function, not for a {type(model).__name__}")
     report = report or Report(parent=current_report())
-    started = time.perf_counter()
+    start = time.perf_counter()
     with Store(path) as store:
         if trusted_keys is not None:
             from torchspan.artifacts.signing import check as check_signature
@@ -95,7 +96,7 @@ def load(
         from torchspan.artifacts.weights import read_weights
 
         read_weights(payloads, model)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     name = str(values_of(manifest)["model"])
     report.attempt(Attempt("artifact", name, str(values_of(manifest)["compiler"]), "loaded", seconds))
     return Compiled(Dispatcher(model, entries, str(store.path)), report)
@@ -108,7 +109,7 @@ def load_entries(manifest: Mapping[str, Any], payloads: Mapping[str, bytes], mod
             return [_load_entry(program, payloads, Path(folder), model) for program in manifest["programs"]]
         except TorchspanError:
             raise
-        except Exception as cause:  # whatever a value leads to that no artifact was written with
+        except Exception as cause:  # any error that a forged value causes
             reason = f"{type(cause).__name__}: {cause}"
             raise IntegrityError(f"the artifact holds data that torchspan does not write ({reason})") from cause
 
@@ -135,14 +136,16 @@ def open_runners(
     constants = _read_tensors(payloads[program["constants"]]) if program["constants"] else {}
 
     def runner(part: str) -> Runner:
-        kept = {name.partition("/")[2]: tensor for name, tensor in constants.items() if name.startswith(f"{part}/")}
-        return Runner(plan[part], libraries, kept)
+        constants_of_part = {
+            name.partition("/")[2]: tensor for name, tensor in constants.items() if name.startswith(f"{part}/")
+        }
+        return Runner(plan[part], libraries, constants_of_part)
 
     return runner("forward"), None if plan["backward"] is None else runner("backward")
 
 
 def _check_once(guards: Mapping[str, Any], model: Callable[..., Any]) -> None:
-    """What is checked at load only: torch's own functions, and sources that nothing else covers."""
+    """What is checked at load only: torch's own functions, and what the program read that no call can change."""
     checker = Checker(guards["at_load"], [], {}, [])
     try:
         checker.check(model)
@@ -153,9 +156,9 @@ def _check_once(guards: Mapping[str, Any], model: Callable[..., Any]) -> None:
 def _open_library(payloads: Mapping[str, bytes], name: str, folder: Path) -> Library:
     path = folder / name.replace("/", "_")
     path.write_bytes(payloads[name])
-    described = name.removesuffix(".so") + ".json"
-    if described in payloads:
-        path.with_suffix(".json").write_bytes(payloads[described])
+    description = name.removesuffix(".so") + ".json"
+    if description in payloads:
+        path.with_suffix(".json").write_bytes(payloads[description])
     try:
         return _Library(torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1))
     except RuntimeError as cause:

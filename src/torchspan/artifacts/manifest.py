@@ -118,7 +118,7 @@ def read_manifest(data: bytes) -> dict[str, Any]:
     changed = sorted(name for name, (value, digest) in entries.items() if digest_of(value) != digest)
     if changed or digest_of(body) != stated:
         raise IntegrityError(
-            f"the artifact's manifest is not as it was written (entries {changed or 'none'} differ); make it again"
+            f"the artifact's manifest is not as it was written (entries {changed or 'none'} differ); build it again"
         )
     return dict(manifest)
 

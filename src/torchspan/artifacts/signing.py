@@ -74,7 +74,7 @@ def check(manifest: bytes, signature: bytes | None, trusted: Sequence[Key]) -> N
 
 
 def signer(signature: bytes | None) -> str | None:
-    """Who a signature says it is of; whether it holds, only a key can tell."""
+    """The name of the signer that a signature claims; not verified, which takes a key."""
     if signature is None:
         return None
     try:
@@ -89,7 +89,9 @@ def _read(signature: bytes) -> tuple[str, bytes]:
         record = json.loads(signature)
         return f"{record['kind']} {record['key']}", bytes.fromhex(record["signature"])
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise UntrustedError(f"the artifact's signature cannot be read ({type(cause).__name__}); make it again") from cause
+        raise UntrustedError(
+            f"the artifact's signature cannot be read ({type(cause).__name__}); sign the artifact again"
+        ) from cause
 
 
 def key_name(key: Key) -> str:
@@ -130,5 +132,5 @@ def _check(key: Any) -> str:
 
 def _secret(content: bytes) -> bytes:
     if len(content) < _SHORTEST:
-        raise InputError(f"a secret of {len(content)} bytes signs nothing safely; expected at least {_SHORTEST}")
+        raise InputError(f"a secret of {len(content)} bytes is too short to be safe; expected at least {_SHORTEST}")
     return content

@@ -93,7 +93,7 @@ class Backport:
         return f"torch {period} have it" if " to " in period else f"torch has it since {period}"
 
     def first_form(self, release: str) -> str:
-        """What torch `release`, which has it in a first form, does otherwise; nothing where that is not so."""
+        """What torch `release`, which has it in a first form, does otherwise; empty for the others."""
         minor = ".".join(release.split(".")[:2])
         return next((text for releases, text in self.first_forms.items() if minor in releases.split(", ")), "")
 

@@ -28,7 +28,7 @@ from torchspan.backports._descriptors import (
 
 
 def joint_inputs(state: Any, primals: Sequence[AOTInput]) -> tuple[list[AOTInput], list[AOTInput]]:
-    """The primals and the tangents that a joint graph takes, given the inputs of what it is a graph of.
+    """The primals and the tangents that a joint graph takes, from the inputs of the function that was traced.
 
     `state` has AOTAutograd's ``fw_metadata``, and its ``subclass_meta``, which is None without tensor subclasses.
     """
@@ -66,7 +66,7 @@ def gradients(state: Any, primals: Sequence[AOTInput]) -> list[AOTOutput]:
 
 
 def _leaves_graph(meta: Any, info: Any) -> bool:
-    """Whether what the program writes into an input is an output of the graph."""
+    """Whether the graph returns the new value of an input that the program writes."""
     return bool(info.mutation_type.name == "MUTATED_OUT_GRAPH")
 
 
@@ -83,7 +83,7 @@ def _with_tangent(meta: Any, primals: Sequence[AOTInput]) -> Iterator[Differenti
 
 
 def _intermediate_bases(meta: Any) -> list[DifferentiableAOTOutput]:
-    """The tensors that several outputs are views of; each is told by the first of those outputs."""
+    """The tensors that several outputs are views of; each is named after the first of those outputs."""
     first: dict[int, int] = {}
     for index, info in enumerate(meta.output_info):
         if "alias_of_intermediate" in info.output_type.name and info.base_idx is not None:

@@ -15,12 +15,12 @@ from torchspan.core.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class FixedOptions(Backport):
-    """A module of options: `refusals` says of options why they keep the value that they are built with, or False."""
+    """A module of options, some fixed: `refusals` maps them to why; their value is that of `names`, else False."""
 
     refusals: Mapping[str, str] = field(default_factory=dict)
 
     def _build_module(self, module: str = "") -> dict[str, object]:
-        """The module has the class that refuses, from when it is first imported."""
+        """Give the module a class whose ``__setattr__`` refuses."""
         names = dict(super()._build_module(module))
         return names if module else {"__class__": _refusing(self, names), **names}
 
@@ -36,13 +36,13 @@ def patching(place: str) -> Callable[..., AbstractContextManager[None]]:
         """
         values = {arg1: arg2} if isinstance(arg1, str) else {**(arg1 or {}), **changes}
         options = importlib.import_module(place)
-        before = {name: getattr(options, name) for name in values}  # an AttributeError names what is no option
+        old_values = {name: getattr(options, name) for name in values}  # an AttributeError names what is no option
         try:
             for name, value in values.items():
                 setattr(options, name, value)
             yield
         finally:
-            for name, value in before.items():
+            for name, value in old_values.items():
                 setattr(options, name, value)
 
     return patch
@@ -55,11 +55,11 @@ def lacks_module(place: str) -> Callable[[ModuleType | None], bool]:
 
 def _refusing(backport: FixedOptions, values: Mapping[str, object]) -> type[ModuleType]:
     def set_option(options: ModuleType, name: str, value: object) -> None:
-        kept = values.get(name, False)
-        if name in backport.refusals and value != kept:
-            cause = f"{backport.refusals[name]}; {backport.reason_of(backport.target, name)}; leave it {kept!r}"
+        fixed = values.get(name, False)
+        if name in backport.refusals and value != fixed:
+            cause = f"{backport.refusals[name]}; {backport.reason_of(backport.target, name)}; leave it {fixed!r}"
             raise UnsupportedError(f"{backport.target}.{name} = {value!r}: {cause}")
         ModuleType.__setattr__(options, name, value)
 
-    further = {name: False for name in backport.refusals if name not in values}
-    return type("Options", (ModuleType,), {**further, "__setattr__": set_option})
+    others = {name: False for name in backport.refusals if name not in values}
+    return type("Options", (ModuleType,), {**others, "__setattr__": set_option})

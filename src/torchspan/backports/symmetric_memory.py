@@ -1,7 +1,7 @@
 """``torch.distributed.nn.SymmetricMemory``: one place for symmetric memory, wherever this torch keeps it.
 
 Symmetric memory is memory of a GPU that every rank of a group can read and write directly. Torch has had it in a private module
-since 2.5 and may move it; programs that want the one stable place find this class there, which asks, allocates and exchanges.
+since 2.5 and may move it. This class stands at one stable place: it asks what is possible, allocates and exchanges.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _required(device: torch.device) -> ModuleType:
     if not support.is_available:
         raise UnsupportedError(
             f"no symmetric memory here: {support.reason}. Use collectives (torch.distributed.all_reduce …) instead; "
-            "SymmetricMemory.query(device).is_available tells before"
+            "look at SymmetricMemory.query(device).is_available first"
         )
     assert support.place is not None
     return importlib.import_module(support.place)

@@ -396,7 +396,7 @@ class Redirection:
         self.note(name, asked, reason, choice, Standing.LEFT_OUT)
 
     def simulate(self, name: str, what: str) -> None:
-        """Count one use of `name`, of which only `what` is given here."""
+        """Count one use of `name`; `what` says which part of it works here."""
         self.note(name, None, what, "simulated", Standing.SIMULATED)
 
     def simulate_for_program(self, name: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What a CUDA machine has and one device that stands in for it has not: honoured where that is simple, refused otherwise.
+"""What CUDA has and the device in its place lacks: emulated where that is simple, else refused.
 
 A refusal names the line of the program, the reason, and what to do instead. What torch's own code asks for is left to torch.
 """

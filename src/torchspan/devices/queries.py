@@ -1,6 +1,6 @@
 """What a program asks ``torch.cuda``: whether there is a device, how many, what it is called, what it can do.
 
-The program is told what lets it go on; torch's own code is told the truth, that there is none.
+A program's code gets answers as if a GPU were here; torch's own code gets the true ones: there is none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Remove operators without effect: views of the same geometry, copies that cannot be told from the original, idle waits."""
+"""Remove operators without effect: views of the same geometry, copies whose removal no output shows, idle waits."""
 
 from __future__ import annotations
 

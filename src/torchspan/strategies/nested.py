@@ -27,7 +27,7 @@ def cut(program: Callable[..., Any], request: Request) -> Cut:
         return Cut((), "of a module in DistributedDataParallel, whole is the strategy")
     blocks = [block for block in blocks_of(program) if "forward" not in vars(block)]
     if not blocks:
-        return Cut((), f"{program_name(program)} has no two modules of the same structure that hold others")
+        return Cut((), f"{program_name(program)} has no repeated blocks (two modules of the same structure, with submodules)")
     classes = tuple(dict.fromkeys(type(block) for block in blocks))
     reason = f"one region, with {count_of(len(blocks), 'nested region')}"
     return Cut((Part(program_name(program), (program,), nested=classes),), reason)

@@ -26,7 +26,7 @@ def cut(program: Callable[..., Any], request: Request) -> Cut:
         return Cut((), "a function has no blocks")
     blocks = blocks_of(program)
     if not blocks:
-        return Cut((), f"{type(program).__name__} has no two modules of the same structure that hold others")
+        return Cut((), f"{type(program).__name__} has no repeated blocks (two modules of the same structure, with submodules)")
     chosen = choose(blocks, request)
     parts = tuple(
         Part(f"{type(kind[0]).__name__} ×{len(kind)}", tuple(kind), is_block=True)
@@ -46,10 +46,10 @@ def choose(blocks: list[nn.Module], request: Request) -> list[int]:
     """
     num = len(blocks)
     indices = range(num) if request.layer_indices is None else request.layer_indices
-    wrong = [index for index in indices if not -num <= index < num]
-    if wrong:
+    wrong_indices = [index for index in indices if not -num <= index < num]
+    if wrong_indices:
         raise InputError(
-            f"layer_indices has {', '.join(map(str, wrong))}, but there are {count_of(num, 'block')}: "
+            f"layer_indices has {', '.join(map(str, wrong_indices))}, but there are {count_of(num, 'block')}: "
             f"expected 0 to {num - 1} (or -{num} to -1, from the end)"
         )
     return sorted({index % num for index in indices})[: request.max_layers]
