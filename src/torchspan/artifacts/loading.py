@@ -53,10 +53,10 @@ def load(
     At every call the guards are checked: of inputs and parameters type, shape, strides, dtype, device and requires_grad; every
     attribute, global and container that the program read; the code of functions that it called; hooks, its own and global ones;
     grad mode (unless the graph is the same with and without gradients), inference mode, autocast, default dtype and device,
-    determinism, and modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and torch's own
-    functions.
-    Guarded beyond what dynamo guards: names and keys that the program asked for and did not find (of the environment too), and
-    constants that it returns without reading. An object that the program returns and did not create is returned as it is.
+    determinism, and modes of torch_function and torch_dispatch. Checked once, here: the code of the model's classes, and
+    torch's own functions. Guarded beyond what dynamo guards: names and keys that the program asked for and did not find (of the
+    environment too), and constants that it returns without reading. An object that the program returns and did not create is
+    returned as it is.
     Not checked: methods that are replaced on a class after loading (``forward`` is), functions of torch that are replaced after
     it, and what C extensions do.
 
