@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torchspan.environment.patch import MissingModule, MissingName, Redefinition
 
 OLDEST = "2.8"  # torch that torchspan runs on
 _OPERATOR = re.compile(r"\w+::\w+")
+_BESIDE = re.compile(r"torchspan\.backports\.(_\w+_operators)")
 _OWNED = ("MissingModule", "MissingName", "Replacement", "Redefinition")  # their first argument is their owner
 _PATCHES = ("Change", *_OWNED)
 
@@ -71,11 +73,12 @@ def provided() -> list[Provided]:
 
 
 def read_backport(name: str, text: str, folder: Path = Path()) -> Provided:
-    """What the backport in the file `text` provides; constants of modules beside it are looked up in `folder`."""
+    """What the backport in the file `text` provides; modules of its own beside it are looked up in `folder`."""
     tree = ast.parse(text)
     reader = _Reader(tree, folder)
     reader.read()
-    names = reader.names | {f"torch.ops.{word.replace('::', '.')}" for word in _texts(tree) if _OPERATOR.fullmatch(word)}
+    words = itertools.chain.from_iterable(map(_texts, (tree, *_operators_beside(tree, folder))))
+    names = reader.names | {f"torch.ops.{word.replace('::', '.')}" for word in words if _OPERATOR.fullmatch(word)}
     places = (frozenset(names), frozenset(reader.modules), frozenset(reader.changed))
     return Provided(
         name, *places, _words(tree), _impossible(reader.options), reader.is_read, reader.unread_target, reader.refused
@@ -268,6 +271,14 @@ def _words(tree: ast.Module) -> frozenset[str]:
             if isinstance(word, str) and word.isidentifier():
                 words.add(word)
     return frozenset(words)
+
+
+def _operators_beside(tree: ast.Module, folder: Path) -> Iterator[ast.Module]:
+    """The files beside a backport's in which it defines its operators: ``_…_operators.py``, from which it imports."""
+    for node in tree.body:
+        name = _BESIDE.fullmatch(node.module or "") if isinstance(node, ast.ImportFrom) else None
+        if name is not None and (folder / f"{name[1]}.py").is_file():
+            yield ast.parse((folder / f"{name[1]}.py").read_text())
 
 
 def _texts(tree: ast.Module) -> Iterator[str]:
