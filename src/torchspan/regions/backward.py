@@ -97,7 +97,10 @@ class EagerBackward:
         if self._changed == () and not self._is_random:
             return _Forward(args, None, {}, autocast_state(), {})
         is_known = self._changed is not None
-        indices = list(self._changed or ()) if is_known else [i for i, arg in enumerate(args) if _may_be_written(arg)]
+        if is_known:
+            indices = [i for i in self._changed or () if not _is_placeholder(args[i])]
+        else:
+            indices = [i for i, arg in enumerate(args) if _may_be_written(arg)]
         if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
             indices = [i for i in indices if args[i].nbytes <= _MAX_UNDONE_BYTES]
         with torch.no_grad():
@@ -289,6 +292,11 @@ def _node_of(output: Any, first: int) -> Any:
 def _may_be_written(value: Any) -> bool:
     """Whether a graph may write into `value` without autograd seeing it, as into a buffer."""
     return isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, torch.nn.Parameter)
+
+
+def _is_placeholder(value: Tensor) -> bool:
+    """Whether dynamo made it for a parameter that the graph creates: it has a size and no memory to be read."""
+    return value.numel() > 0 and value.untyped_storage().nbytes() == 0
 
 
 def _versions(args: Sequence[Any]) -> int:
