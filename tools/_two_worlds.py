@@ -133,9 +133,8 @@ class World:
     def close(self) -> None:
         """Let everything go."""
         sys.modules.pop(self.module.__name__, None)
-        for name in [
-            name for name in vars(self.module) if not name.startswith("__")
-        ]:  # the others are dynamo's, which removes them
+        names = [name for name in vars(self.module) if not name.startswith("__")]
+        for name in names:  # the others are dynamo's, which removes them
             delattr(self.module, name)
 
     def step(self, number: int) -> Seen:

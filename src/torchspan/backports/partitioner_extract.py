@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 from torchspan.backports._base import Backport
+from torchspan.core.replaced import replaced
 from torchspan.private import aot
 
 _PLACE = "torch._functorch.partitioners"
@@ -34,7 +34,7 @@ def _extracting(extract: Callable[..., Any]) -> Callable[..., Any]:
         is_bound = module._must_be_in_backward
         free: Callable[[Any], bool] = lambda node: not ignore_must_be_in_fw_bw and node not in inputs and is_bound(node)  # noqa: E731
         descs = (outputs_descs,) if "outputs_descs" in own else ()
-        with patch.object(module, "_must_be_in_backward", free):
+        with replaced(module, "_must_be_in_backward", free):
             graph = extract(joint_graph, inputs, outputs, *descs, subgraph=subgraph)
         if outputs_descs is not None:
             (output,) = graph.find_nodes(op="output")

@@ -16,8 +16,7 @@ from torchspan.devices._wrap import Function
 from torchspan.environment.patch import Patch, Redefinition, Replacement
 
 C10D = "torch.distributed.distributed_c10d"
-_POINT_TO_POINT = (12, 13, 14)
-"""c10d's numbers for send, recv and recv_anysource."""
+_POINT_TO_POINT = (12, 13, 14)  # c10d's numbers for send, recv and recv_anysource
 
 
 def patches(redirection: Redirection) -> Iterable[Patch]:

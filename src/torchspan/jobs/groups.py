@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,12 +57,12 @@ def is_group(value: Any) -> bool:
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
-def why_it_stays(value: Any) -> str | None:
+def why_it_stays(module: torch.nn.Module) -> str | None:
     """Why a module cannot be sent: FSDP gathers its weights by hooks, or DDP reduces its gradients, in this process."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(value, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+    if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
         return _SHARDED
-    return _REPLICATED if isinstance(value, DistributedDataParallel) else None
+    return _REPLICATED if isinstance(module, DistributedDataParallel) else None
 
 
 def reduced_group(group: Any) -> tuple[Callable[[str], Any], tuple[str]]:

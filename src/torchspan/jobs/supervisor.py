@@ -22,7 +22,7 @@ from torchspan.jobs.folders import job_folder
 from torchspan.jobs.servers import Connection, ServersEndedError, child_environ, run_on_server, servers
 
 GRACE_S = 2.0
-FULL_BYTES = 1 << 16  # free on a disk: a verdict may be larger
+_FULL_BYTES = 1 << 16  # free on a disk: a verdict may be larger
 EVENTS_VARIABLE = "TORCHSPAN_COMPILE_EVENTS"  # tells a worker which file to note into what the compiler does
 
 
@@ -247,7 +247,7 @@ def _judge(verdict: dict[str, Any] | None, folder: Path, limit: _Limit, seconds:
 
 def _judge_untold(folder: Path, seconds: float) -> Ending:
     """What it means that a warden left no verdict, although its server is alive."""
-    if _free_bytes(folder) < FULL_BYTES:
+    if _free_bytes(folder) < _FULL_BYTES:
         cause = f"the disk of {folder.parent} is full: how the job ended could not be written"
         return Ending("failed", seconds, cause=cause, where="ending the job")
     cause = "the process that watches the job ended before it did"

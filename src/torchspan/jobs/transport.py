@@ -74,9 +74,6 @@ class _Pickler(cloudpickle.Pickler):
         return "tensor", number, key, layout, obj.requires_grad, is_parameter
 
     def reducer_override(self, obj: Any) -> Any:
-        why_it_cannot = why_it_stays(obj)
-        if why_it_cannot is not None:
-            raise InputError(f"{type(obj).__name__} {why_it_cannot}")
         if is_group(obj):
             return reduced_group(obj)
         if isinstance(obj, torch._ops.OpOverload):
@@ -84,11 +81,8 @@ class _Pickler(cloudpickle.Pickler):
             return _operator, (namespace, name, obj._overloadname)
         if isinstance(obj, torch._ops.HigherOrderOperator):
             return _higher_order_operator, (obj.name(),)
-        if isinstance(obj, torch.nn.Module) and _is_parametrized(obj):
-            names = tuple(vars(obj)["_modules"]["parametrizations"])
-            return _parametrized, (parametrize.type_before_parametrizations(obj), names), vars(obj)
-        if isinstance(obj, torch.nn.Module) and any(vars(obj).get(name) for name in _STATE_HOOKS):
-            return _without_state_hooks(obj)
+        if isinstance(obj, torch.nn.Module):
+            return _reduced_module(obj)
         if isinstance(obj, types.CodeType):  # cloudpickle 3.1.3 leaves out the file, by which a failure's place is told
             make, arguments = self.dispatch_table[types.CodeType](obj)
             return _code_of_file, (make, arguments, obj.co_filename)
@@ -143,6 +137,17 @@ def _module_class(make: Callable[..., type], *arguments: Any) -> type:
         cls.__bases__ = bases
         registered: type = cloudpickle.cloudpickle._lookup_class_or_track(tracked, cls)
         return registered
+
+
+def _reduced_module(module: torch.nn.Module) -> Any:
+    """What pickle is to write for a module; NotImplemented: what it writes by itself. Raises InputError for DDP and FSDP."""
+    why_not = why_it_stays(module)
+    if why_not is not None:
+        raise InputError(f"{type(module).__name__} {why_not}")
+    if _is_parametrized(module):
+        names = tuple(vars(module)["_modules"]["parametrizations"])
+        return _parametrized, (parametrize.type_before_parametrizations(module), names), vars(module)
+    return _without_state_hooks(module) if any(vars(module).get(name) for name in _STATE_HOOKS) else NotImplemented
 
 
 def _is_parametrized(module: torch.nn.Module) -> bool:

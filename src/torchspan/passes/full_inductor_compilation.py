@@ -49,7 +49,7 @@ class FullInductorCompilation(Pass):
             raise PassError(
                 f"{self.name} cannot compile this step on torch {torch.__version__}: compiled with its collectives by "
                 "inductor of torch 2.8 it ends now and then by a crash (docs/toolkit.md, The ten commands); expected torch 2.9 "
-                "or newer, or regional_inductor, which compiles the parts between the collectives"
+                "or newer, or regional_inductor{modules=…}, which compiles the parts between the collectives"
             )
         for node in graph.module.graph.nodes:
             reason = _refusal(node)

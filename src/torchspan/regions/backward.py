@@ -96,16 +96,13 @@ class EagerBackward:
     def _remembered(self, args: tuple[Any, ...], has_backward: bool) -> _Forward:
         if self._changed == () and not self._is_random:
             return _Forward(args, None, {}, autocast_state(), {})
-        is_known = self._changed is not None
-        if is_known:
-            indices = [i for i in self._changed or () if not _is_placeholder(args[i])]
+        if self._changed is None:
+            before = _copies(args, [i for i, arg in enumerate(args) if _may_be_written(arg)])
+            unkept = {i: _version(arg) for i, arg in enumerate(args) if i not in before}
         else:
-            indices = [i for i, arg in enumerate(args) if _may_be_written(arg)]
-        if is_known and not has_backward:  # only to be put back where the graph raises: not worth the memory of a cache
-            indices = [i for i in indices if args[i].nbytes <= _MAX_UNDONE_BYTES]
-        with torch.no_grad():
-            before = {i: args[i].detach().clone() for i in indices}
-        unkept = {} if is_known else {i: _version(arg) for i, arg in enumerate(args) if i not in before}
+            # without a backward they are only put back where the graph raises: not worth the memory of a cache
+            indices = [i for i in self._changed if has_backward or args[i].nbytes <= _MAX_UNDONE_BYTES]
+            before, unkept = _copies(args, [i for i in indices if not _is_placeholder(args[i])]), {}
         return _Forward(args, _random_state() if self._is_random else None, before, autocast_state(), unkept)
 
     def _learn(self, forward: _Forward, lost: tuple[int, ...]) -> None:
@@ -259,6 +256,11 @@ def _undo(forward: _Forward) -> None:
                 forward.args[number].copy_(value)
 
 
+@torch.no_grad()
+def _copies(args: Sequence[Any], indices: Sequence[int]) -> dict[int, Tensor]:
+    return {i: args[i].detach().clone() for i in indices}
+
+
 def _written(forward: _Forward) -> tuple[int, ...]:
     """The arguments that were written since, and whose old values are not kept."""
     return tuple(i for i, version in forward.unkept.items() if _version(forward.args[i]) != version)
@@ -303,7 +305,7 @@ def _versions(args: Sequence[Any]) -> int:
     try:
         return sum([arg._version for arg in args if isinstance(arg, Tensor)])
     except RuntimeError:  # inference tensors have none
-        return sum(arg._version for arg in args if isinstance(arg, Tensor) and not arg.is_inference())
+        return sum(map(_version, args))
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
